@@ -1,0 +1,349 @@
+"""DSGformer: Deep Sparse Gated Transformer for Image Deblurring (Lu J., 2025).
+
+Section 2 of the paper, symbol by symbol.  With B the blurred image and C the
+width (48 in the paper's network of 15.57 M parameters):
+
+    H  = head(B)                    H×W×C
+    E1 = encoder 1 (H)              H/2×W/2×2C
+    E2 = encoder 2 (E1)             H/4×W/4×4C
+    E3 = encoder 3 (E2)             H/8×W/8×8C
+    E4 = encoder 4 (E3)             H/8×W/8×8C
+    D  = decoder(E1, E2, E3, E4)    H×W×2C
+    Ŝ  = tail(D) + B                H×W×3
+
+There is one kind of block, DSGA, and no feed-forward network:
+
+    Q, K, V, U = W_d W_p LN(X)
+    Y = X + W_p' ( DFGB(U) ⊙ DTSAS(Q, K) V )
+
+The modules here hold the parameters and compute the formulas literally.  What
+runs by default is a faster form of the same numbers (`dsgformer_arch.ops`);
+`DSGFORMER_PLAIN=1` forces what stands below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from basicsr.utils.registry import ARCH_REGISTRY
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dsgformer_arch import ops
+from dsgformer_arch.ops.padding import pad_to_multiple
+
+Score = Literal['relu2', 'relu', 'softmax']
+Attention = Literal['dtsas', 'mdta']
+Gate = Literal['dfgb', 'gelu', 'simplegate']
+
+TOP_K_RATIOS = (Fraction(1, 2), Fraction(2, 3), Fraction(3, 4), Fraction(4, 5))
+"""k_n over the head's width, n = 1..N; the values are DRSformer's (CVPR 2023)."""
+
+BLOCK = 8
+"""Side of DFGB's blocks, JPEG's."""
+
+
+class LayerNorm(nn.Module):
+    """LN over the channels of each pixel, with weight and bias.  (N, C, H, W) to the same."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # A channels-last tensor is contiguous once permuted: this is then the library's own kernel.
+        x = x.permute(0, 2, 3, 1)
+        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias).permute(0, 3, 1, 2)
+
+
+class DTSAS(nn.Module):
+    """Sparse channel attention: DTSAS(Q, K) V, with
+
+        DTSAS(Q, K) = Σ_{n=1..N} W_n · φ( T_{k_n}( Q Kᵀ / α ) )
+
+    Q, K and V are cut into `heads` groups of c = C / heads channels, so that
+    the map Q Kᵀ of a head is c×c.  The rows of Q and K are L2-normalised over
+    the pixels.  T_k keeps, in each row, the scores that are at least the row's
+    k-th largest (ties are all kept).  α is learnt, one a head; W_n is learnt.
+
+    Args:
+        channels: C.
+        heads: number of heads; divides C.
+        attention: `'dtsas'`, or `'mdta'` for the dense map of Restormer (no T_k, no W_n).
+        score: φ. `'relu2'` is the paper's ReLU(·)²; `'softmax'` runs over the kept entries only,
+            as in DRSformer.
+        ratios: k_n / c, in increasing order; k_n is rounded down and at least 1.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        attention: Attention = 'dtsas',
+        score: Score = 'relu2',
+        ratios: Sequence[Fraction] = TOP_K_RATIOS,
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.score = score
+        width = channels // heads
+        self.temperature = nn.Parameter(torch.ones(heads, 1, 1))
+        self.top_k: tuple[int, ...] = ()
+        if attention == 'dtsas':
+            self.top_k = tuple(max(1, int(width * ratio)) for ratio in ratios)
+            self.weights = nn.Parameter(torch.full((len(ratios),), 1 / len(ratios)))
+
+    def attend(self, A: Tensor) -> Tensor:
+        """The sparse map Σ W_n φ(T_{k_n}(A)) of the scores A = Q Kᵀ / α, literally.  (N, heads, c, c)."""
+        if not self.top_k:
+            return self.phi(A, torch.ones_like(A, dtype=torch.bool))
+        total = torch.zeros_like(A)
+        for W_n, k_n in zip(self.weights, self.top_k, strict=True):
+            tau = A.topk(k_n, dim=-1).values[..., -1:]
+            total = total + W_n * self.phi(A, tau <= A)
+        return total
+
+    def phi(self, A: Tensor, kept: Tensor) -> Tensor:
+        """φ of the scores A where `kept`, 0 elsewhere."""
+        if self.score == 'softmax':
+            return A.masked_fill(~kept, float('-inf')).softmax(dim=-1)
+        positive = A.masked_fill(~kept, 0).relu()
+        return positive.square() if self.score == 'relu2' else positive
+
+    def forward(self, Q: Tensor, K: Tensor, V: Tensor) -> Tensor:
+        """Q, K, V of shape (N, C, H, W); returns DTSAS(Q, K) V of the same shape."""
+        shape = V.shape
+        Q, K, V = (x.reshape(shape[0], self.heads, -1, shape[2] * shape[3]) for x in (Q, K, V))
+        Q, K = F.normalize(Q, dim=-1), F.normalize(K, dim=-1)
+        A = Q @ K.transpose(-2, -1) / self.temperature
+        return (self.attend(A) @ V).reshape(shape)
+
+
+class DFGB(nn.Module):
+    """Gate in the frequency domain: U_out = GELU( P⁻¹( F⁻¹( M ⊙ F( P(U) ) ) ) ).
+
+    P cuts U into 8×8 blocks that do not overlap, F is the real FFT of a block
+    and M a learnt real matrix of shape (C, 8, 5), one a channel.  M starts at
+    1, so that DFGB starts as GELU.  A height or width that is no multiple of 8
+    is padded by repeating the border, and cropped again.  (N, C, H, W) to the same.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.mask = nn.Parameter(torch.ones(channels, BLOCK, BLOCK // 2 + 1))
+
+    def forward(self, U: Tensor) -> Tensor:
+        n, c, h, w = U.shape
+        x = F.pad(U, (0, -w % BLOCK, 0, -h % BLOCK), mode='replicate')
+        blocks = x.reshape(n, c, x.shape[2] // BLOCK, BLOCK, x.shape[3] // BLOCK, BLOCK).transpose(3, 4)
+        # No FFT runs in half precision on every device: this is the literal form, so it takes float32.
+        spectrum = torch.fft.rfft2(blocks if blocks.dtype == torch.float64 else blocks.float())
+        spectrum = self.mask[:, None, None] * spectrum
+        blocks = torch.fft.irfft2(spectrum, s=(BLOCK, BLOCK)).to(U.dtype)
+        return F.gelu(blocks.transpose(3, 4).reshape(x.shape)[..., :h, :w])
+
+
+class DSGA(nn.Module):
+    """The block: Y = X + W_p' ( gate(U) ⊙ DTSAS(Q, K) V ), with Q, K, V, U = W_d W_p LN(X).
+
+    W_p is a 1×1 convolution to 4C, W_d a depthwise 3×3 over 4C, W_p' 1×1; none
+    has a bias.  (N, C, H, W) to the same.
+
+    Args:
+        channels: C.
+        heads: heads of the attention; divides C.
+        attention: `'dtsas'` or `'mdta'`, see `DTSAS`.
+        score: `'relu2'`, `'relu'` or `'softmax'`, see `DTSAS`.
+        gate: `'dfgb'`; `'gelu'`, which is DFGB without its filter; `'simplegate'`, U itself (NAFNet).
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        attention: Attention = 'dtsas',
+        score: Score = 'relu2',
+        gate: Gate = 'dfgb',
+    ) -> None:
+        super().__init__()
+        self.norm = LayerNorm(channels)
+        self.project_in = nn.Conv2d(channels, 4 * channels, 1, bias=False)
+        self.depthwise = nn.Conv2d(
+            4 * channels, 4 * channels, 3, padding=1, groups=4 * channels, bias=False
+        )
+        self.attention = DTSAS(channels, heads, attention, score)
+        self.gate: nn.Module = {'dfgb': DFGB(channels), 'gelu': nn.GELU(), 'simplegate': nn.Identity()}[gate]
+        self.project_out = nn.Conv2d(channels, channels, 1, bias=False)
+
+    def forward(self, X: Tensor) -> Tensor:
+        if ops.fast(X):
+            return ops.dsga(self, X)
+        return self.literal(X)
+
+    def literal(self, X: Tensor) -> Tensor:
+        """The block as the paper writes it; what every faster form must equal."""
+        Q, K, V, U = self.depthwise(self.project_in(self.norm(X))).chunk(4, dim=1)
+        return X + self.project_out(self.gate(U) * self.attention(Q, K, V))
+
+
+class Features(NamedTuple):
+    """What the encoder hands on, each (N, channels, height, width)."""
+
+    H: Tensor
+    E1: Tensor
+    E2: Tensor
+    E3: Tensor
+    E4: Tensor
+
+
+@ARCH_REGISTRY.register()
+class DSGformer(nn.Module):
+    """The network.  Any RGB image from 16×16 up, in [0, 1], to one of the same size.
+
+    An image whose sides are no multiples of 8 is padded by reflection and the
+    result cropped; the result is not clipped.
+
+    Args:
+        width: C, channels at full resolution.
+        num_blocks: DSGA blocks of encoders 1–4; the decoder has the first three in reverse.
+        heads: heads of encoders 1–4; the decoder has those of the levels that it mirrors.
+        attention: `'dtsas'` (paper) or `'mdta'`.
+        score: `'relu2'` (paper), `'relu'` or `'softmax'`.
+        gate: `'dfgb'` (paper), `'gelu'` or `'simplegate'`.  These three are the ablation of table 2.
+        recompute: recompute each block in the backward pass instead of keeping its activations: less
+            memory in training for more time.
+
+    Raises:
+        ValueError: for a switch that is none of the above, or heads that do not divide the widths.
+    """
+
+    pad_multiple = 8
+    min_size = 8
+
+    def __init__(
+        self,
+        width: int = 48,
+        num_blocks: Sequence[int] = (2, 6, 12, 12),
+        heads: Sequence[int] = (1, 2, 4, 8),
+        attention: Attention = 'dtsas',
+        score: Score = 'relu2',
+        gate: Gate = 'dfgb',
+        recompute: bool = False,
+    ) -> None:
+        super().__init__()
+        _check_switches(width, num_blocks, heads, attention, score, gate)
+        self.recompute = recompute
+        C, n = width, num_blocks
+
+        def blocks(level: int, channels: int, count: int) -> nn.Sequential:
+            return nn.Sequential(*(DSGA(channels, heads[level], attention, score, gate) for _ in range(count)))
+
+        self.head = nn.Conv2d(3, C, 3, padding=1)
+        self.encoder = nn.ModuleList([blocks(i, C << i, n[i]) for i in range(4)])
+        self.down = nn.ModuleList([nn.Conv2d(C << i, C << i + 1, 2, stride=2) for i in range(3)])
+        self.up = nn.ModuleList([_up(8 * C, 4 * C), _up(4 * C, 2 * C), _up(2 * C, 2 * C)])
+        self.decoder = nn.ModuleList([blocks(2, 4 * C, n[2]), blocks(1, 2 * C, n[1]), blocks(0, 2 * C, n[0])])
+        self.tail = nn.Conv2d(2 * C, 3, 3, padding=1)
+
+    def forward(self, B: Tensor) -> Tensor:
+        height, width = B.shape[-2:]
+        x = pad_to_multiple(B, self.pad_multiple, self.min_size)
+        D = self.decode(self.encode(x))
+        return (self.tail(D) + x)[..., :height, :width]
+
+    def encode(self, B: Tensor) -> Features:
+        """H and E1–E4 of an image whose sides are multiples of 8."""
+        H = self.head(B)
+        levels, x = [], H
+        for i, blocks in enumerate(self.encoder):
+            x = self._run(blocks, x)
+            if i < len(self.down):
+                x = self.down[i](x)
+            levels.append(x)
+        return Features(H, *levels)
+
+    def decode(self, features: Features) -> Tensor:
+        """D, of shape (N, 2C, height, width)."""
+        _, E1, E2, E3, E4 = features
+        x = E4 + E3
+        for up, blocks, skip in zip(self.up, self.decoder, (E2, E1, None), strict=True):
+            x = up(x) if skip is None else up(x) + skip
+            x = self._run(blocks, x)
+        return x
+
+    def _run(self, blocks: nn.Module, x: Tensor) -> Tensor:
+        if not (self.recompute and torch.is_grad_enabled()):
+            return blocks(x)
+        for block in blocks.children():
+            x = checkpoint(block, x, use_reentrant=False)
+        return x
+
+    @classmethod
+    def recognises(cls, state: Mapping[str, Any]) -> bool:
+        """Whether `state` is a state dict of this network."""
+        return {'head.weight', 'encoder.0.0.attention.temperature', 'up.2.0.weight', 'tail.weight'} <= set(state)
+
+    @classmethod
+    def settings_from_state(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The keyword arguments of a network, read from the shapes of its state dict.
+
+        `score` leaves no trace in the shapes (nor does `gelu` against
+        `simplegate`): the paper's is assumed.
+        """
+        counts = [0] * 4
+        heads = [1] * 4
+        for key, tensor in state.items():
+            part, level, block, *rest = [*key.split('.'), '', '', '']
+            if part == 'encoder':
+                counts[int(level)] = max(counts[int(level)], int(block) + 1)
+                if rest[:2] == ['attention', 'temperature']:
+                    heads[int(level)] = tensor.shape[0]
+        return {
+            'width': state['head.weight'].shape[0],
+            'num_blocks': tuple(counts),
+            'heads': tuple(heads),
+            'attention': 'dtsas' if 'encoder.0.0.attention.weights' in state else 'mdta',
+            'gate': 'dfgb' if 'encoder.0.0.gate.mask' in state else 'gelu',
+        }
+
+
+def dsgformer(**overrides: Any) -> DSGformer:
+    """The paper's network: 15.57 M parameters, 55.5 G multiply-adds at 256×256."""
+    return DSGformer(**{'width': 48, 'num_blocks': (2, 6, 12, 12), **overrides})
+
+
+def dsgformer_s(**overrides: Any) -> DSGformer:
+    """Small: 2.38 M parameters, 175 G multiply-adds at 1920×1200."""
+    return DSGformer(**{'width': 16, 'num_blocks': (1, 2, 8, 20), **overrides})
+
+
+def dsgformer_t(**overrides: Any) -> DSGformer:
+    """Tiny: 0.70 M parameters, 2.7 G multiply-adds at 256×256; trains on a CPU."""
+    return DSGformer(**{'width': 16, 'num_blocks': (1, 2, 4, 4), **overrides})
+
+
+def _up(channels_in: int, channels_out: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(channels_in, 4 * channels_out, 1, bias=False), nn.PixelShuffle(2))
+
+
+def _check_switches(
+    width: int, num_blocks: Sequence[int], heads: Sequence[int], attention: str, score: str, gate: str
+) -> None:
+    choices = {
+        'attention': (attention, ('dtsas', 'mdta')),
+        'score': (score, ('relu2', 'relu', 'softmax')),
+        'gate': (gate, ('dfgb', 'gelu', 'simplegate')),
+    }
+    for name, (value, allowed) in choices.items():
+        if value not in allowed:
+            raise ValueError(f'DSGformer: {name} is {value!r}; choose one of {", ".join(allowed)}')
+    if len(num_blocks) != 4 or len(heads) != 4:
+        raise ValueError('DSGformer: num_blocks and heads take four numbers, one for each encoder')
+    for level, count in enumerate(heads):
+        if (width << level) % count:
+            raise ValueError(f'DSGformer: {count} heads do not divide the {width << level} channels of level {level + 1}')

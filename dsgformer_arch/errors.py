@@ -1,0 +1,40 @@
+"""The one way in which this package tells people that their input is wrong.
+
+Everything a person can get wrong (a path, an option, a checkpoint, an image)
+raises `UserError` or a subclass of it.  Command lines print its one sentence
+and exit with status 2; a traceback is kept for faults of the program itself.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+
+class UserError(Exception):
+    """Wrong input.  The message is one sentence: what is wrong, where, and the mend."""
+
+
+def fail(message: str) -> NoReturn:
+    """Print `message` on standard error and exit with status 2."""
+    print(f'error: {message}', file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def guarded(main: Callable[[], int | None]) -> int:
+    """Run a command line's `main` and turn a `UserError` into status 2.
+
+    Returns:
+        The status that `main` returned, 0 if it returned nothing.
+
+    Raises:
+        SystemExit: with status 2 on `UserError`, 130 on an interrupt.
+    """
+    try:
+        return main() or 0
+    except UserError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        print('interrupted', file=sys.stderr, flush=True)
+        raise SystemExit(130) from None

@@ -1,0 +1,52 @@
+"""Progress for long work: a bar on a terminal, sparse lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from datetime import timedelta
+from typing import TextIO, TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar('T')
+
+
+def track(
+    items: Iterable[T],
+    what: str,
+    total: int | None = None,
+    every: float = 10.0,
+    stream: TextIO | None = None,
+) -> Iterator[T]:
+    """Yield `items`, showing how far the work is and how long it will take.
+
+    On a terminal this is a tqdm bar.  In a log file, where a bar would leave
+    thousands of lines, it is one line at most every `every` seconds and one at
+    the end.
+
+    Args:
+        items: what to go through.
+        what: a noun phrase for the work, such as `'validating'`.
+        total: number of items, where `items` has no length.
+        every: seconds between two lines off a terminal.
+        stream: where to write; standard error by default.
+    """
+    stream = stream or sys.stderr
+    if total is None and hasattr(items, '__len__'):
+        total = len(items)  # type: ignore[arg-type]
+    if stream.isatty():
+        yield from tqdm(items, desc=what, total=total, file=stream, dynamic_ncols=True)
+        return
+    start = last = time.monotonic()
+    done = 0
+    for done, item in enumerate(items, 1):
+        yield item
+        now = time.monotonic()
+        if now - last >= every and done != total:
+            last = now
+            left = f', {timedelta(seconds=round((now - start) / done * (total - done)))} left' if total else ''
+            print(f'{what}: {done}/{total or "?"}{left}', file=stream, flush=True)
+    took = timedelta(seconds=round(time.monotonic() - start))
+    print(f'{what}: {done} done in {took}', file=stream, flush=True)
