@@ -9,4 +9,7 @@ from dsgformer_arch import compat
 
 compat.apply()
 
+from dsgformer_arch import archs, data, losses, metrics, models  # noqa: E402
+
+__all__ = ['archs', 'compat', 'data', 'losses', 'metrics', 'models']
 __version__ = '0.1.0'

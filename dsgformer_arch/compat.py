@@ -14,9 +14,12 @@ import importlib
 import importlib.util
 import inspect
 import os
+import pickle
 import random
+import subprocess
 import sys
 import types
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -30,7 +33,7 @@ def missing_torchvision_operators() -> None:
     A CPU build of torch beside the ordinary (CUDA) torchvision wheel cannot
     load the wheel's compiled operators, and since torchvision 0.17 its import
     then stops with "operator torchvision::nms does not exist"
-    (pytorch/vision#8871).  The declarations have no kernel: calling such an
+    (pytorch/vision#9085).  The declarations have no kernel: calling such an
     operator still fails, with torchvision's own explanation.
     """
     try:
@@ -57,18 +60,201 @@ def removed_functional_tensor() -> None:
     """Give back `torchvision.transforms.functional_tensor`, removed in torchvision 0.17.
 
     BasicSR's `data/degradations.py` imports `rgb_to_grayscale` from it
-    (XPixelGroup/BasicSR#711 and many more).
+    (XPixelGroup/BasicSR#663).
     """
     name = 'torchvision.transforms.functional_tensor'
     if name in sys.modules or importlib.util.find_spec(name) is not None:
         return
     functional = importlib.import_module('torchvision.transforms.functional')
     module = types.ModuleType(name, 'Stands in for the module that torchvision 0.17 removed.')
-    module.rgb_to_grayscale = functional.rgb_to_grayscale  # type: ignore[attr-defined]
+    module.__dict__['rgb_to_grayscale'] = functional.rgb_to_grayscale
     sys.modules[name] = module
 
 
+def option_files_that_run_code() -> None:
+    """Read option files with YAML's safe loader.
+
+    BasicSR builds its loader on `yaml.Loader`, for which a line such as
+    `!!python/object/apply:os.system` is an instruction to run
+    (yaml/pyyaml#420, CVE-2020-14343), and evaluates lists given to
+    `--force_yml` as Python.
+    """
+    options = importlib.import_module('basicsr.utils.options')
+    yaml = importlib.import_module('yaml')
+    if not issubclass(options.ordered_yaml()[0], yaml.constructor.FullConstructor):
+        return
+
+    class Loader(yaml.SafeLoader):
+        """PyYAML's safe loader, its mappings in the file's order."""
+
+    class Dumper(yaml.SafeDumper):
+        """Its counterpart; writes ordered mappings as plain ones."""
+
+    Loader.add_constructor(
+        yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG,
+        lambda loader, node: OrderedDict(loader.construct_pairs(node, deep=True)),
+    )
+    Dumper.add_representer(OrderedDict, lambda dumper, data: dumper.represent_dict(data.items()))
+    upstream_value = options._postprocess_yml_value
+
+    def forced_value(value: str) -> Any:
+        return yaml.safe_load(value) if value.startswith('[') else upstream_value(value)
+
+    options.ordered_yaml = lambda: (Loader, Dumper)
+    options._postprocess_yml_value = forced_value
+
+
+def resume_without_gpu() -> None:
+    """Resume on any device, and look for the state where the run left it.
+
+    `load_resume_state` calls `torch.cuda.current_device()`, which fails on a
+    machine without a GPU (see XPixelGroup/BasicSR#679);
+    with `--auto_resume` it looks in `experiments/` below the working directory,
+    whatever the root folder is; and it takes the newest state even if the
+    machine died while writing it.
+    """
+    train = importlib.import_module('basicsr.train')
+    if 'cuda.current_device' in inspect.getsource(train.load_resume_state):
+        train.load_resume_state = load_resume_state
+
+
+def load_resume_state(opt: dict[str, Any]) -> dict[str, Any] | None:
+    """The training state to go on from, or None to start anew.
+
+    Args:
+        opt: BasicSR's options.  With `auto_resume`, the newest complete state
+            below `path: training_states` is taken; otherwise the file that
+            `path: resume_state` names, if any.
+
+    Raises:
+        UserError: where the file named by `resume_state` is missing or damaged.
+    """
+    misc = importlib.import_module('basicsr.utils.misc')
+    path = opt['path'].get('resume_state')
+    models = opt['path']['models']
+    state = None
+    if opt['auto_resume']:
+        for path in newest_states(opt['path']['training_states']):
+            state = read_state(path)
+            if state is not None and os.path.isfile(_network_of(opt, state)):
+                opt['path']['resume_state'] = path
+                break
+            print(f'skipping the incomplete training state {path}', file=sys.stderr, flush=True)
+            state = None
+    elif path:
+        from dsgformer_arch.errors import UserError
+
+        state = read_state(path)
+        if state is None:
+            raise UserError(f'path: resume_state: {path} is missing or no complete training state')
+        opt['path']['models'] = os.path.join(os.path.dirname(os.path.dirname(path)), 'models')
+        if not os.path.isfile(_network_of(opt, state)):
+            raise UserError(f'path: resume_state: {_network_of(opt, state)}, which belongs to it, is missing')
+    if state is not None:
+        misc.check_resume(opt, state['iter'])
+        opt['path']['models'] = models  # what is read may lie elsewhere; what is written stays here
+    return state
+
+
+def newest_states(folder: str) -> list[str]:
+    """The `<iteration>.state` files of `folder`, newest first."""
+    if not os.path.isdir(folder):
+        return []
+    names = [name for name in os.listdir(folder) if name.endswith('.state') and name[:-6].isdigit()]
+    return [os.path.join(folder, name) for name in sorted(names, key=lambda name: -int(name[:-6]))]
+
+
+def read_state(path: str) -> dict[str, Any] | None:
+    """A training state, on the CPU; None if the file is missing, truncated or holds anything but data."""
+    try:
+        state = torch.load(path, map_location='cpu', weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError):
+        return None
+    return state if isinstance(state, dict) and {'epoch', 'iter'} <= set(state) else None
+
+
+def _network_of(opt: dict[str, Any], state: dict[str, Any]) -> str:
+    return os.path.join(opt['path']['models'], f'net_g_{state["iter"]}.pth')
+
+
+def distributed_without_gpus() -> None:
+    """Let distributed training start where there are no GPUs, over gloo.
+
+    `init_dist` divides by the number of GPUs, always asks for nccl, and
+    `model_to_device` names a CUDA device (the same lines in mmcv, from which
+    BasicSR has them: open-mmlab/mmdetection#368).
+    """
+    dist_util = importlib.import_module('basicsr.utils.dist_util')
+    if 'gloo' in inspect.getsource(dist_util._init_dist_pytorch):
+        return
+    base_model = importlib.import_module('basicsr.models.base_model')
+    upstream_slurm = dist_util._init_dist_slurm
+    upstream_to_device = base_model.BaseModel.model_to_device
+
+    def init_pytorch(backend: str, **kwargs: Any) -> None:
+        if torch.cuda.device_count():
+            # torchrun numbers a machine's processes in LOCAL_RANK; the global rank is another number there.
+            local_rank = int(os.environ.get('LOCAL_RANK', os.environ['RANK']))
+            torch.cuda.set_device(local_rank % torch.cuda.device_count())
+            torch.distributed.init_process_group(backend=backend, **kwargs)
+        else:
+            torch.distributed.init_process_group(backend='gloo', **kwargs)
+
+    def init_slurm(backend: str, port: int | None = None) -> None:
+        if torch.cuda.device_count():
+            upstream_slurm(backend, port)
+            return
+        first = subprocess.run(
+            ['scontrol', 'show', 'hostname', os.environ['SLURM_NODELIST']],
+            capture_output=True, text=True, check=True,
+        ).stdout.split()[0]  # fmt: skip
+        os.environ['MASTER_ADDR'] = first
+        os.environ['MASTER_PORT'] = str(port or os.environ.get('MASTER_PORT', 29500))
+        os.environ['RANK'] = os.environ['SLURM_PROCID']
+        os.environ['WORLD_SIZE'] = os.environ['SLURM_NTASKS']
+        torch.distributed.init_process_group(backend='gloo')
+
+    def model_to_device(self: Any, net: torch.nn.Module) -> torch.nn.Module:
+        if not self.opt['dist'] or self.device.type == 'cuda':
+            return upstream_to_device(self, net)
+        unused = self.opt.get('find_unused_parameters', False)
+        return torch.nn.parallel.DistributedDataParallel(net.to(self.device), find_unused_parameters=unused)
+
+    dist_util._init_dist_pytorch, dist_util._init_dist_slurm = init_pytorch, init_slurm
+    base_model.BaseModel.model_to_device = model_to_device
+
+
+def workers_that_repeat_themselves() -> None:
+    """Seed data-loader workers from torch's seed, which differs from epoch to epoch.
+
+    BasicSR seeds worker i with the same number each time an epoch starts, so
+    that every epoch cuts and flips alike (the same slip as in
+    pytorch/pytorch#5059).  torch's own seed in a worker is new at each epoch
+    and still follows from `manual_seed`.
+    """
+    data = importlib.import_module('basicsr.data')
+    if 'initial_seed' not in inspect.getsource(data.worker_init_fn):
+        data.worker_init_fn = worker_init_fn
+
+
+def worker_init_fn(worker_id: int, num_workers: int, rank: int, seed: int) -> None:
+    """Seed numpy and random in a worker; the signature is BasicSR's."""
+    state = np.random.SeedSequence(torch.initial_seed() % 2**64).generate_state(2)
+    np.random.seed(state[0])
+    random.seed(int(state[1]))
+
+
+REPAIRS: tuple[Callable[[], None], ...] = (
+    missing_torchvision_operators,
+    removed_functional_tensor,
+    option_files_that_run_code,
+    resume_without_gpu,
+    distributed_without_gpus,
+    workers_that_repeat_themselves,
+)
+
+
 def apply() -> None:
-    """Apply every repair; calling it again changes nothing."""
-    missing_torchvision_operators()
-    removed_functional_tensor()
+    """Make every repair, in order; a second call changes nothing."""
+    for repair in REPAIRS:
+        repair()

@@ -46,7 +46,8 @@ def track(
         now = time.monotonic()
         if now - last >= every and done != total:
             last = now
-            left = f', {timedelta(seconds=round((now - start) / done * (total - done)))} left' if total else ''
+            seconds = (now - start) / done * (total - done) if total else None
+            left = '' if seconds is None else f', {timedelta(seconds=round(seconds))} left'
             print(f'{what}: {done}/{total or "?"}{left}', file=stream, flush=True)
     took = timedelta(seconds=round(time.monotonic() - start))
     print(f'{what}: {done} done in {took}', file=stream, flush=True)

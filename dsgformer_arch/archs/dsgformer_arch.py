@@ -160,6 +160,7 @@ class DSGA(nn.Module):
         attention: `'dtsas'` or `'mdta'`, see `DTSAS`.
         score: `'relu2'`, `'relu'` or `'softmax'`, see `DTSAS`.
         gate: `'dfgb'`; `'gelu'`, which is DFGB without its filter; `'simplegate'`, U itself (NAFNet).
+        recompute: keep only X for the backward pass.
     """
 
     def __init__(
@@ -169,8 +170,10 @@ class DSGA(nn.Module):
         attention: Attention = 'dtsas',
         score: Score = 'relu2',
         gate: Gate = 'dfgb',
+        recompute: bool = False,
     ) -> None:
         super().__init__()
+        self.recompute = recompute
         self.norm = LayerNorm(channels)
         self.project_in = nn.Conv2d(channels, 4 * channels, 1, bias=False)
         self.depthwise = nn.Conv2d(
@@ -182,7 +185,9 @@ class DSGA(nn.Module):
 
     def forward(self, X: Tensor) -> Tensor:
         if ops.fast(X):
-            return ops.dsga(self, X)
+            return ops.dsga.forward(self, X)
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self.literal, X, use_reentrant=False)
         return self.literal(X)
 
     def literal(self, X: Tensor) -> Tensor:
@@ -237,11 +242,11 @@ class DSGformer(nn.Module):
     ) -> None:
         super().__init__()
         _check_switches(width, num_blocks, heads, attention, score, gate)
-        self.recompute = recompute
         C, n = width, num_blocks
 
         def blocks(level: int, channels: int, count: int) -> nn.Sequential:
-            return nn.Sequential(*(DSGA(channels, heads[level], attention, score, gate) for _ in range(count)))
+            settings = (channels, heads[level], attention, score, gate, recompute)
+            return nn.Sequential(*(DSGA(*settings) for _ in range(count)))
 
         self.head = nn.Conv2d(3, C, 3, padding=1)
         self.encoder = nn.ModuleList([blocks(i, C << i, n[i]) for i in range(4)])
@@ -261,7 +266,7 @@ class DSGformer(nn.Module):
         H = self.head(B)
         levels, x = [], H
         for i, blocks in enumerate(self.encoder):
-            x = self._run(blocks, x)
+            x = blocks(x)
             if i < len(self.down):
                 x = self.down[i](x)
             levels.append(x)
@@ -273,14 +278,7 @@ class DSGformer(nn.Module):
         x = E4 + E3
         for up, blocks, skip in zip(self.up, self.decoder, (E2, E1, None), strict=True):
             x = up(x) if skip is None else up(x) + skip
-            x = self._run(blocks, x)
-        return x
-
-    def _run(self, blocks: nn.Module, x: Tensor) -> Tensor:
-        if not (self.recompute and torch.is_grad_enabled()):
-            return blocks(x)
-        for block in blocks.children():
-            x = checkpoint(block, x, use_reentrant=False)
+            x = blocks(x)
         return x
 
     @classmethod

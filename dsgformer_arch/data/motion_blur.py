@@ -5,9 +5,10 @@ Blur" (IEEE TIP 2012), with the parameter ranges that Kupyn et al. (DeblurGAN, C
 from.  Light adds up linearly on a sensor, so the blur happens on linear intensities: gamma 2.2 is undone
 before and applied again after it, as Nah et al. (CVPR 2017) do for GoPro.
 
-A seed gives the same bytes on every machine: random numbers come from `numpy.random.RandomState`, whose
-streams NumPy has frozen, and intensities and kernel weights are whole numbers, whose sums of products stay
-far enough below 2^53 that any order of float64 additions, or an FFT, rounds to the same one.
+A seed gives the same pixels on every machine: random numbers come from `numpy.random.RandomState`, whose
+streams NumPy has frozen; intensities and kernel weights are whole numbers, which hides the last bits in which
+mathematical libraries differ, and their sums of products stay so far below 2^53 that float64 additions in any
+order, or an FFT, round to the same whole number.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def blur_kernel(path: NDArray[np.complex128]) -> NDArray[np.int64]:
             np.add.at(weights, (top + radius + dy, left + radius + dx), y_part * x_part)
     weights = weights[:-1, :-1]
     kernel = np.rint(weights * (KERNEL_SUM / len(path))).astype(np.int64)
-    # Rounding may leave the sum a few units off; the largest weight takes them with the least relative change.
+    # Rounding leaves the sum a few units off; the largest weight takes them with the least relative change.
     kernel[np.unravel_index(kernel.argmax(), kernel.shape)] += KERNEL_SUM - kernel.sum()
     return kernel
 

@@ -1,0 +1,43 @@
+"""RealBlur's protocol: PSNR and SSIM after intensity match and homography alignment."""
+
+from __future__ import annotations
+
+from dsgformer_arch.metrics.alignment import align
+from dsgformer_arch.metrics.registration import Image, metric
+
+
+@metric
+def psnr_realblur(img: Image, img2: Image) -> float:
+    """PSNR of RealBlur's authors, over the pixels that the alignment covers.
+
+    Source: evaluation_RealBlur_ecc.py of rimchang/RealBlur; see `alignment`.
+
+    Args:
+        img: the restored image, uint8 BGR of shape (H, W, 3).
+        img2: its sharp partner.
+
+    Returns:
+        PSNR in dB.
+    """
+    return align(img, img2).psnr()
+
+
+@metric
+def ssim_realblur(img: Image, img2: Image) -> float:
+    """SSIM of RealBlur's authors, over the pixels that the alignment covers.
+
+    Source: evaluation_RealBlur_ecc.py of rimchang/RealBlur; see `alignment`.
+
+    Args:
+        img: the restored image, uint8 BGR of shape (H, W, 3).
+        img2: its sharp partner.
+
+    Returns:
+        SSIM, at most 1.
+    """
+    return align(img, img2).ssim()
+
+
+def ecc_converged(img: Image, img2: Image) -> float:
+    """1 where the alignment of this pair was found, 0 where the pair was scored unaligned."""
+    return float(align(img, img2).converged)

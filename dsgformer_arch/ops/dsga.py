@@ -1,0 +1,256 @@
+"""The block DSGA, channels last throughout, in the order that moves the least memory.
+
+Literal form: `dsgformer_arch.archs.dsgformer_arch.DSGA.literal`.  Two forms of
+the same arithmetic stand here:
+
+* `whole` takes whole tensors and is differentiable: for training, for
+  `torch.compile`, for export and for small images.
+* `in_strips` restores large images in two passes over strips of rows, so that
+  nothing wider than X is ever as tall as X.  The first pass needs only Q and K,
+  and of them only Q Kᵀ and the rows' norms; the second needs only V and U, and
+  of them only the gated product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dsgformer_arch.ops import dfgb, dtsas
+
+if TYPE_CHECKING:
+    from dsgformer_arch.archs.dsgformer_arch import DSGA
+
+STRIP_BYTES = {'cpu': 4 << 20}
+"""Size of a strip of W_p LN(X) of two of Q, K, V, U by device type: two cores' L2 on a server's CPU."""
+
+ACCELERATOR_STRIP_BYTES = 512 << 20
+"""The same elsewhere, where strips only bound the memory of very large images."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A block's parameters, all of one type and device, and its switches."""
+
+    norm_weight: Tensor
+    """(C,)"""
+    norm_bias: Tensor
+    """(C,)"""
+    project_in: Tensor
+    """W_p, (4C, C)"""
+    depthwise: Tensor
+    """W_d, (4C, 1, 3, 3)"""
+    project_out: Tensor
+    """W_p', (C, C)"""
+    temperature: Tensor
+    """α, (heads, 1, 1), at least float32"""
+    step: Tensor | None
+    """W_n, (N,), at least float32; None without T_k"""
+    mask: Tensor | None
+    """m of DFGB, (64, C); None for the other gates"""
+    heads: int
+    top_k: tuple[int, ...]
+    score: str
+    gelu: bool
+
+    @classmethod
+    def of(cls, block: DSGA, dtype: torch.dtype) -> Weights:
+        """The parameters of `block` cast to `dtype`, differentiably."""
+        attention = block.attention
+        wide = _wide(dtype)
+        mask = getattr(block.gate, 'mask', None)
+        return cls(
+            block.norm.weight.to(dtype),
+            block.norm.bias.to(dtype),
+            block.project_in.weight.flatten(1).to(dtype),
+            block.depthwise.weight.to(dtype),
+            block.project_out.weight.flatten(1).to(dtype),
+            attention.temperature.to(wide),
+            attention.weights.to(wide) if attention.top_k else None,
+            None if mask is None else dfgb.diagonal(mask.to(wide)).to(dtype),
+            attention.heads,
+            attention.top_k,
+            attention.score,
+            not isinstance(block.gate, nn.Identity),
+        )
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The type of sums over pixels and of the c×c maps: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def forward(block: DSGA, X: Tensor) -> Tensor:
+    """Y of the block, by the form that suits the call.
+
+    Under autocast the parameters and X are cast once, here; the sum with X
+    keeps the type of X where that is the wider, as in the literal form.
+
+    Args:
+        block: the block whose parameters are used.
+        X: (N, C, H, W), channels-last for speed.
+
+    Returns:
+        (N, C, H, W), channels-last.
+    """
+    device = X.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else X.dtype
+    with torch.autocast(device, enabled=False):
+        weights = Weights.of(block, dtype)
+        residual = X.permute(0, 2, 3, 1).contiguous()
+        x = residual.to(dtype)
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            y = whole(x, residual, weights)
+        elif torch.is_grad_enabled():
+            y = recomputing(x, residual, weights, block.recompute)
+        elif strip_rows(x) >= x.shape[1]:
+            y = whole(x, residual, weights)
+        else:
+            y = in_strips(x, residual, weights)
+        return y.permute(0, 3, 1, 2)
+
+
+def whole(x: Tensor, residual: Tensor, weights: Weights) -> Tensor:
+    """Y of whole tensors, (N, H, W, C).  `x` is X in the type of the weights, `residual` X itself."""
+    return gated(projected(x, weights), residual, weights)
+
+
+def recomputing(x: Tensor, residual: Tensor, weights: Weights, everything: bool) -> Tensor:
+    """`whole`, keeping only X and W_p LN(X) for the backward pass; only X if `everything` is recomputed.
+
+    What is recomputed otherwise is LN, the depthwise convolution, the filter,
+    the c×c map and its product with V: no more than the pointwise products
+    that need no repetition, and a fifth of the memory.
+    """
+    run = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    if everything:
+        return run(whole, x, residual, weights)
+    return run(gated, run(projected, x, weights), residual, weights)
+
+
+def projected(x: Tensor, weights: Weights) -> Tensor:
+    """W_p LN(x), (N, H, W, 4C)."""
+    return F.linear(normalised(x, weights), weights.project_in)
+
+
+def normalised(x: Tensor, weights: Weights) -> Tensor:
+    """LN(x) over the channels, the last dimension."""
+    return F.layer_norm(x, x.shape[-1:], weights.norm_weight, weights.norm_bias)
+
+
+def gated(P: Tensor, residual: Tensor, weights: Weights) -> Tensor:
+    """X + W_p' ( gate(U) ⊙ DTSAS(Q, K) V ) with Q, K, V, U = W_d P."""
+    channels = P.shape[-1] // 4
+    QK, VU = depthwise(P, weights.depthwise, padding=1).split(2 * channels, dim=-1)
+    A = dtsas.scores(*gram(QK, weights.heads), weights.temperature)
+    attention = dtsas.sparse_map(A, weights.step, weights.top_k, weights.score)
+    product = gated_product(VU, attention.to(P.dtype), weights)
+    return residual + F.linear(product, weights.project_out)
+
+
+def depthwise(P: Tensor, kernels: Tensor, padding: int | tuple[int, int]) -> Tensor:
+    """W_d P of (N, H, W, channels)."""
+    P = P.permute(0, 3, 1, 2)
+    return F.conv2d(P, kernels, padding=padding, groups=P.shape[1]).permute(0, 2, 3, 1)
+
+
+def gram(QK: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Q Kᵀ of each head and the rows' sums of squares, in float32 at least.
+
+    Args:
+        QK: Q and K, (N, H, W, 2C).
+        heads: heads of c = C / heads channels.
+
+    Returns:
+        (N, heads, c, c), (N, heads, c) and (N, heads, c).
+    """
+    n, h, w, _ = QK.shape
+    wide = _wide(QK.dtype)
+    if QK.dtype == torch.float16:
+        QK = QK.to(wide)  # the sums over an image's pixels leave float16's range
+    QK = QK.reshape(n, h * w, 2, heads, -1)
+    Q, K = QK.unbind(2)
+    squares = QK.square().sum(dim=1, dtype=wide)
+    product = Q.permute(0, 2, 3, 1) @ K.permute(0, 2, 1, 3)
+    return product.to(wide), squares[:, 0], squares[:, 1]
+
+
+def gated_product(VU: Tensor, attention: Tensor, weights: Weights) -> Tensor:
+    """gate(U) ⊙ DTSAS(Q, K) V from V and U, (N, H, W, 2C) to (N, H, W, C)."""
+    n, h, w, _ = VU.shape
+    V, U = VU.chunk(2, dim=-1)
+    heads = (n, h * w, weights.heads, -1)
+    product = V.reshape(heads).transpose(1, 2) @ attention.transpose(2, 3)
+    return (gate(U, weights).reshape(heads) * product.transpose(1, 2)).reshape(n, h, w, -1)
+
+
+def gate(U: Tensor, weights: Weights) -> Tensor:
+    """DFGB(U), or the gate that stands in for it in the ablation; (N, H, W, C) to the same."""
+    if weights.mask is not None:
+        U = dfgb.filtered(U, weights.mask)
+    return F.gelu(U) if weights.gelu else U
+
+
+def strip_rows(x: Tensor) -> int:
+    """Rows of a strip, a multiple of DFGB's 8, for x of shape (N, H, W, C)."""
+    budget = STRIP_BYTES.get(x.device.type, ACCELERATOR_STRIP_BYTES)
+    row = 2 * x[0, 0].numel() * x.element_size()
+    return max(dfgb.BLOCK, budget // row // dfgb.BLOCK * dfgb.BLOCK)
+
+
+def in_strips(x: Tensor, residual: Tensor, weights: Weights) -> Tensor:
+    """`whole` without gradients, one image and one strip of rows at a time."""
+    rows = strip_rows(x)
+    channels = x.shape[-1]
+    for_qk, for_vu = weights.project_in.split(2 * channels)
+    dw_qk, dw_vu = weights.depthwise.split(2 * channels)
+    y = torch.empty_like(residual)
+    for image, kept, restored in zip(x.split(1), residual.split(1), y.split(1), strict=True):
+        sums: tuple[Tensor, ...] = ()
+        for _, QK in _strips(image, weights, for_qk, dw_qk, rows):
+            strip = gram(QK, weights.heads)
+            sums = tuple(map(torch.add, sums, strip)) if sums else strip
+        A = dtsas.scores(sums[0], sums[1], sums[2], weights.temperature)
+        attention = dtsas.sparse_map(A, weights.step, weights.top_k, weights.score).to(x.dtype)
+        for part, VU in _strips(image, weights, for_vu, dw_vu, rows):
+            out = F.linear(gated_product(VU, attention, weights), weights.project_out)
+            torch.add(kept[:, part], out, out=restored[:, part])
+    return y
+
+
+def _strips(
+    x: Tensor, weights: Weights, project_in: Tensor, kernels: Tensor, rows: int
+) -> Iterator[tuple[slice, Tensor]]:
+    """W_d W_p LN(x) of some of the channels, strip by strip: (rows of the strip, (1, rows, W, channels)).
+
+    A strip of the depthwise convolution needs a row of W_p LN(x) above and one
+    below; the two rows that neighbours share are carried over, not computed
+    twice.
+    """
+    _, height, width, channels = x.shape
+    buffer = x.new_empty(1, rows + 2, width, project_in.shape[0])
+    done = 0
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        if top:
+            buffer[:, :2] = buffer[:, rows:].clone()
+        else:
+            buffer[:, 0] = 0
+        ahead = min(bottom + 1, height)
+        fresh = buffer[:, done - top + 1 : ahead - top + 1]
+        torch.mm(
+            normalised(x[:, done:ahead], weights).view(-1, channels),
+            project_in.t(),
+            out=fresh.view(-1, fresh.shape[-1]),
+        )
+        if ahead == bottom:
+            buffer[:, bottom - top + 1] = 0
+        done = ahead
+        yield slice(top, bottom), depthwise(buffer[:, : bottom - top + 2], kernels, padding=(0, 1))

@@ -1,0 +1,534 @@
+// The block DSGA on a CPU, float32 or bfloat16, without gradients: the arithmetic of `in_strips` in dsga.py.
+//
+// An image is cut into columns of tiles, 8 rows high, that a thread walks down.
+// Nothing wider than the image's C channels leaves the cache: of a tile, LN,
+// the pointwise product, the depthwise convolution, DFGB, GELU and the gate
+// follow each other in buffers of a few hundred kilobytes.  Matrix products
+// are oneDNN's small ones ("brgemm"), which PyTorch exports; everything else
+// is written on vectors of 16 channels.
+//
+// Compiled on demand by native.py.  Two entry points for each type, one a pass:
+//   dsga_scores_*   Q Kᵀ of each head and the rows' sums of squares
+//   dsga_restore_*  Y = X + W_p' ( gate(U) ⊙ A V ), given the c×c maps A
+// Each returns 0, or 1 if PyTorch has no such matrix product for this processor.
+
+#include <atomic>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <type_traits>
+#include <vector>
+
+#include <ATen/Parallel.h>
+#include <c10/util/BFloat16.h>
+
+namespace at::native::cpublas {
+TORCH_API void brgemm(int64_t M, int64_t N, int64_t K, int64_t lda, int64_t ldb, int64_t ldc, bool add,
+                      const float* A, const float* B, float* C, bool vnni);
+TORCH_API void brgemm(int64_t M, int64_t N, int64_t K, int64_t lda, int64_t ldb, int64_t ldc, bool add,
+                      const at::BFloat16* A, const at::BFloat16* B, float* C, bool vnni);
+TORCH_API void brgemm_release(bool vnni);
+}  // namespace at::native::cpublas
+
+namespace {
+
+using bf16 = at::BFloat16;
+constexpr int64_t LANES = 16;
+constexpr int64_t BLOCK = 8;
+constexpr int64_t HALF = BLOCK / 2 + 1;
+
+typedef float vec __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint32_t vec_u __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int32_t vec_i __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint16_t vec_h __attribute__((vector_size(32), aligned(2), may_alias));
+
+inline vec load(const float* p) { return *reinterpret_cast<const vec*>(p); }
+inline void store(float* p, vec v) { *reinterpret_cast<vec*>(p) = v; }
+
+inline vec load(const bf16* p) {
+  vec_u wide = __builtin_convertvector(*reinterpret_cast<const vec_h*>(p), vec_u) << 16;
+  return (vec)wide;
+}
+
+inline void store(bf16* p, vec v) {
+  const vec_u bits = (vec_u)v;
+  vec_u rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  rounded = v == v ? rounded : 0x7fc0u - (vec_u){};
+  *reinterpret_cast<vec_h*>(p) = __builtin_convertvector(rounded, vec_h);
+}
+
+inline vec splat(float a) { return a - (vec){}; }
+
+inline float sum(vec v) {
+  float total = 0;
+  for (int i = 0; i < 8; ++i) total += v[i] + v[i + 8];
+  return total;
+}
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+
+template <class T>
+using Buffer = std::unique_ptr<T[], Free>;
+
+template <class T>
+Buffer<T> buffer(int64_t count) {
+  const size_t bytes = (count * sizeof(T) + 127) / 64 * 64;
+  return Buffer<T>(static_cast<T*>(std::aligned_alloc(64, bytes)));
+}
+
+// ---------------------------------------------------------------- matrix products
+
+// B[k][n] = W[n][k], in oneDNN's order of pairs of k for bfloat16.
+template <class T>
+void transpose_into(T* B, const T* W, int64_t rows_n, int64_t K) {
+  using Unit = std::conditional_t<std::is_same_v<T, float>, uint32_t, uint32_t>;
+  const int64_t pair = sizeof(Unit) / sizeof(T);
+  const auto* source = reinterpret_cast<const Unit*>(W);
+  auto* target = reinterpret_cast<Unit*>(B);
+  const int64_t units = K / pair;
+  for (int64_t n0 = 0; n0 < rows_n; n0 += LANES)
+    for (int64_t k0 = 0; k0 < units; k0 += LANES)
+      for (int64_t k = k0; k < std::min(k0 + LANES, units); ++k)
+        for (int64_t n = n0; n < std::min(n0 + LANES, rows_n); ++n) target[k * rows_n + n] = source[n * units + k];
+}
+
+// C = A B, or C += A B; B from transpose_into.
+template <class T>
+void product(int64_t M, int64_t N, int64_t K, const T* A, int64_t lda, const T* B, int64_t ldb, float* C,
+             int64_t ldc) {
+  at::native::cpublas::brgemm(M, N, K, lda, ldb, ldc, false, A, B, C, std::is_same_v<T, bf16>);
+}
+
+// G[i][j] += Σ_p q[p][i] k[p][j] for ROWS values of i and 16·COLUMNS of j, in registers.
+template <int ROWS, int COLUMNS>
+void outer_tile(float* G, int64_t ldg, const float* q, const float* k, int64_t ld, int64_t pixels) {
+  vec total[ROWS][COLUMNS];
+  for (int i = 0; i < ROWS; ++i)
+    for (int j = 0; j < COLUMNS; ++j) total[i][j] = load(G + i * ldg + j * LANES);
+  for (int64_t p = 0; p < pixels; ++p, q += ld, k += ld) {
+    vec row[COLUMNS];
+#pragma GCC unroll 3
+    for (int j = 0; j < COLUMNS; ++j) row[j] = load(k + j * LANES);
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 3
+      for (int j = 0; j < COLUMNS; ++j) total[i][j] += q[i] * row[j];
+  }
+  for (int i = 0; i < ROWS; ++i)
+    for (int j = 0; j < COLUMNS; ++j) store(G + i * ldg + j * LANES, total[i][j]);
+}
+
+// G += qᵀ k, both (pixels, c) with row stride ld.
+void outer(float* G, const float* q, const float* k, int64_t c, int64_t ld, int64_t pixels) {
+  for (int64_t j = 0; j < c;) {
+    const bool wide = c - j >= 3 * LANES;
+    for (int64_t i = 0; i < c; i += 8) {
+      if (wide)
+        outer_tile<8, 3>(G + i * c + j, c, q + i, k + j, ld, pixels);
+      else
+        outer_tile<8, 1>(G + i * c + j, c, q + i, k + j, ld, pixels);
+    }
+    j += wide ? 3 * LANES : LANES;
+  }
+}
+
+// ---------------------------------------------------------------- LN
+
+template <class T>
+void layer_norm(T* out, const T* x, const float* weight, const float* bias, float eps, int64_t C) {
+  vec total = {};
+  for (int64_t c = 0; c < C; c += LANES) total += load(x + c);
+  const float mean = sum(total) / C;
+  vec squares = {};
+  for (int64_t c = 0; c < C; c += LANES) {
+    const vec d = load(x + c) - mean;
+    squares += d * d;
+  }
+  const float scale = 1.0f / __builtin_sqrtf(sum(squares) / C + eps);
+  for (int64_t c = 0; c < C; c += LANES)
+    store(out + c, (load(x + c) - mean) * scale * load(weight + c) + load(bias + c));
+}
+
+// ---------------------------------------------------------------- DFGB
+
+// Φ by 7.1.26 of Abramowitz and Stegun's handbook, |error| < 1e-7: GELU(x) = x Φ(x).
+inline vec gelu(vec x) {
+  const vec z = (x < 0 ? -x : x) * 0.70710678118654752f;
+  const vec t = 1.0f / (1.0f + 0.3275911f * z);
+  const vec poly =
+      t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
+  // e^(-z²) = 2^n 2^f, n whole and |f| ≤ 1/2
+  vec e = -z * z * 1.44269504088896341f;
+  e = e < -126.0f ? splat(-126.0f) : e;
+  const vec shifted = e + 12582912.0f;
+  const vec f = (e - (shifted - 12582912.0f)) * 0.693147180559945f;
+  const vec power = 1.0f + f * (1.0f + f * (0.5f + f * (0.166666667f + f * (0.0416666667f + f * (0.00833333333f + f * 0.00138888889f)))));
+  const vec_i scale = (__builtin_convertvector(shifted - 12582912.0f, vec_i) + 127) << 23;
+  const vec tail = 0.5f * poly * power * (vec)scale;
+  return x * (x < 0 ? tail : 1.0f - tail);
+}
+
+constexpr float ROOT_HALF = 0.70710678118654752f;
+
+// Real transform of 8 values; out = Re 0, Re 4, Re 1, Im 1, Re 2, Im 2, Re 3, Im 3.
+inline void real_fft(const vec x[8], vec out[8]) {
+  const vec a0 = x[0] + x[4], a1 = x[1] + x[5], a2 = x[2] + x[6], a3 = x[3] + x[7];
+  const vec b0 = x[0] - x[4], b1 = x[1] - x[5], b2 = x[2] - x[6], b3 = x[3] - x[7];
+  const vec s = a0 + a2, t = a1 + a3;
+  out[0] = s + t;
+  out[1] = s - t;
+  out[4] = a0 - a2;
+  out[5] = a3 - a1;
+  const vec c = (b1 - b3) * ROOT_HALF, d = (b1 + b3) * ROOT_HALF;
+  out[2] = b0 + c;
+  out[3] = -b2 - d;
+  out[6] = b0 - c;
+  out[7] = b2 - d;
+}
+
+// The inverse of real_fft times 8.
+inline void real_inverse(const vec in[8], vec x[8]) {
+  const vec s = in[0] + in[1], t = in[0] - in[1];
+  const vec r2 = in[4] + in[4], i2 = in[5] + in[5];
+  const vec a0 = s + r2, a2 = s - r2, a1 = t - i2, a3 = t + i2;
+  const vec b0 = 2.0f * (in[2] + in[6]), b2 = 2.0f * (in[7] - in[3]);
+  const vec c = (in[2] - in[6]) * (2.0f * ROOT_HALF), d = (in[3] + in[7]) * (-2.0f * ROOT_HALF);
+  const vec b1 = c + d, b3 = d - c;
+  x[0] = a0 + b0, x[4] = a0 - b0;
+  x[1] = a1 + b1, x[5] = a1 - b1;
+  x[2] = a2 + b2, x[6] = a2 - b2;
+  x[3] = a3 + b3, x[7] = a3 - b3;
+}
+
+// Complex transform of 8 values in place; e^(-2πi/8·jk), or its conjugate for SIGN = -1.
+template <int SIGN>
+inline void complex_fft(vec re[8], vec im[8]) {
+  vec er[4], ei[4], dr[4], di[4];
+  for (int j = 0; j < 4; ++j) {
+    er[j] = re[j] + re[j + 4], ei[j] = im[j] + im[j + 4];
+    dr[j] = re[j] - re[j + 4], di[j] = im[j] - im[j + 4];
+  }
+  // odd outputs: d_j turned by j eighths of a turn
+  const float g = SIGN;
+  const vec r1 = (dr[1] + g * di[1]) * ROOT_HALF, i1 = (di[1] - g * dr[1]) * ROOT_HALF;
+  const vec r2 = g * di[2], i2 = -g * dr[2];
+  const vec r3 = (g * di[3] - dr[3]) * ROOT_HALF, i3 = (-g * dr[3] - di[3]) * ROOT_HALF;
+  const vec or_[4] = {dr[0], r1, r2, r3}, oi[4] = {di[0], i1, i2, i3};
+  auto four = [&](const vec* ar, const vec* ai, int first) {
+    const vec sr = ar[0] + ar[2], si = ai[0] + ai[2], tr = ar[1] + ar[3], ti = ai[1] + ai[3];
+    const vec ur = ar[0] - ar[2], ui = ai[0] - ai[2], vr = ar[1] - ar[3], vi = ai[1] - ai[3];
+    re[first] = sr + tr, im[first] = si + ti;
+    re[first + 4] = sr - tr, im[first + 4] = si - ti;
+    re[first + 2] = ur + g * vi, im[first + 2] = ui - g * vr;
+    re[first + 6] = ur - g * vi, im[first + 6] = ui + g * vr;
+  };
+  four(er, ei, 0);
+  four(or_, oi, 1);
+}
+
+// DFGB's filter of 16 channels of an 8×8 block, in place.
+// Row y of the block begins at U + y·row; a pixel is ld floats on.
+// mask: (8, 5, C) with 1/64 in it and equal values at ±u in the columns 0 and 4.
+void filter_block(float* U, int64_t row, int64_t ld, const float* mask, int64_t C) {
+  vec spectrum[8][8];
+  for (int y = 0; y < 8; ++y) {
+    vec x[8];
+    for (int j = 0; j < 8; ++j) x[j] = load(U + y * row + j * ld);
+    real_fft(x, spectrum[y]);
+  }
+  for (int j = 0; j < 2; ++j) {  // v = 0 and v = 4
+    const float* m = mask + j * 4 * C;
+    auto at = [&](int u) { return load(m + u * HALF * C); };
+    vec x[8], s[8];
+    for (int y = 0; y < 8; ++y) x[y] = spectrum[y][j];
+    real_fft(x, s);
+    s[0] *= at(0), s[1] *= at(4);
+    for (int u = 1; u < 4; ++u) s[2 * u] *= at(u), s[2 * u + 1] *= at(u);
+    real_inverse(s, x);
+    for (int y = 0; y < 8; ++y) spectrum[y][j] = x[y];
+  }
+  for (int v = 1; v < 4; ++v) {
+    vec re[8], im[8];
+    for (int y = 0; y < 8; ++y) re[y] = spectrum[y][2 * v], im[y] = spectrum[y][2 * v + 1];
+    complex_fft<1>(re, im);
+    for (int u = 0; u < 8; ++u) {
+      const vec m = load(mask + (u * HALF + v) * C);
+      re[u] *= m, im[u] *= m;
+    }
+    complex_fft<-1>(re, im);
+    for (int y = 0; y < 8; ++y) spectrum[y][2 * v] = re[y], spectrum[y][2 * v + 1] = im[y];
+  }
+  for (int y = 0; y < 8; ++y) {
+    vec x[8];
+    real_inverse(spectrum[y], x);
+    for (int j = 0; j < 8; ++j) store(U + y * row + j * ld, x[j]);
+  }
+}
+
+// ---------------------------------------------------------------- tiles
+
+enum Gate : int64_t { DFGB = 0, GELU = 1, IDENTITY = 2 };
+
+}  // namespace
+
+extern "C" {
+
+// One image and one block's parameters; native.py mirrors this.
+struct Dsga {
+  int64_t height, width, channels, heads, gate;
+  double eps;
+  const void* x;            // (height, width, C)
+  void* y;                  // (height, width, C); restore only
+  const float* norm_weight; // (C,)
+  const float* norm_bias;   // (C,)
+  const void* project_in;   // (2C, C): of Q and K, or of V and U
+  const float* depthwise;   // (9, 2C)
+  const void* attention;    // (heads, c, c); restore only
+  const void* project_out;  // (C, C); restore only
+  const float* mask;        // (8, 5, C), see filter_block; restore only
+  float* gram;              // (heads, c, c); scores only
+  float* squares;           // (2C,); scores only
+};
+}
+
+namespace {
+
+struct Task {
+  int64_t top, bottom, left, right;
+};
+
+// Columns of tiles, cut across where there are fewer than threads.
+std::vector<Task> tasks(int64_t height, int64_t width, int64_t tile_width) {
+  const int64_t threads = at::get_num_threads();
+  const int64_t columns = (width + tile_width - 1) / tile_width;
+  const int64_t tile_rows = (height + BLOCK - 1) / BLOCK;
+  int64_t cuts = threads == 1 ? 1 : (4 * threads + columns - 1) / columns;
+  // A cut costs two more rows of the pointwise product, so keep the pieces at 64 rows where that feeds all threads.
+  cuts = std::min(cuts, std::max<int64_t>(tile_rows / 8, (threads + columns - 1) / columns));
+  cuts = std::max<int64_t>(1, std::min(cuts, tile_rows));
+  std::vector<Task> list;
+  for (int64_t i = 0; i < cuts; ++i)
+    for (int64_t j = 0; j < columns; ++j) {
+      const int64_t top = tile_rows * i / cuts * BLOCK, bottom = tile_rows * (i + 1) / cuts * BLOCK;
+      list.push_back({top, std::min(bottom, height), j * tile_width, std::min((j + 1) * tile_width, width)});
+    }
+  return list;
+}
+
+int64_t tile_width(int64_t channels) {
+  const int64_t fitting = (512 << 10) / (10 * 2 * channels * int64_t(sizeof(float)));
+  return std::max<int64_t>(32, fitting / BLOCK * BLOCK);
+}
+
+// Runs `work(task index, task)` for every task; false if a matrix product is missing.
+template <class Work>
+bool run(const std::vector<Task>& list, const Work& work) {
+  std::atomic<int64_t> next{0};
+  std::atomic<bool> sound{true};
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), list.size());
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (; begin < end; ++begin)
+      try {
+        for (int64_t i; (i = next++) < int64_t(list.size());) work(i, list[i]);
+      } catch (...) {
+        sound = false;
+      }
+  });
+  return sound;
+}
+
+// W_p LN(x) of a tile and the rows above and below it, and W_d of that.
+template <class T>
+class Projection {
+ public:
+  Projection(const Dsga& d, const T* packed, const Task& task)
+      : d_(d), packed_(packed), task_(task), C_(d.channels), stride_(task.right - task.left + 2),
+        normalised_(buffer<T>(10 * stride_ * C_)), projected_(buffer<float>(10 * stride_ * 2 * C_)) {}
+
+  // Makes the rows top-1 … top+8 ready; `top` goes down the task in steps of 8.
+  void advance(int64_t top) {
+    const int64_t row = stride_ * 2 * C_;
+    float* P = projected_.get();
+    int64_t first = top - 1;
+    if (top != task_.top) {
+      std::memcpy(P, P + 8 * row, 2 * row * sizeof(float));
+      first = top + 1;
+    }
+    const int64_t begin = std::max<int64_t>(first, 0), end = std::min(top + 9, d_.height);
+    if (first < 0) std::memset(P, 0, row * sizeof(float));
+    if (end < top + 9) std::memset(P + (end - top + 1) * row, 0, (top + 9 - end) * row * sizeof(float));
+    if (begin >= end) return;
+    normalise(begin, end);
+    product<T>((end - begin) * stride_, 2 * C_, C_, normalised_.get(), C_, packed_, 2 * C_,
+               P + (begin - top + 1) * row, 2 * C_);
+  }
+
+  // W_d of channels c … c+15 at the 3×3 pixels from row y (0 … 7) of the tile and column j.
+  const float* at(int64_t y, int64_t j) const { return projected_.get() + (y * stride_ + j) * 2 * C_; }
+
+  // Writes `rows`×`columns` pixels of W_d P, channels from … from+count, from tile column j0.
+  template <class Out>
+  void convolve(Out* out, int64_t out_row, int64_t out_ld, int64_t rows, int64_t j0, int64_t columns, int64_t from,
+                int64_t count) const {
+    const int64_t ld = 2 * C_, row = stride_ * ld;
+    for (int64_t c = from; c < from + count; c += LANES) {
+      vec w[9];
+      for (int i = 0; i < 9; ++i) w[i] = load(d_.depthwise + i * ld + c);
+      for (int64_t y = 0; y < rows; ++y) {
+        const float* p = at(y, j0) + c;
+        Out* o = out + y * out_row + c - from;
+        for (int64_t j = 0; j < columns; ++j, p += ld, o += out_ld) {
+          vec a = w[0] * load(p), b = w[3] * load(p + row), e = w[6] * load(p + 2 * row);
+          a += w[1] * load(p + ld), b += w[4] * load(p + row + ld), e += w[7] * load(p + 2 * row + ld);
+          a += w[2] * load(p + 2 * ld), b += w[5] * load(p + row + 2 * ld), e += w[8] * load(p + 2 * row + 2 * ld);
+          store(o, a + b + e);
+        }
+      }
+    }
+  }
+
+ private:
+  void normalise(int64_t begin, int64_t end) {
+    const auto* x = static_cast<const T*>(d_.x);
+    T* out = normalised_.get();
+    for (int64_t r = begin; r < end; ++r)
+      for (int64_t j = task_.left - 1; j <= task_.right; ++j, out += C_) {
+        if (j < 0 || j >= d_.width)
+          std::memset(static_cast<void*>(out), 0, C_ * sizeof(T));
+        else
+          layer_norm(out, x + (r * d_.width + j) * C_, d_.norm_weight, d_.norm_bias, float(d_.eps), C_);
+      }
+  }
+
+  const Dsga& d_;
+  const T* packed_;
+  const Task& task_;
+  const int64_t C_, stride_;
+  Buffer<T> normalised_;
+  Buffer<float> projected_;
+};
+
+template <class T>
+Buffer<T> packed(const void* weights, int64_t N, int64_t K) {
+  auto B = buffer<T>(N * K);
+  const auto* W = static_cast<const T*>(weights);
+  transpose_into(B.get(), W, N, K);
+  return B;
+}
+
+template <class T>
+bool scores(const Dsga& d) {
+  const int64_t C = d.channels, c = C / d.heads;
+  const auto list = tasks(d.height, d.width, tile_width(C));
+  const auto B = packed<T>(d.project_in, 2 * C, C);
+  // One sum a task, added in order: the result does not depend on which thread was faster.
+  const int64_t size = C * c + 2 * C;
+  std::vector<float> sums(list.size() * size, 0.0f);
+  const bool sound = run(list, [&](int64_t index, const Task& task) {
+    float* gram = sums.data() + index * size;
+    float* squares = gram + C * c;
+    Projection<T> P(d, B.get(), task);
+    const int64_t group = 16;
+    auto QK = buffer<float>(BLOCK * group * 2 * C);
+    for (int64_t top = task.top; top < task.bottom; top += BLOCK) {
+      P.advance(top);
+      const int64_t rows = std::min(BLOCK, task.bottom - top);
+      for (int64_t j = task.left; j < task.right; j += group) {
+        const int64_t columns = std::min(group, task.right - j);
+        P.convolve(QK.get(), columns * 2 * C, 2 * C, rows, j - task.left, columns, 0, 2 * C);
+        const int64_t pixels = rows * columns;
+        for (int64_t k = 0; k < 2 * C; k += LANES) {
+          vec total = load(squares + k);
+          for (int64_t p = 0; p < pixels; ++p) {
+            const vec v = load(QK.get() + p * 2 * C + k);
+            total += v * v;
+          }
+          store(squares + k, total);
+        }
+        for (int64_t h = 0; h < d.heads; ++h)
+          outer(gram + h * c * c, QK.get() + h * c, QK.get() + C + h * c, c, 2 * C, pixels);
+      }
+    }
+    at::native::cpublas::brgemm_release(std::is_same_v<T, bf16>);
+  });
+  std::memset(d.gram, 0, C * c * sizeof(float));
+  std::memset(d.squares, 0, 2 * C * sizeof(float));
+  for (size_t t = 0; t < list.size(); ++t) {
+    const float* gram = sums.data() + t * size;
+    for (int64_t i = 0; i < C * c; ++i) d.gram[i] += gram[i];
+    for (int64_t i = 0; i < 2 * C; ++i) d.squares[i] += gram[C * c + i];
+  }
+  return sound;
+}
+
+// Repeats the last of `columns` columns and `rows` rows of an 8-row group of `width` columns into the rest of it.
+void replicate(float* U, int64_t rows, int64_t columns, int64_t width, int64_t C) {
+  for (int64_t y = 0; y < rows; ++y)
+    for (int64_t j = columns; j < width; ++j)
+      std::memcpy(U + (y * width + j) * C, U + (y * width + columns - 1) * C, C * sizeof(float));
+  for (int64_t y = rows; y < BLOCK; ++y)
+    std::memcpy(U + y * width * C, U + (rows - 1) * width * C, width * C * sizeof(float));
+}
+
+template <class T>
+bool restore(const Dsga& d) {
+  const int64_t C = d.channels, c = C / d.heads;
+  const auto list = tasks(d.height, d.width, tile_width(C));
+  const auto B = packed<T>(d.project_in, 2 * C, C);
+  const auto B_out = packed<T>(d.project_out, C, C);
+  auto B_map = buffer<T>(C * c);
+  for (int64_t h = 0; h < d.heads; ++h)
+    transpose_into(B_map.get() + h * c * c, static_cast<const T*>(d.attention) + h * c * c, c, c);
+  const auto* x = static_cast<const T*>(d.x);
+  auto* y = static_cast<T*>(d.y);
+  return run(list, [&](int64_t, const Task& task) {
+    Projection<T> P(d, B.get(), task);
+    const int64_t group = C > 192 ? 16 : 32;
+    auto U = buffer<float>(BLOCK * group * C);
+    auto AV = buffer<float>(BLOCK * group * C);
+    auto V = buffer<T>(BLOCK * group * C);
+    std::memset(static_cast<void*>(V.get()), 0, BLOCK * group * C * sizeof(T));
+    for (int64_t top = task.top; top < task.bottom; top += BLOCK) {
+      P.advance(top);
+      const int64_t rows = std::min(BLOCK, task.bottom - top);
+      for (int64_t j = task.left; j < task.right; j += group) {
+        const int64_t columns = std::min(group, task.right - j);
+        const int64_t width = (columns + BLOCK - 1) / BLOCK * BLOCK;
+        P.convolve(V.get(), width * C, C, rows, j - task.left, columns, 0, C);
+        P.convolve(U.get(), width * C, C, rows, j - task.left, columns, C, C);
+        if (d.gate == DFGB) {
+          replicate(U.get(), rows, columns, width, C);
+          for (int64_t b = 0; b < width; b += BLOCK)
+            for (int64_t k = 0; k < C; k += LANES) filter_block(U.get() + b * C + k, width * C, C, d.mask + k, C);
+        }
+        const int64_t pixels = (rows - 1) * width + columns;
+        for (int64_t h = 0; h < d.heads; ++h)
+          product<T>(BLOCK * width, c, c, V.get() + h * c, C, B_map.get() + h * c * c, c, AV.get() + h * c, C);
+        for (int64_t i = 0; i < pixels * C; i += LANES) {
+          const vec u = load(U.get() + i);
+          store(V.get() + i, (d.gate == IDENTITY ? u : gelu(u)) * load(AV.get() + i));
+        }
+        product<T>(BLOCK * width, C, C, V.get(), C, B_out.get(), C, AV.get(), C);
+        for (int64_t r = 0; r < rows; ++r) {
+          const int64_t offset = ((top + r) * d.width + j) * C;
+          const float* out = AV.get() + r * width * C;
+          for (int64_t i = 0; i < columns * C; i += LANES) store(y + offset + i, load(x + offset + i) + load(out + i));
+        }
+      }
+    }
+    at::native::cpublas::brgemm_release(std::is_same_v<T, bf16>);
+  });
+}
+
+}  // namespace
+
+extern "C" {
+int dsga_scores_float32(const Dsga* d) { return !scores<float>(*d); }
+int dsga_scores_bfloat16(const Dsga* d) { return !scores<bf16>(*d); }
+int dsga_restore_float32(const Dsga* d) { return !restore<float>(*d); }
+int dsga_restore_bfloat16(const Dsga* d) { return !restore<bf16>(*d); }
+}

@@ -1,0 +1,110 @@
+"""One image in, one image out: padding, final output, precision, tiles."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from dsgformer_arch.ops.padding import pad_to_multiple
+
+PRECISIONS = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
+"""Names of the precisions that command lines and options take."""
+
+
+def final_output(network: nn.Module, outputs: Tensor | list[Tensor] | tuple[Tensor, ...]) -> Tensor:
+    """The restored image among what a network returns.
+
+    A network that returns several images (MPRNet's stages, ConvIR's scales)
+    says in its class attribute `final_output` which one counts: an index, -1
+    where it says nothing.
+    """
+    if isinstance(outputs, (list, tuple)):
+        return outputs[getattr(network, 'final_output', -1)]
+    return outputs
+
+
+@contextlib.contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients inside, the former mode afterwards."""
+    training = network.training
+    network.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        network.train(training)
+
+
+def restore(
+    network: nn.Module,
+    image: Tensor,
+    *,
+    precision: str = 'fp32',
+    tile: int | None = None,
+    tile_overlap: int = 32,
+) -> Tensor:
+    """Restore a batch of images.
+
+    Args:
+        network: any network of (N, 3, H, W) to the same size.  Its attributes `pad_multiple` and
+            `min_size`, where it has them, say what sizes it takes.
+        image: (N, 3, H, W) in [0, 1], on the network's device.
+        precision: `'fp32'`, or `'bf16'` or `'fp16'` for autocast.
+        tile: side of the tiles into which larger images are cut, or None for the whole image at once.
+            Tiles change the result wherever a network uses statistics of the whole image.
+        tile_overlap: how far tiles overlap; the overlap is blended linearly.
+
+    Returns:
+        (N, 3, H, W), float32 (float64 for a float64 image), not clipped.
+
+    Raises:
+        ValueError: tile or overlap are out of range.
+    """
+    if tile is not None and not 0 <= tile_overlap < tile:
+        raise ValueError(
+            f'tile_overlap is {tile_overlap}, but should lie between 0 and tile - 1 = {tile - 1}'
+        )
+    with evaluating(network):
+        if tile is None or max(image.shape[-2:]) <= tile:
+            return _whole(network, image, precision)
+        return _tiled(network, image, precision, tile, tile_overlap)
+
+
+def _whole(network: nn.Module, image: Tensor, precision: str) -> Tensor:
+    height, width = image.shape[-2:]
+    padded = pad_to_multiple(image, getattr(network, 'pad_multiple', 1), getattr(network, 'min_size', 1))
+    dtype = PRECISIONS[precision]
+    with torch.autocast(image.device.type, dtype, enabled=dtype is not torch.float32):
+        restored = final_output(network, network(padded))
+    restored = restored if restored.dtype == torch.float64 else restored.float()
+    return restored[..., :height, :width]
+
+
+def _tiled(network: nn.Module, image: Tensor, precision: str, tile: int, overlap: int) -> Tensor:
+    total = torch.zeros_like(image)
+    weight = torch.zeros_like(image[:1, :1])
+    height, width = image.shape[-2:]
+    for top in tile_starts(height, tile, overlap):
+        for left in tile_starts(width, tile, overlap):
+            part = image[..., top : top + tile, left : left + tile]
+            ramp = _ramp(part.shape[-2], overlap, image)[:, None] * _ramp(part.shape[-1], overlap, image)
+            total[..., top : top + tile, left : left + tile] += ramp * _whole(network, part, precision)
+            weight[..., top : top + tile, left : left + tile] += ramp
+    return total / weight
+
+
+def tile_starts(size: int, tile: int, overlap: int) -> list[int]:
+    """Where tiles of side `tile` start so that they cover `size` and overlap by at least `overlap`."""
+    if size <= tile:
+        return [0]
+    step = tile - overlap
+    return [*range(0, size - tile, step), size - tile]
+
+
+def _ramp(size: int, overlap: int, like: Tensor) -> Tensor:
+    """Weights that rise from the tile's border over the overlap; never 0."""
+    position = torch.arange(1, size + 1, device=like.device, dtype=like.dtype)
+    return torch.minimum(position, size + 1 - position).clamp(max=overlap + 1)

@@ -1,0 +1,55 @@
+"""The package's metadata.  Versions that the set-up pins stand in constraints.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+version = re.search(
+    r"__version__ = '(.+)'", (here / 'dsgformer_arch' / '__init__.py').read_text(encoding='utf-8')
+)
+
+setup(
+    name='dsgformer',
+    version=version[1],
+    description='Deep Sparse Gated Transformer for image deblurring, and its peers, as a plug-in of BasicSR',
+    long_description=(here / 'README.md').read_text(encoding='utf-8'),
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    python_requires='>=3.10',
+    packages=find_packages(include=['dsgformer_arch', 'dsgformer_arch.*']),
+    package_data={'dsgformer_arch': ['py.typed']},
+    # Lower bounds only, so that an environment that works keeps its own torch.
+    install_requires=[
+        'torch>=2.6',
+        'torchvision',
+        'basicsr==1.4.2',
+        'spandrel>=0.4.2',
+        'spandrel_extra_arches>=0.2.0',
+        'numpy',
+        'scipy',
+        'opencv-python',
+        'lmdb',
+        'pyyaml',
+        'addict',
+        'safetensors',
+        'tqdm',
+    ],
+    extras_require={
+        'sample': ['scikit-image>=0.22'],
+        'benchmark': ['matplotlib', 'psutil', 'scikit-image>=0.22'],
+        'metrics': ['pyiqa'],
+        'dev': [
+            'scikit-image>=0.22', 'matplotlib', 'psutil', 'pytest', 'pytest-xdist', 'ruff', 'mypy', 'types-PyYAML',
+        ],
+    },
+    entry_points={'console_scripts': ['basicsr=dsgformer_arch.cli.basicsr:main']},
+    classifiers=[
+        'License :: OSI Approved :: Apache Software License',
+        'Programming Language :: Python :: 3.10',
+        'Programming Language :: Python :: 3.11',
+        'Programming Language :: Python :: 3.12',
+        'Topic :: Scientific/Engineering :: Image Processing',
+    ],
+)  # fmt: skip

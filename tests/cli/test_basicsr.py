@@ -1,0 +1,259 @@
+"""`basicsr train` and `basicsr test`, as a person runs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dsgformer_arch.cli import basicsr
+from dsgformer_arch.errors import UserError
+from tests.trees import SHARED, tiny_options, write_project
+
+
+@pytest.fixture(autouse=True)
+def _restore_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command changes the folder and `sys.argv` of its process."""
+    monkeypatch.chdir(os.getcwd())
+    monkeypatch.setattr(sys, 'argv', ['basicsr'])
+
+
+def options_to_test() -> dict[str, Any]:
+    """Options that test what `tiny_options` trained."""
+    options = tiny_options('tiny_test')
+    dataset = options['datasets'].pop('val')
+    options['datasets'] = {'test': dataset}
+    options['path'] |= {
+        'pretrain_network_g': 'experiments/tiny/models/net_g_latest.pth',
+        'param_key_g': 'params_ema',
+    }
+    options['val'] |= {'save_img': True, 'suffix': None}
+    for key in ('train', 'logger'):
+        del options[key]
+    return options
+
+
+def test_train_then_test_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything lands below the project, wherever one stands; the test reports what training reached."""
+    file = write_project(tmp_path / 'project', tiny_options())
+    elsewhere = tmp_path / 'elsewhere'
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert basicsr.main(['train', '-opt', str(file)]) == 0
+    run = tmp_path / 'project' / 'experiments' / 'tiny'
+    assert sorted(path.name for path in (run / 'models').iterdir()) == [
+        'net_g_2.pth', 'net_g_4.pth', 'net_g_latest.pth',
+    ]  # fmt: skip
+    record = json.loads((run / 'training.json').read_text())
+    assert record['iterations'] == 4
+    assert record['seconds'] > 0
+    trained = json.loads((run / 'metrics_sample.json').read_text())
+
+    monkeypatch.chdir(elsewhere)
+    file = write_project(tmp_path / 'project', options_to_test(), 'options/test.yml')
+    assert basicsr.main(['test', '-opt', str(file)]) == 0
+    results = tmp_path / 'project' / 'results' / 'tiny_test'
+    tested = json.loads((results / 'metrics_sample.json').read_text())
+    assert tested['means'] == pytest.approx(trained['means'])
+    assert {row['image'] for row in tested['images']} == {'test-0', 'test-1'}
+    pictures = sorted((results / 'visualization' / 'sample').iterdir())
+    assert [picture.name for picture in pictures] == ['test-0_tiny_test.png', 'test-1_tiny_test.png']
+    assert not list(elsewhere.iterdir())
+
+
+def test_root_option_wins(tmp_path: Path) -> None:
+    file = write_project(tmp_path / 'project', tiny_options(iterations=2))
+    other = tmp_path / 'other'
+    (other / 'datasets').mkdir(parents=True)
+    (other / 'datasets' / 'sample').symlink_to(tmp_path / 'project' / 'datasets' / 'sample')
+    assert basicsr.main(['train', '-opt', str(file), '--root', str(other)]) == 0
+    assert (other / 'experiments' / 'tiny' / 'training.json').is_file()
+    assert not (tmp_path / 'project' / 'experiments').exists()
+
+
+def test_root_folder(tmp_path: Path) -> None:
+    (tmp_path / 'results').mkdir()
+    file = str(tmp_path / 'options' / 'a.yml')
+    assert basicsr.root_folder(file, None) == str(tmp_path)
+    assert basicsr.root_folder(str(tmp_path / 'a.yml'), None) == str(tmp_path)
+    assert basicsr.root_folder(str(tmp_path / 'a.yml'), None, 'results') == str(tmp_path / 'results')
+    with pytest.raises(UserError, match='does not exist'):
+        basicsr.root_folder(file, str(tmp_path / 'nowhere'))
+
+
+def test_interrupted_run_goes_on(tmp_path: Path) -> None:
+    """Stopped after iteration 2 and resumed: same schedule, all steps counted, nothing done twice."""
+    file = write_project(tmp_path, tiny_options(iterations=4))
+    assert basicsr.main(['train', '-opt', str(file), '--force_yml', 'train:total_iter=2']) == 0
+    run = tmp_path / 'experiments' / 'tiny'
+    before = torch.load(run / 'training_states' / '2.state', weights_only=True)
+    weights = torch.load(run / 'models' / 'net_g_2.pth', weights_only=True)
+    seconds = json.loads((run / 'training.json').read_text())['seconds']
+    assert basicsr.main(['train', '-opt', str(file), '--auto_resume']) == 0
+    after = torch.load(run / 'training_states' / '4.state', weights_only=True)
+    assert [state['optimizers'][0]['state'][0]['step'].item() for state in (before, after)] == [2, 4]
+    assert [state['schedulers'][0]['last_epoch'] for state in (before, after)] == [1, 3]
+    assert after['optimizers'][0]['param_groups'][0]['lr'] == pytest.approx(1e-6)
+    record = json.loads((run / 'training.json').read_text())
+    assert record['iterations'] == 4
+    assert record['seconds'] > seconds
+    resumed = torch.load(run / 'models' / 'net_g_4.pth', weights_only=True)
+    assert not torch.equal(resumed['params']['head.weight'], weights['params']['head.weight'])
+    assert torch.allclose(resumed['params']['head.weight'], weights['params']['head.weight'], atol=0.01)
+
+
+@pytest.mark.long
+def test_terminated_run_saves_its_state(tmp_path: Path) -> None:
+    options = tiny_options(iterations=100000)
+    options['logger']['save_checkpoint_freq'] = 100000
+    options['val']['val_freq'] = 100000
+    file = write_project(tmp_path, options)
+    process = subprocess.Popen(
+        [sys.executable, '-m', 'dsgformer_arch.cli.basicsr', 'train', '-opt', str(file)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    for line in process.stderr:
+        if 'iter:       3' in line:
+            break
+    process.send_signal(signal.SIGTERM)
+    rest = process.stderr.read()
+    assert process.wait(60) == 130
+    assert 'go on with --auto_resume' in rest
+    states = list((tmp_path / 'experiments' / 'tiny' / 'training_states').iterdir())
+    assert len(states) == 1
+    assert (tmp_path / 'experiments' / 'tiny' / 'models' / f'net_g_{states[0].stem}.pth').is_file()
+
+
+@pytest.mark.long
+def test_two_processes_train_together(tmp_path: Path) -> None:
+    """torchrun on a machine without GPUs, and a validation that both share."""
+    if torch.cuda.is_available():
+        pytest.skip('this is the path of machines without a GPU')
+    file = write_project(tmp_path, tiny_options(iterations=2))
+    done = subprocess.run(
+        [
+            sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2',
+            '-m', 'dsgformer_arch.cli.basicsr', 'train', '-opt', str(file), '--launcher', 'pytorch',
+        ],
+        capture_output=True, text=True, timeout=300, env=os.environ | {'OMP_NUM_THREADS': '1'},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = json.loads((tmp_path / 'experiments' / 'tiny' / 'metrics_sample.json').read_text())
+    assert len(record['images']) == 2
+
+
+def stopped(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as caught:
+        basicsr.main(arguments)
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert 'Traceback' not in error
+    lines = [line for line in error.splitlines() if line.startswith('error: ')]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_wrong_input_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert 'no/such.yml' in stopped(['train', '-opt', 'no/such.yml'], capsys)
+    options = tiny_options()
+    options['network_g']['type'] = 'DSGFormr'
+    file = write_project(tmp_path, options)
+    assert 'did you mean DSGformer' in stopped(['train', '-opt', str(file)], capsys)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['datasets', 'options']
+
+
+def test_checkpoint_of_another_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = options_to_test()
+    weights = tmp_path / options['path']['pretrain_network_g']
+    weights.parent.mkdir(parents=True)
+    torch.save({'params_ema': {'conv.weight': torch.ones(3, 3)}}, weights)
+    file = write_project(tmp_path, options)
+    message = stopped(['test', '-opt', str(file)], capsys)
+    assert 'net_g_latest.pth does not fit DSGformer' in message
+    assert 'head.weight is missing' in message
+
+
+def test_checkpoint_that_would_run_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Evil:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(tmp_path / 'made'),)
+
+    options = options_to_test()
+    weights = tmp_path / options['path']['pretrain_network_g']
+    weights.parent.mkdir(parents=True)
+    torch.save({'params_ema': Evil()}, weights)
+    file = write_project(tmp_path, options)
+    assert 'would run code' in stopped(['test', '-opt', str(file)], capsys)
+    assert not (tmp_path / 'made').exists()
+
+
+def test_missing_gpu_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip('this machine has a GPU')
+    options = tiny_options() | {'num_gpu': 1}
+    file = write_project(tmp_path, options)
+    assert 'has no GPU' in stopped(['train', '-opt', str(file)], capsys)
+
+
+def test_full_disk_is_said_and_leaves_nothing_half(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(content: Any, path: str) -> None:
+        Path(path).write_bytes(b'half')
+        raise OSError(28, 'No space left on device')
+
+    file = write_project(tmp_path, tiny_options())
+    monkeypatch.setattr(torch, 'save', full)
+    message = stopped(['train', '-opt', str(file)], capsys)
+    assert 'No space left' in message
+    assert 'net_g_2.pth' in message
+    assert not list((tmp_path / 'experiments' / 'tiny' / 'models').iterdir())
+
+
+def test_gopro_pair_reports_its_known_psnr(tmp_path: Path) -> None:
+    """A real pair in GoPro's layout, through the preset and `basicsr test`: 24.05 dB blurred."""
+    pair = SHARED / 'data' / 'gopro_pair'
+    if not pair.is_dir():
+        pytest.skip(f'the real GoPro pair is not at {pair}')
+    from basicsr.archs import build_network
+
+    for kind in ('blur', 'sharp'):
+        folder = tmp_path / 'GOPRO_Large' / 'test' / 'GOPR0384_11_00' / kind
+        folder.mkdir(parents=True)
+        (folder / '000001.png').write_bytes((pair / kind / 'istanbul.png').read_bytes())
+    subprocess.run(
+        [
+            sys.executable, str(Path(__file__).parents[2] / 'tools' / 'create_lmdb.py'), 'gopro',
+            str(tmp_path / 'GOPRO_Large'), str(tmp_path / 'datasets' / 'gopro'), '--split', 'test',
+        ],
+        check=True,
+    )  # fmt: skip
+    options = options_to_test()
+    for key in ('gt', 'lq'):
+        options['datasets']['test'][f'dataroot_{key}'] = f'datasets/gopro/test_{key}.lmdb'
+    options['val']['save_img'] = False
+    weights = tmp_path / options['path']['pretrain_network_g']
+    weights.parent.mkdir(parents=True)
+    torch.save({'params_ema': build_network(options['network_g']).state_dict()}, weights)
+    file = write_project(tmp_path, options)
+    assert basicsr.main(['test', '-opt', str(file)]) == 0
+    means = json.loads((tmp_path / 'results' / 'tiny_test' / 'metrics_sample.json').read_text())['means']
+    assert np.isclose(means['psnr_blurred'], 24.05, atol=0.005)
+
+
+def test_help_explains(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        basicsr.main(['--help'])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert 'basicsr train -opt' in text
+    assert 'root' in text

@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import struct
+import zlib
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from dsgformer_arch.data.image_files import BadImageError, Shape, check_image
+
+
+def noise(height: int, width: int, channels: int = 3, dtype: type = np.uint8) -> NDArray[Any]:
+    shape = (height, width) if channels == 1 else (height, width, channels)
+    return np.random.default_rng(0).integers(0, np.iinfo(dtype).max, shape, dtype=dtype)
+
+
+def encoded(suffix: str, image: NDArray[Any]) -> bytes:
+    return cv2.imencode(suffix, image)[1].tobytes()
+
+
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack('>I', len(body)) + kind + body + struct.pack('>I', zlib.crc32(kind + body))
+
+
+def png(colour: int, depth: int = 8, before_data: bytes = b'', data: bytes | None = None) -> bytes:
+    """A 6x4 PNG put together by hand from the specification."""
+    samples = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
+    row = b'\0' + bytes(6 * samples * depth // 8)
+    body = zlib.compress(row * 4) if data is None else data
+    header = chunk(b'IHDR', struct.pack('>IIBBBBB', 6, 4, depth, colour, 0, 0, 0))
+    return b'\x89PNG\r\n\x1a\n' + header + before_data + chunk(b'IDAT', body) + chunk(b'IEND', b'')
+
+
+def exif(orientation: int) -> bytes:
+    return b'MM\0*\0\0\0\x08\0\1\x01\x12\0\3\0\0\0\1' + struct.pack('>HHI', orientation, 0, 0)
+
+
+PALETTE = chunk(b'PLTE', b'\1\2\3' * 4)
+
+
+@pytest.mark.parametrize(
+    'data',
+    [
+        png(0),
+        png(0, 16),
+        png(0, before_data=chunk(b'tRNS', b'\0\5')),
+        png(2),
+        png(2, 16),
+        png(2, before_data=chunk(b'tRNS', b'\0\5\0\1\0\2')),
+        png(3, before_data=PALETTE),
+        png(3, before_data=PALETTE + chunk(b'tRNS', b'\1\2')),
+        png(4),
+        png(6),
+        encoded('.jpg', noise(33, 17)),
+        encoded('.jpg', noise(33, 17, 1)),
+        cv2.imencode('.jpg', noise(40, 50), [cv2.IMWRITE_JPEG_PROGRESSIVE, 1])[1].tobytes(),
+    ],
+)
+def test_shape_is_what_opencv_decodes(data: bytes) -> None:
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    assert image is not None
+    channels = 1 if image.ndim == 2 else image.shape[2]
+    assert check_image(data) == Shape(image.shape[0], image.shape[1], channels)
+
+
+def test_every_single_flipped_byte_of_a_png_is_noticed() -> None:
+    data = bytearray(encoded('.png', noise(5, 7)))
+    for position in range(len(data)):
+        data[position] ^= 0x10
+        with pytest.raises(BadImageError):
+            check_image(bytes(data))
+        data[position] ^= 0x10
+    check_image(bytes(data))
+
+
+@pytest.mark.parametrize('suffix', ['.png', '.jpg'])
+def test_every_truncation_is_noticed(suffix: str) -> None:
+    data = encoded(suffix, noise(16, 16))
+    for length in range(len(data)):
+        with pytest.raises(BadImageError):
+            check_image(data[:length])
+    assert check_image(data) == Shape(16, 16, 3)
+    assert check_image(data + b'trailing bytes do no harm') == Shape(16, 16, 3)
+
+
+@pytest.mark.parametrize(
+    ('data', 'reason'),
+    [
+        (b'', 'is empty'),
+        (b'BM not for us', 'neither PNG nor JPEG'),
+        (b'\x89PNG\r\n\x1a\n' + chunk(b'IDAT', b'') + chunk(b'IEND', b''), 'does not begin with an IHDR'),
+        (png(2).replace(chunk(b'IDAT', zlib.compress(bytes(19 * 4))), b''), 'no image data'),
+        (b'\xff\xd8\xff\xd9' + bytes(8), 'no image data'),
+    ],
+)
+def test_reasons(data: bytes, reason: str) -> None:
+    with pytest.raises(BadImageError, match=reason):
+        check_image(data)
+
+
+def test_no_pixel_is_decoded() -> None:
+    """A chunk's check sum says nothing of the compressed stream within: that is for --verify to find."""
+    data = png(2, data=b'no zlib stream')
+    assert check_image(data) == Shape(4, 6, 3)
+    assert cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) is None
+
+
+def test_turned_images_are_refused(tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.mktemp('jpeg') / 'turned.jpg'
+    picture = Image.fromarray(noise(8, 12))
+    for orientation in (6, 1):
+        tags = Image.Exif()
+        tags[0x0112] = orientation
+        picture.save(path, exif=tags)
+        for data in (path.read_bytes(), png(2, before_data=chunk(b'eXIf', exif(orientation)))):
+            if orientation == 1:
+                check_image(data)
+            else:
+                with pytest.raises(BadImageError, match='orientation 6'):
+                    check_image(data)
+    assert check_image(png(2, before_data=chunk(b'eXIf', b'nonsense'))) == Shape(4, 6, 3)

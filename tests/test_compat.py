@@ -1,0 +1,170 @@
+"""Each repair of BasicSR: the fault is there without it and gone with it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from dsgformer_arch import compat
+from tests.trees import ROOT
+
+CHECKS = {
+    'missing_torchvision_operators': 'import torchvision.transforms',
+    'removed_functional_tensor': """
+        import basicsr.data.degradations
+        import torch
+        grey = basicsr.data.degradations.rgb_to_grayscale(torch.ones(1, 3, 2, 2))
+        assert grey.shape == (1, 1, 2, 2)
+    """,
+    'option_files_that_run_code': """
+        import yaml
+        from basicsr.utils.options import _postprocess_yml_value, ordered_yaml
+        assert list(yaml.load('b: 1\\na: {d: 2, c: 3}', Loader=ordered_yaml()[0])['a']) == ['d', 'c']
+        assert _postprocess_yml_value('[1, 2]') == [1, 2]
+        assert _postprocess_yml_value('[__import__("os").getpid()]') != [__import__('os').getpid()]
+        try:
+            yaml.load('!!python/object/apply:os.getcwd []', Loader=ordered_yaml()[0])
+        except yaml.constructor.ConstructorError:
+            pass
+        else:
+            raise AssertionError('the option file ran code')
+    """,
+    'resume_without_gpu': """
+        import os, torch, basicsr.train
+        models, states = os.path.abspath('root/models'), os.path.abspath('root/training_states')
+        os.makedirs(models); os.makedirs(states)
+        for iteration in (2, 10):
+            torch.save({'epoch': 1, 'iter': iteration, 'optimizers': [], 'schedulers': []},
+                       f'{states}/{iteration}.state')
+            torch.save({}, f'{models}/net_g_{iteration}.pth')
+        with open(f'{states}/12.state', 'wb') as file:
+            file.write(b'cut off')
+        os.makedirs('elsewhere'); os.chdir('elsewhere')
+        opt = {'name': 'run', 'auto_resume': True, 'network_g': {},
+               'path': {'models': models, 'training_states': states}}
+        assert basicsr.train.load_resume_state(opt)['iter'] == 10
+        assert opt['path']['pretrain_network_g'] == f'{models}/net_g_10.pth'
+        opt = {'name': 'run', 'auto_resume': False, 'network_g': {},
+               'path': {'models': 'new', 'training_states': 'new', 'resume_state': f'{states}/2.state'}}
+        assert basicsr.train.load_resume_state(opt)['iter'] == 2
+        assert opt['path']['models'] == 'new'
+    """,
+    'distributed_without_gpus': """
+        import os, socket, torch
+        from basicsr.models.base_model import BaseModel
+        from basicsr.utils.dist_util import init_dist
+        with socket.socket() as probe:
+            probe.bind(('127.0.0.1', 0))
+            port = probe.getsockname()[1]
+        os.environ.update(RANK='0', LOCAL_RANK='0', WORLD_SIZE='1')
+        os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+        init_dist('pytorch')
+        assert torch.distributed.get_backend() == 'gloo'
+        model = BaseModel({'num_gpu': 0, 'is_train': True, 'dist': True})
+        net = model.model_to_device(torch.nn.Linear(2, 2))
+        assert isinstance(net, torch.nn.parallel.DistributedDataParallel)
+        torch.distributed.destroy_process_group()
+    """,
+    'workers_that_repeat_themselves': """
+        import random, numpy as np, torch
+        from basicsr.data import build_dataloader
+
+        class Draws(torch.utils.data.Dataset):
+            def __len__(self):
+                return 2
+            def __getitem__(self, index):
+                return random.random() + np.random.random()
+
+        def epochs(seed):
+            torch.manual_seed(seed)
+            opt = {'phase': 'train', 'batch_size_per_gpu': 2, 'num_worker_per_gpu': 1}
+            loader = build_dataloader(Draws(), opt, num_gpu=0, seed=seed)
+            return [next(iter(loader)).tolist() for _ in range(2)]
+
+        first, second = epochs(7)
+        assert first != second, 'both epochs drew the same'
+        assert [first, second] == epochs(7), 'a seed does not fix the order'
+    """,
+}
+
+
+def run(check: str, without: str | None, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run `check` in a new process with every repair but `without`."""
+    program = f"""
+import importlib.util, sys
+sys.path.insert(0, {str(ROOT)!r})
+spec = importlib.util.spec_from_file_location('compat', {compat.__file__!r})
+compat = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(compat)
+if __name__ == '__main__':
+    for repair in compat.REPAIRS:
+        if repair.__name__ != {without!r}:
+            repair()
+"""
+    program += textwrap.indent(textwrap.dedent(check), '    ')
+    script = folder / 'script.py'
+    script.write_text(program)
+    return subprocess.run(
+        [sys.executable, str(script)], cwd=folder, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_every_repair_has_a_check() -> None:
+    assert set(CHECKS) == {repair.__name__ for repair in compat.REPAIRS}
+
+
+@pytest.mark.parametrize('repair', CHECKS)
+def test_repair_mends_what_is_broken(repair: str, tmp_path: Path) -> None:
+    if repair in ('resume_without_gpu', 'distributed_without_gpus') and torch.cuda.is_available():
+        pytest.skip('upstream works on a machine with a GPU')
+    (tmp_path / 'with').mkdir()
+    mended = run(CHECKS[repair], None, tmp_path / 'with')
+    assert mended.returncode == 0, mended.stderr
+    (tmp_path / 'without').mkdir()
+    broken = run(CHECKS[repair], repair, tmp_path / 'without')
+    if repair == 'missing_torchvision_operators' and broken.returncode == 0:
+        pytest.skip("torchvision's operators load here")
+    assert broken.returncode != 0, f'{repair} changes nothing here'
+
+
+def test_repairs_do_nothing_twice_or_where_upstream_is_sound(tmp_path: Path) -> None:
+    check = """
+        import basicsr.data, basicsr.train, basicsr.utils.options, basicsr.utils.dist_util as dist_util
+        def mended():
+            return (basicsr.train.load_resume_state, basicsr.utils.options.ordered_yaml,
+                    dist_util._init_dist_pytorch, basicsr.data.worker_init_fn, sys.modules['torchvision'])
+        before = mended()
+        for repair in compat.REPAIRS:
+            repair()
+        assert mended() == before
+    """
+    done = run(check, None, tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_slurm_without_gpus_reads_its_variables(tmp_path: Path) -> None:
+    check = """
+        import os, socket, stat, torch
+        with socket.socket() as probe:
+            probe.bind(('127.0.0.1', 0))
+            port = probe.getsockname()[1]
+        with open('scontrol', 'w') as file:
+            file.write('#!/bin/sh\\necho 127.0.0.1\\necho other\\n')
+        os.chmod('scontrol', stat.S_IRWXU)
+        os.environ['PATH'] = os.getcwd() + os.pathsep + os.environ['PATH']
+        os.environ.update(SLURM_PROCID='0', SLURM_NTASKS='1', SLURM_NODELIST='one')
+        from basicsr.utils.dist_util import init_dist
+        init_dist('slurm', port=port)
+        assert torch.distributed.get_backend() == 'gloo'
+        assert os.environ['MASTER_ADDR'] == '127.0.0.1'
+        torch.distributed.destroy_process_group()
+    """
+    if torch.cuda.is_available():
+        pytest.skip('this is the path of machines without a GPU')
+    done = run(check, None, tmp_path)
+    assert done.returncode == 0, done.stderr
