@@ -19,7 +19,7 @@ setup(
     license='Apache-2.0',
     python_requires='>=3.10',
     packages=find_packages(include=['dsgformer_arch', 'dsgformer_arch.*']),
-    package_data={'dsgformer_arch': ['py.typed']},
+    package_data={'dsgformer_arch': ['py.typed', 'ops/*.cpp']},
     # Lower bounds only, so that an environment that works keeps its own torch.
     install_requires=[
         'torch>=2.6',
@@ -29,6 +29,7 @@ setup(
         'spandrel_extra_arches>=0.2.0',
         'numpy',
         'scipy',
+        'scikit-image',
         'opencv-python',
         'lmdb',
         'pyyaml',
@@ -37,12 +38,9 @@ setup(
         'tqdm',
     ],
     extras_require={
-        'sample': ['scikit-image>=0.22'],
-        'benchmark': ['matplotlib', 'psutil', 'scikit-image>=0.22'],
+        'benchmark': ['matplotlib', 'psutil'],
         'metrics': ['pyiqa'],
-        'dev': [
-            'scikit-image>=0.22', 'matplotlib', 'psutil', 'pytest', 'pytest-xdist', 'ruff', 'mypy', 'types-PyYAML',
-        ],
+        'dev': ['matplotlib', 'psutil', 'pytest', 'pytest-xdist', 'ruff', 'mypy', 'types-PyYAML'],
     },
     entry_points={'console_scripts': ['basicsr=dsgformer_arch.cli.basicsr:main']},
     classifiers=[

@@ -65,7 +65,7 @@ def removed_functional_tensor() -> None:
     name = 'torchvision.transforms.functional_tensor'
     if name in sys.modules or importlib.util.find_spec(name) is not None:
         return
-    functional = importlib.import_module('torchvision.transforms.functional')
+    functional: Any = importlib.import_module('torchvision.transforms.functional')
     module = types.ModuleType(name, 'Stands in for the module that torchvision 0.17 removed.')
     module.__dict__['rgb_to_grayscale'] = functional.rgb_to_grayscale
     sys.modules[name] = module
@@ -79,8 +79,8 @@ def option_files_that_run_code() -> None:
     (yaml/pyyaml#420, CVE-2020-14343), and evaluates lists given to
     `--force_yml` as Python.
     """
-    options = importlib.import_module('basicsr.utils.options')
-    yaml = importlib.import_module('yaml')
+    options: Any = importlib.import_module('basicsr.utils.options')
+    yaml: Any = importlib.import_module('yaml')
     if not issubclass(options.ordered_yaml()[0], yaml.constructor.FullConstructor):
         return
 
@@ -113,7 +113,7 @@ def resume_without_gpu() -> None:
     whatever the root folder is; and it takes the newest state even if the
     machine died while writing it.
     """
-    train = importlib.import_module('basicsr.train')
+    train: Any = importlib.import_module('basicsr.train')
     if 'cuda.current_device' in inspect.getsource(train.load_resume_state):
         train.load_resume_state = load_resume_state
 
@@ -129,7 +129,7 @@ def load_resume_state(opt: dict[str, Any]) -> dict[str, Any] | None:
     Raises:
         UserError: where the file named by `resume_state` is missing or damaged.
     """
-    misc = importlib.import_module('basicsr.utils.misc')
+    misc: Any = importlib.import_module('basicsr.utils.misc')
     path = opt['path'].get('resume_state')
     models = opt['path']['models']
     state = None
@@ -184,10 +184,10 @@ def distributed_without_gpus() -> None:
     `model_to_device` names a CUDA device (the same lines in mmcv, from which
     BasicSR has them: open-mmlab/mmdetection#368).
     """
-    dist_util = importlib.import_module('basicsr.utils.dist_util')
+    dist_util: Any = importlib.import_module('basicsr.utils.dist_util')
     if 'gloo' in inspect.getsource(dist_util._init_dist_pytorch):
         return
-    base_model = importlib.import_module('basicsr.models.base_model')
+    base_model: Any = importlib.import_module('basicsr.models.base_model')
     upstream_slurm = dist_util._init_dist_slurm
     upstream_to_device = base_model.BaseModel.model_to_device
 
@@ -232,7 +232,7 @@ def workers_that_repeat_themselves() -> None:
     pytorch/pytorch#5059).  torch's own seed in a worker is new at each epoch
     and still follows from `manual_seed`.
     """
-    data = importlib.import_module('basicsr.data')
+    data: Any = importlib.import_module('basicsr.data')
     if 'initial_seed' not in inspect.getsource(data.worker_init_fn):
         data.worker_init_fn = worker_init_fn
 

@@ -51,3 +51,41 @@ def track(
             print(f'{what}: {done}/{total or "?"}{left}', file=stream, flush=True)
     took = timedelta(seconds=round(time.monotonic() - start))
     print(f'{what}: {done} done in {took}', file=stream, flush=True)
+
+
+class Stages:
+    """Progress through stages of unequal speed, each of which reports its own fraction.
+
+    Args:
+        what: a noun phrase for the work.
+        count: number of stages.
+        every: seconds between two lines off a terminal.
+    """
+
+    def __init__(self, what: str, count: int, every: float = 30.0) -> None:
+        self.what = what
+        self.count = count
+        self.every = every
+        self.done = 0
+        self.begun = self.last = time.monotonic()
+        self.bar = tqdm(total=count, desc=what, dynamic_ncols=True) if sys.stderr.isatty() and count else None
+
+    def tick(self, fraction: float) -> None:
+        """The stage in progress has come this far, 0 to 1."""
+        position = self.done + fraction
+        if self.bar is not None:
+            self.bar.n = round(position, 2)
+            self.bar.refresh()
+            return
+        now = time.monotonic()
+        if now - self.last >= self.every and position:
+            self.last = now
+            left = timedelta(seconds=round((now - self.begun) / position * (self.count - position)))
+            print(f'{self.what}: {position:.1f}/{self.count}, {left} left', file=sys.stderr, flush=True)
+
+    def next(self) -> None:
+        """The stage in progress has ended."""
+        self.done += 1
+        self.tick(0.0)
+        if self.done == self.count and self.bar is not None:
+            self.bar.close()

@@ -176,9 +176,7 @@ class DSGA(nn.Module):
         self.recompute = recompute
         self.norm = LayerNorm(channels)
         self.project_in = nn.Conv2d(channels, 4 * channels, 1, bias=False)
-        self.depthwise = nn.Conv2d(
-            4 * channels, 4 * channels, 3, padding=1, groups=4 * channels, bias=False
-        )
+        self.depthwise = nn.Conv2d(4 * channels, 4 * channels, 3, padding=1, groups=4 * channels, bias=False)
         self.attention = DTSAS(channels, heads, attention, score)
         self.gate: nn.Module = {'dfgb': DFGB(channels), 'gelu': nn.GELU(), 'simplegate': nn.Identity()}[gate]
         self.project_out = nn.Conv2d(channels, channels, 1, bias=False)
@@ -284,7 +282,9 @@ class DSGformer(nn.Module):
     @classmethod
     def recognises(cls, state: Mapping[str, Any]) -> bool:
         """Whether `state` is a state dict of this network."""
-        return {'head.weight', 'encoder.0.0.attention.temperature', 'up.2.0.weight', 'tail.weight'} <= set(state)
+        return {'head.weight', 'encoder.0.0.attention.temperature', 'up.2.0.weight', 'tail.weight'} <= set(
+            state
+        )
 
     @classmethod
     def settings_from_state(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -344,4 +344,6 @@ def _check_switches(
         raise ValueError('DSGformer: num_blocks and heads take four numbers, one for each encoder')
     for level, count in enumerate(heads):
         if (width << level) % count:
-            raise ValueError(f'DSGformer: {count} heads do not divide the {width << level} channels of level {level + 1}')
+            raise ValueError(
+                f'DSGformer: {count} heads do not divide the {width << level} channels of level {level + 1}'
+            )

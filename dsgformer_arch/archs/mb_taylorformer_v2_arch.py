@@ -22,7 +22,10 @@ class PathNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weight = self.body['weight']
         x = x.unflatten(1, weight.shape)
-        variance = (x - x.mean(2, keepdim=True)).square().mean(2, keepdim=True)
+        if x.dtype == torch.float64:
+            variance = x.var(2, keepdim=True, unbiased=False)
+        else:
+            variance = (x - x.mean(2, keepdim=True)).square().mean(2, keepdim=True)
         return (x / torch.sqrt(variance + 1e-5) * weight[..., None, None]).flatten(1, 2)
 
 
@@ -86,8 +89,8 @@ class Attention(nn.Module):
         q1, k1 = unit.unbind(2)
         q2, k2 = focus.unbind(2)
         scale = torch.sigmoid(self.scale)
-        num = v.sum(-1, keepdim=True) + (v @ k1.mT) @ q1 + scale * (v @ k2.mT) @ q2
-        den = h * w * self.one_M + k1.sum(-1).unsqueeze(-2) @ q1 + scale * k2.sum(-1).unsqueeze(-2) @ q2 + 1e-8
+        num = v.sum(-1, keepdim=True) + (k1 @ v.mT).mT @ q1 + scale * ((k2 @ v.mT).mT @ q2)
+        den = h * w * self.one_M + k1.sum(-1).unsqueeze(-2) @ q1 + (scale * k2).sum(-1).unsqueeze(-2) @ q2 + 1e-8
         out = num / den * self.temperature
         out = out.unflatten(-1, (h, w)) + local
         return self.project_out(out.flatten(1, 3))

@@ -59,7 +59,7 @@ class CropGrid:
     """Overlapping square crops, placed as BasicSR's `extract_subimages` does with a threshold of 0.
 
     Crops start at multiples of `step`; where that leaves a rest at the right or the bottom, one more crop
-    ends at the border.  So every pixel is in some crop.
+    ends at the border.  With a step up to the size, every pixel is in some crop.
 
     Attributes:
         size: height and width of a crop in pixels.

@@ -103,8 +103,8 @@ class DSGformerModel(SRModel):
         self.call = torch.compile(self.net_g) if train.get('compile') else self.net_g
 
     def get_optimizer(self, optim_type: str, params: Iterable[Tensor], lr: float, **kwargs: Any) -> Any:
-        optimiser = getattr(torch.optim, optim_type, None)
-        if not (isinstance(optimiser, type) and issubclass(optimiser, torch.optim.Optimizer)):
+        optimiser: Any = getattr(torch.optim, optim_type, None)
+        if not _is_optimizer(optimiser):
             raise UserError(f'train: optim_g: type: torch.optim has no {optim_type!r}; take AdamW, say')
         try:
             return optimiser(params, lr, **kwargs)
@@ -113,8 +113,9 @@ class DSGformerModel(SRModel):
 
     def setup_schedulers(self) -> None:
         settings = dict(self.opt['train']['scheduler'])
-        name = settings.pop('type')
-        name = {'MultiStepLR': 'MultiStepRestartLR'}.get(name, name)
+        name: str = settings.pop('type')
+        # BasicSR's own class under torch's name; it also restarts.
+        name = 'MultiStepRestartLR' if name == 'MultiStepLR' else name
         for module in (lr_scheduler, basicsr_schedulers, torch.optim.lr_scheduler):
             scheduler = getattr(module, name, None)
             if scheduler is not None:
@@ -164,7 +165,7 @@ class DSGformerModel(SRModel):
         with torch.autocast(self.device.type, self.amp or torch.bfloat16, enabled=self.amp is not None):
             outputs = self.call(self.lq)
         losses = self.sum_losses(outputs)
-        self.scaler.scale(sum(losses.values())).backward()
+        self.scaler.scale(torch.stack([*losses.values()]).sum()).backward()
         if self.opt['train'].get('grad_clip'):
             self.scaler.unscale_(self.optimizer_g)
             nn.utils.clip_grad_norm_(self.net_g.parameters(), self.opt['train']['grad_clip'])
@@ -203,6 +204,7 @@ class DSGformerModel(SRModel):
             stage += 1
             end += stages['iters'][stage]
         batch, size = stages['batch_sizes'][stage], stages['gt_sizes'][stage]
+        assert self.gt is not None
         if batch < self.lq.shape[0]:
             chosen = random.sample(range(self.lq.shape[0]), batch)
             self.lq, self.gt = self.lq[chosen], self.gt[chosen]
@@ -341,7 +343,7 @@ class DSGformerModel(SRModel):
     def save_training_state(self, epoch: int, current_iter: int) -> None:
         if current_iter == -1:
             return
-        numpy_state = np.random.get_state(legacy=True)
+        numpy_state: Any = np.random.get_state(legacy=True)
         state = {
             'epoch': epoch,
             'iter': current_iter,
@@ -396,6 +398,10 @@ def write_json(content: Any, path: str) -> None:
             file.write('\n')
 
     write_atomically(write, path)
+
+
+def _is_optimizer(value: object) -> bool:
+    return isinstance(value, type) and issubclass(value, torch.optim.Optimizer)
 
 
 def _tuples(value: Any) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -43,7 +44,7 @@ class WarmupCosineLR(LRScheduler):
         self.eta_min = eta_min
         super().__init__(optimizer, last_epoch)
 
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list[float | Tensor]:
         done = self.last_epoch
         if done < self.warmup_iter:
             return [lr * (done + 1) / self.warmup_iter for lr in self.base_lrs]
@@ -82,7 +83,7 @@ class CosineAnnealingRestartCyclicLR(LRScheduler):
         self.eta_mins = eta_mins
         super().__init__(optimizer, last_epoch)
 
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list[float | Tensor]:
         start = cycle = 0
         while cycle < len(self.periods) - 1 and self.last_epoch > start + self.periods[cycle]:
             start += self.periods[cycle]

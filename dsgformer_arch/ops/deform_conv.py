@@ -111,7 +111,7 @@ def deform_conv2d_gathered(
             output.addcmul_(sample, kernel.squeeze(-1))
         else:
             output += torch.einsum('pgi,goi->pgo', sample, kernel)
-    output = output.view(batch, out_height, out_width, out_channels).permute(0, 3, 1, 2)
+    output = output.view(batch, out_height, out_width, out_channels).permute(0, 3, 1, 2).contiguous()
     return output if bias is None else output + bias.view(-1, 1, 1)
 
 

@@ -23,6 +23,9 @@
 
 #include <ATen/Parallel.h>
 #include <c10/util/BFloat16.h>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 namespace at::native::cpublas {
 TORCH_API void brgemm(int64_t M, int64_t N, int64_t K, int64_t lda, int64_t ldb, int64_t ldc, bool add,
@@ -53,18 +56,33 @@ inline vec load(const bf16* p) {
 }
 
 inline void store(bf16* p, vec v) {
+#if defined(__AVX512BF16__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh((__m512)v));
+#else
   const vec_u bits = (vec_u)v;
   vec_u rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   rounded = v == v ? rounded : 0x7fc0u - (vec_u){};
   *reinterpret_cast<vec_h*>(p) = __builtin_convertvector(rounded, vec_h);
+#endif
 }
 
 inline vec splat(float a) { return a - (vec){}; }
 
 inline float sum(vec v) {
-  float total = 0;
-  for (int i = 0; i < 8; ++i) total += v[i] + v[i + 8];
-  return total;
+  const auto eight = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+                     __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+  const auto four = __builtin_shufflevector(eight, eight, 0, 1, 2, 3) + __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
+  return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+// 1/v to float32's precision for v in 1 … 2^100.
+inline vec reciprocal(vec v) {
+#if defined(__AVX512F__)
+  const vec guess = (vec)_mm512_rcp14_ps((__m512)v);
+  return guess * (2.0f - v * guess);
+#else
+  return 1.0f / v;
+#endif
 }
 
 struct Free {
@@ -158,7 +176,7 @@ void layer_norm(T* out, const T* x, const float* weight, const float* bias, floa
 // Φ by 7.1.26 of Abramowitz and Stegun's handbook, |error| < 1e-7: GELU(x) = x Φ(x).
 inline vec gelu(vec x) {
   const vec z = (x < 0 ? -x : x) * 0.70710678118654752f;
-  const vec t = 1.0f / (1.0f + 0.3275911f * z);
+  const vec t = reciprocal(1.0f + 0.3275911f * z);
   const vec poly =
       t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
   // e^(-z²) = 2^n 2^f, n whole and |f| ≤ 1/2
@@ -399,9 +417,17 @@ class Projection {
       for (int64_t j = task_.left - 1; j <= task_.right; ++j, out += C_) {
         if (j < 0 || j >= d_.width)
           std::memset(static_cast<void*>(out), 0, C_ * sizeof(T));
-        else
-          layer_norm(out, x + (r * d_.width + j) * C_, d_.norm_weight, d_.norm_bias, float(d_.eps), C_);
+        else {
+          const T* pixel = x + (r * d_.width + j) * C_;
+          if (r + BLOCK < d_.height) prefetch(pixel + BLOCK * d_.width * C_);  // the next tile's
+          layer_norm(out, pixel, d_.norm_weight, d_.norm_bias, float(d_.eps), C_);
+        }
       }
+  }
+
+  void prefetch(const T* pixel) const {
+    const auto* bytes = reinterpret_cast<const char*>(pixel);
+    for (size_t i = 0; i < C_ * sizeof(T); i += 64) __builtin_prefetch(bytes + i, 0, 2);
   }
 
   const Dsga& d_;

@@ -146,6 +146,7 @@ def test_channels_last_and_bfloat16_autocast() -> None:
     assert F.mse_loss(low.float(), want) < 1e-3 * want.var()
 
 
+@pytest.mark.long
 def test_compiles_into_one_graph() -> None:
     network, x = small(), torch.rand(2, 3, 64, 96)
     compiled = torch.compile(network, backend='eager', fullgraph=True)

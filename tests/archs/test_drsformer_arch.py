@@ -131,7 +131,7 @@ def test_a_local_mean_may_replace_the_experts_global_one() -> None:
     x = torch.randn(2, 6, 9, 7, dtype=torch.float64, generator=torch.manual_seed(0))
     with torch.no_grad():
         want = experts(x)
-        weigh = experts.layers[0]
+        weigh: Any = experts.layers[0]
         weigh.avg_pool = Spread(mean=True)
         torch.testing.assert_close(experts(x), want, rtol=1e-12, atol=1e-12)
         weigh.avg_pool = Spread(mean=False)
@@ -182,7 +182,7 @@ def compiled(network: nn.Module, x: Tensor) -> Tensor:
     return torch.compile(network, fullgraph=True, backend='eager')(x)
 
 
-@pytest.mark.parametrize('run', [channels_last, compiled])
+@pytest.mark.parametrize('run', [channels_last, pytest.param(compiled, marks=pytest.mark.long)])
 def test_runs_the_same(run: Callable[[nn.Module, Tensor], Tensor]) -> None:
     network, x = small().double(), make_input(3, 16, 24)
     want = network(x).detach()
@@ -224,7 +224,7 @@ def test_settings_follow_from_the_state_dict(settings: dict[str, Any]) -> None:
 
 def test_recognises_its_own_checkpoints_only() -> None:
     for fixture in sorted(CONFORMANCE.glob('*.npz')):
-        keys = dict.fromkeys(np.load(fixture, allow_pickle=False)['names'].tolist())
+        keys: dict[str, Any] = dict.fromkeys(np.load(fixture, allow_pickle=False)['names'].tolist())
         assert DRSformer.recognises(keys) == (fixture.stem == 'drsformer'), fixture.stem
 
 

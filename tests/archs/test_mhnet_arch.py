@@ -79,7 +79,7 @@ def test_norm_is_over_the_channels() -> None:
 
 
 def test_fusion_weighs_channels_by_a_softmax_of_their_own() -> None:
-    fusion = AdaptiveFeatureFusion(16).double()
+    fusion: Any = AdaptiveFeatureFusion(16).double()
     fill_state_dict(fusion, seed=1, gain=1.0)
     maps = torch.randn(3, 2, 16, 5, 4, dtype=torch.float64, generator=torch.manual_seed(0))
     want = torch.zeros_like(maps[0])
@@ -123,7 +123,7 @@ def test_local_means_may_replace_all_global_ones() -> None:
 
 
 def test_a_local_mean_gates_each_pixel_by_its_surroundings() -> None:
-    block = NAFBlock(4).double()
+    block: Any = NAFBlock(4).double()
     fill_state_dict(block, seed=3, gain=1.0)
     assert replace_means(block, Spread(mean=False)) == 1
     x = torch.randn(1, 4, 3, 3, dtype=torch.float64, generator=torch.manual_seed(0))
@@ -178,7 +178,7 @@ def compiled(network: nn.Module, x: Tensor) -> Tensor:
     return torch.compile(network, fullgraph=True, backend='eager')(x)
 
 
-@pytest.mark.parametrize('run', [channels_last, compiled])
+@pytest.mark.parametrize('run', [channels_last, pytest.param(compiled, marks=pytest.mark.long)])
 def test_runs_the_same(run: Callable[[nn.Module, Tensor], Tensor]) -> None:
     network, x = small().double(), make_input(3, 32, 48)
     want = network(x).detach()
@@ -217,7 +217,7 @@ def test_settings_follow_from_the_state_dict(settings: dict[str, Any]) -> None:
 
 def test_recognises_its_own_checkpoints_only() -> None:
     for fixture in sorted(CONFORMANCE.glob('*.npz')):
-        keys = dict.fromkeys(np.load(fixture, allow_pickle=False)['names'].tolist())
+        keys: dict[str, Any] = dict.fromkeys(np.load(fixture, allow_pickle=False)['names'].tolist())
         assert MHNet.recognises(keys) == fixture.stem.startswith('mhnet'), fixture.stem
 
 

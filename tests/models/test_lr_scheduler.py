@@ -56,9 +56,8 @@ def test_warmup_longer_than_the_run_is_refused() -> None:
 
 def test_restormer_plateau_then_fall() -> None:
     """Restormer's setting in small: a plateau of 10, then a fall over 20 to 1e-6."""
-    values = rates(
-        CosineAnnealingRestartCyclicLR, 3e-4, 31, periods=[10, 20], restart_weights=[1, 1], eta_mins=[3e-4, 1e-6]
-    )  # fmt: skip
+    cycles = {'periods': [10, 20], 'restart_weights': [1, 1], 'eta_mins': [3e-4, 1e-6]}
+    values = rates(CosineAnnealingRestartCyclicLR, 3e-4, 31, **cycles)
     assert values[:11] == pytest.approx([3e-4] * 11)
     assert values[11] < 3e-4
     assert values[30] == pytest.approx(1e-6)

@@ -1,0 +1,196 @@
+"""What a measurement leaves behind: numbers, and everything needed to judge and repeat them.
+
+Each subcommand fills one `Record` and writes it as JSON (for `report`, and for
+`--resume`) and as a Markdown page (for people).  A record is written after
+each row, so that an interrupted run keeps what it has.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsgformer_arch.checkpoint import write_atomically
+from dsgformer_arch.errors import UserError
+
+PACKAGES = ('torch', 'torchvision', 'basicsr', 'spandrel', 'spandrel_extra_arches', 'numpy', 'opencv-python')
+
+
+@dataclass
+class Record:
+    """The results of one subcommand.
+
+    Attributes:
+        kind: `speed`, `quality`, `training` or `ablation`.
+        command: the command line, as it can be typed again.
+        settings: what was asked for; a run is resumed only if they are the same.
+        protocol: how it was measured, in sentences.
+        environment: machine and versions, see `environment`.
+        rows: one dict a measurement; flat, of strings, numbers, booleans and None.
+        extra: what does not fit into rows (curves, fits, per-image values), by name.
+    """
+
+    kind: str
+    command: str
+    settings: dict[str, Any]
+    protocol: str
+    environment: dict[str, Any]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def find(self, **key: Any) -> dict[str, Any] | None:
+        """The row whose entries equal `key`, or None."""
+        return next((row for row in self.rows if all(row.get(k) == v for k, v in key.items())), None)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the record as JSON, whole or not at all."""
+        text = json.dumps(asdict(self), indent=1, ensure_ascii=False) + '\n'
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        write_atomically(lambda temporary: Path(temporary).write_text(text, encoding='utf-8'), path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Record:
+        """Read a record.
+
+        Raises:
+            UserError: the file is missing or holds none.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding='utf-8'))
+            return cls(**content)
+        except OSError as error:
+            raise UserError(f'cannot read {path}: {error.strerror}') from None
+        except (ValueError, TypeError):
+            raise UserError(
+                f'{path} is no result of tools/benchmark.py; delete it or name another one'
+            ) from None
+
+
+def start(
+    kind: str, settings: Mapping[str, Any], protocol: str, path: str | os.PathLike[str], resume: bool
+) -> Record:
+    """A new record, or with `resume` the one at `path` if it was made with the same settings.
+
+    Raises:
+        UserError: `resume`, and the file there was made with other settings.
+    """
+    asked: dict[str, Any] = json.loads(json.dumps(settings))
+    if resume and os.path.exists(path):
+        record = Record.load(path)
+        if record.settings != asked or record.kind != kind:
+            keys = {*asked, *record.settings}
+            changed = sorted(key for key in keys if asked.get(key) != record.settings.get(key))
+            raise UserError(
+                f'--resume: {path} was made with other settings ({", ".join(changed) or kind}); '
+                'leave --resume out to begin anew, or write elsewhere with --out'
+            )
+        return record
+    return Record(kind, command_line(), asked, protocol, environment())
+
+
+def command_line() -> str:
+    """The command as it was typed, the script's path as in a checkout."""
+    script = Path(sys.argv[0])
+    shown = f'tools/{script.name}' if script.parent.name == 'tools' else script.name
+    return ' '.join(['python', shown, *(f"'{a}'" if ' ' in a else a for a in sys.argv[1:])])
+
+
+def environment() -> dict[str, Any]:
+    """Machine, versions and date, as facts that a reader needs to judge a number."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        'date': datetime.datetime.now(datetime.timezone.utc).strftime('%Y-%m-%d'),
+        'processor': _processor(),
+        'cores': os.cpu_count(),
+        'threads': torch.get_num_threads(),
+        'instructions': _instructions(),
+        'memory_gib': _memory_gib(),
+        'gpus': gpus,
+        'system': platform.platform(),
+        'python': platform.python_version(),
+        'packages': {name: _version(name) for name in PACKAGES},
+        'commit': _commit(),
+    }
+
+
+def markdown_table(columns: Mapping[str, str], rows: Iterable[Mapping[str, Any]]) -> str:
+    """A Markdown table.
+
+    Args:
+        columns: heading by key of the rows; the first column is left-aligned, the others right.
+        rows: their values are text already, or None for an empty cell.
+    """
+    heads = list(columns.values())
+    lines = ['| ' + ' | '.join(heads) + ' |', '|---|' + '---:|' * (len(heads) - 1)]
+    for row in rows:
+        cells = ['' if row.get(key) is None else str(row[key]) for key in columns]
+        lines.append('| ' + ' | '.join(cells) + ' |')
+    return '\n'.join(lines)
+
+
+def markdown_page(title: str, record: Record, parts: Sequence[str]) -> str:
+    """A page: title, parts, then command, protocol and machine."""
+    e = record.environment
+    versions = ', '.join(f'{name} {version}' for name, version in e['packages'].items() if version)
+    machine = f'{e["processor"]}, {e["cores"]} cores ({e["threads"]} threads), {e["memory_gib"]} GiB'
+    machine += f'; {", ".join(e["gpus"])}' if e['gpus'] else ''
+    made = [
+        '## How these numbers were made',
+        f'    {record.command}',
+        record.protocol,
+        f'Machine: {machine}; {", ".join(e["instructions"]) or "no matrix instructions"}. '
+        f'Date: {e["date"]}. Versions: Python {e["python"]}, {versions}; commit {e["commit"] or "unknown"}.',
+    ]
+    return '\n\n'.join([f'# {title}', *parts, *made]) + '\n'
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path('/proc/cpuinfo').read_text().splitlines()
+        return next(line.split(':', 1)[1].strip() for line in lines if line.startswith('model name'))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _instructions() -> list[str]:
+    try:
+        text = Path('/proc/cpuinfo').read_text()
+    except OSError:
+        return []
+    return [name for name in ('avx2', 'avx512f', 'avx512_bf16', 'amx_bf16') if f' {name} ' in text]
+
+
+def _memory_gib() -> float | None:
+    try:
+        return round(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30, 1)
+    except (ValueError, OSError):
+        return None
+
+
+def _commit() -> str | None:
+    folder = Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(
+            ['git', 'describe', '--always', '--dirty'], cwd=folder, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

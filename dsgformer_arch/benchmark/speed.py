@@ -1,0 +1,449 @@
+"""How fast a system is and what it costs: latency, throughput, memory, multiply-adds.
+
+All systems of a run live in one process and are measured in turn, A B C A B C,
+so that a machine that slows down slows all of them; ratios to the first system
+are what to compare.  Inputs are random numbers, the weights are the initial
+ones: neither changes the work that these networks do.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dsgformer_arch import zoo
+from dsgformer_arch.benchmark import record as records
+from dsgformer_arch.complexity import multiply_adds
+from dsgformer_arch.errors import UserError
+from dsgformer_arch.progress import track
+from dsgformer_arch.restore import PRECISIONS, final_output, restore
+
+PROTOCOL = """\
+Latency: median over {rounds} turns, each of which measures every system once, after one untimed call; \
+spread is (largest - smallest) / median. The clock covers a whole call on data that is already on the device \
+{clock}. Multiply-adds: the whole forward pass at the given size, products of attention included. \
+Memory: {memory}. Ratios are to {first}."""
+
+SWEEP = (128, 192, 256, 384, 512, 768)
+"""Sides of the square images of `--scaling`."""
+
+SECONDS_A_TURN = 0.25
+"""A turn repeats a fast system until it has run this long, so that the clock's grain does not count."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run one system."""
+
+    model: str
+    height: int
+    width: int
+    precision: str = 'fp32'
+    channels_last: bool = False
+    compiled: bool = False
+
+    def key(self) -> dict[str, Any]:
+        """What identifies its row."""
+        return {
+            'model': self.model,
+            'size': f'{self.height}x{self.width}',
+            'precision': self.precision,
+            'channels_last': self.channels_last,
+            'compile': self.compiled,
+        }
+
+
+def run(
+    models: Sequence[str],
+    size: Sequence[tuple[int, int]] | None = None,
+    device: str = 'cpu',
+    precision: str = 'fp32',
+    compile: bool = False,
+    channels_last: bool = False,
+    batch: int = 1,
+    train: bool = False,
+    best: bool = False,
+    scaling: bool = False,
+    rounds: int = 5,
+    no_memory: bool = False,
+    out: Path = Path('results/benchmark/speed'),
+    resume: bool = False,
+) -> int:
+    """Measure, print, and write `out`.json, `out`.md and `out`.png.
+
+    Args:
+        models: names of the zoo; ratios are to the first.
+        size: (height, width) of the images.
+        device: a torch device.
+        precision: `fp32`, or `bf16` or `fp16` for autocast.
+        compile: `torch.compile` each network.
+        channels_last: memory order of images and kernels.
+        batch: images at once.
+        train: a forward, backward and AdamW step instead of restoring.
+        best: for each system, every precision up to `precision` with each memory order; the fastest counts.
+        scaling: sweep square sizes instead of `size` and fit the growth.
+        rounds: turns.
+        no_memory: leave peak memory out.
+        out: results without their ending.
+        resume: keep the rows that `out`.json has.
+
+    Returns:
+        0, or 1 if a system could not be measured.
+    """
+    if device.startswith('cuda') and not torch.cuda.is_available():
+        raise UserError('--device cuda: this machine has no GPU that PyTorch can use')
+    sizes = [(side, side) for side in SWEEP] if scaling else list(size or [(256, 256)])
+    settings = {
+        'models': list(models), 'sizes': sizes, 'device': device, 'precision': precision, 'compile': compile,
+        'channels_last': channels_last, 'batch': batch, 'train': train, 'best': best, 'rounds': rounds,
+        'threads': torch.get_num_threads(),
+    }  # fmt: skip
+    path = out.with_suffix('.json')
+    protocol = describe(device, rounds, models[0])
+    record = records.start('speed', settings, protocol, path, resume)
+    for height, width in sizes:
+        variants = expand(models, height, width, precision, channels_last, compile, best)
+        todo = [variant for variant in variants if record.find(**variant.key()) is None]
+        if todo:
+            record.rows += measure(todo, torch.device(device), batch, train, rounds, not no_memory)
+            record.save(path)
+    if scaling:
+        record.extra['growth'] = {name: growth(record.rows, name) for name in models}
+    record.save(path)
+    out.with_suffix('.md').write_text(page(record), encoding='utf-8')
+    draw(record, out.with_suffix('.png'))
+    print(table(record))
+    print(f'wrote {path}, {out.with_suffix(".md")} and {out.with_suffix(".png")}', file=sys.stderr)
+    return int(any(row.get('error') for row in record.rows))
+
+
+def expand(
+    models: Sequence[str],
+    height: int,
+    width: int,
+    precision: str,
+    channels_last: bool,
+    compiled: bool,
+    best: bool,
+) -> list[Variant]:
+    """The variants to measure at one size."""
+    if not best:
+        return [Variant(name, height, width, precision, channels_last, compiled) for name in models]
+    precisions = dict.fromkeys(['fp32', precision])
+    return [
+        Variant(name, height, width, kind, order, built)
+        for name in models
+        for kind in precisions
+        for order in (False, True)
+        for built in dict.fromkeys([False, compiled])
+    ]
+
+
+def measure(
+    variants: Sequence[Variant], device: torch.device, batch: int, train: bool, rounds: int, memory: bool
+) -> list[dict[str, Any]]:
+    """One row for each variant; what fails has an `error` and no times."""
+    rows: list[dict[str, Any]] = [{**variant.key(), **facts(variant)} for variant in variants]
+    networks: dict[str, nn.Module] = {}
+    calls: dict[int, Callable[[], None]] = {}
+    for i, variant in enumerate(track(variants, 'preparing')):
+        try:
+            network = networks.get(variant.model)
+            if network is None or train or variant.compiled:
+                network = zoo.create(variant.model).to(device)
+                if not train and not variant.compiled:
+                    networks[variant.model] = network
+            calls[i] = prepare(network, variant, device, batch, train)
+            started = time.perf_counter()
+            calls[i]()  # what is set up, compiled or cached at the first call
+            synchronise(device)
+            rows[i]['first_call_ms'] = 1e3 * (time.perf_counter() - started)
+        except (RuntimeError, MemoryError) as error:
+            fail(rows[i], error)
+            calls.pop(i, None)
+        release(device)
+    times: dict[int, list[float]] = {i: [] for i in calls}
+    for turn in track([(r, i) for r in range(rounds) for i in calls], 'measuring'):
+        i = turn[1]
+        try:
+            times[i].append(clock(calls[i], device))
+        except (RuntimeError, MemoryError) as error:
+            fail(rows[i], error)
+    for i, values in times.items():
+        if len(values) < rounds:
+            continue
+        median = statistics.median(values)
+        pixels = batch * variants[i].height * variants[i].width
+        rows[i] |= {
+            'latency_ms': 1e3 * median,
+            'spread': (max(values) - min(values)) / median,
+            'megapixels_per_second': pixels / median / 1e6,
+        }
+    calls.clear()
+    networks.clear()
+    release(device)
+    if memory:
+        for variant, row in track(list(zip(variants, rows, strict=True)), 'measuring memory'):
+            if not row.get('error'):
+                row |= peak_memory(variant, device, batch, train)
+    return rows
+
+
+def facts(variant: Variant) -> dict[str, Any]:
+    """What a variant costs by count, whatever the machine."""
+    macs = multiply_adds(variant.model, variant.height, variant.width)
+    return {'parameters': zoo.get(variant.model).parameters, 'multiply_adds': macs}
+
+
+def fail(row: dict[str, Any], error: BaseException) -> None:
+    first = str(error).strip().splitlines()
+    text = first[0][:160] if first else type(error).__name__
+    out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate" in text
+    row['error'] = 'does not fit in memory' if out_of_memory else text
+
+
+def prepare(
+    network: nn.Module, variant: Variant, device: torch.device, batch: int, train: bool
+) -> Callable[[], None]:
+    """What is timed: a call without arguments that does the work of one turn."""
+    order = torch.channels_last if variant.channels_last else torch.contiguous_format
+    # Shared between variants, so it is put in order at each call; nothing happens where it already is.
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch, 3, variant.height, variant.width)
+    image = torch.rand(shape, generator=generator).to(device).contiguous(memory_format=order)
+    if train:
+        return training_step(network.to(memory_format=order), image, variant)
+    target = torch.compile(network) if variant.compiled else network
+
+    def call() -> None:
+        restore(target, image, precision=variant.precision)
+
+    def ordered_call() -> None:
+        network.to(memory_format=order)
+        call()
+
+    return ordered_call
+
+
+def training_step(network: nn.Module, image: Tensor, variant: Variant) -> Callable[[], None]:
+    """A full step: forward, L1 loss, backward, AdamW."""
+    network.train()
+    fused = image.device.type == 'cuda'
+    optimizer = torch.optim.AdamW(network.parameters(), 1e-4, fused=fused or None)
+    target = torch.compile(network) if variant.compiled else network
+    dtype = PRECISIONS[variant.precision]
+    half = dtype is not torch.float32
+
+    def call() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(image.device.type, dtype if half else torch.bfloat16, enabled=half):
+            output = final_output(network, target(image))
+        nn.functional.l1_loss(output.float(), image).backward()
+        optimizer.step()
+
+    return call
+
+
+def clock(call: Callable[[], None], device: torch.device) -> float:
+    """Seconds of one call, the mean over as many as fit in `SECONDS_A_TURN`."""
+    count = 0
+    if device.type == 'cuda':
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize(device)
+        begun = time.perf_counter()
+        start.record()
+        while not count or time.perf_counter() - begun < SECONDS_A_TURN:
+            call()
+            count += 1
+        end.record()
+        torch.cuda.synchronize(device)
+        return start.elapsed_time(end) / 1e3 / count
+    begun = time.perf_counter()
+    while not count or time.perf_counter() - begun < SECONDS_A_TURN:
+        call()
+        count += 1
+    return (time.perf_counter() - begun) / count
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+
+
+def release(device: torch.device) -> None:
+    gc.collect()
+    if device.type == 'cuda':
+        torch.cuda.empty_cache()
+
+
+# Peak memory: on a CPU only a process of its own can tell.
+
+
+def peak_memory(variant: Variant, device: torch.device, batch: int, train: bool) -> dict[str, Any]:
+    """`peak_memory_mib` of one call, measured in a new process."""
+    task = {**variant.__dict__, 'device': str(device), 'batch': batch, 'train': train}
+    task['threads'] = torch.get_num_threads()
+    done = subprocess.run(
+        [sys.executable, '-m', 'dsgformer_arch.benchmark.speed', json.dumps(task)],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    if done.returncode < 0 or not done.stdout.strip():
+        return {
+            'peak_memory_mib': None,
+            'memory_note': 'ended by the system' if done.returncode < 0 else 'failed',
+        }
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def peak_memory_here(task: dict[str, Any]) -> dict[str, Any]:
+    """Run one call and report this process's peak; `task` is what `peak_memory` sends."""
+    device, batch, train = torch.device(task.pop('device')), task.pop('batch'), task.pop('train')
+    torch.set_num_threads(task.pop('threads'))
+    variant = Variant(**task)
+    call = prepare(zoo.create(variant.model).to(device), variant, device, batch, train)
+    for _ in range(2 if train else 1):  # the optimiser's own tensors are there from the second step on
+        call()
+    if device.type == 'cuda':
+        return {'peak_memory_mib': torch.cuda.max_memory_allocated(device) / 2**20}
+    import resource
+
+    return {'peak_memory_mib': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10}
+
+
+# Presentation.
+
+
+def describe(device: str, rounds: int, first: str) -> str:
+    on_gpu = device.startswith('cuda')
+    clock_text = '(CUDA events)' if on_gpu else "(the processor's clock)"
+    memory = "the allocator's peak" if on_gpu else 'resident peak of a process that makes one call'
+    return PROTOCOL.format(rounds=rounds, first=first, clock=clock_text, memory=memory)
+
+
+def ratios(rows: Sequence[dict[str, Any]], first: str) -> list[float | None]:
+    """For each row: how many times as long as the first system it takes, at the same size.
+
+    The yardstick is the first system's fastest row of that size, which in a run without `--best` is
+    its only one.
+    """
+    fastest: dict[str, float] = {}
+    for row in rows:
+        if row['model'] == first and row.get('latency_ms'):
+            fastest[row['size']] = min(fastest.get(row['size'], math.inf), row['latency_ms'])
+    return [
+        row['latency_ms'] / fastest[row['size']] if row.get('latency_ms') and row['size'] in fastest else None
+        for row in rows
+    ]
+
+
+def growth(rows: Sequence[dict[str, Any]], name: str) -> dict[str, float]:
+    """Exponents of time and memory over pixels: 1 is linear.  Least squares on logarithms."""
+    fits = {}
+    for quantity in ('latency_ms', 'peak_memory_mib'):
+        points = [
+            (math.log(math.prod(map(int, row['size'].split('x')))), math.log(row[quantity]))
+            for row in rows
+            if row['model'] == name and row.get(quantity)
+        ]
+        if len(points) > 1:
+            fits[quantity] = statistics.linear_regression(*zip(*points, strict=True)).slope
+    return fits
+
+
+COLUMNS = {
+    'model': 'system', 'size': 'size', 'mode': 'precision', 'parameters': 'parameters', 'macs': 'multiply-adds',
+    'latency': 'latency', 'spread': 'spread', 'ratio': 'ratio', 'rate': 'MP/s', 'memory': 'peak memory',
+    'first': 'first call',
+}  # fmt: skip
+
+
+def table(record: records.Record) -> str:
+    """All rows as a Markdown table."""
+    rows = []
+    for row, ratio in zip(record.rows, ratios(record.rows, record.settings['models'][0]), strict=True):
+        mode = row['precision']
+        mode += ', channels-last' if row['channels_last'] else ''
+        mode += ', compiled' if row['compile'] else ''
+        memory = row.get('peak_memory_mib')
+        rows.append({
+            'model': row['model'],
+            'size': row['size'],
+            'mode': mode,
+            'parameters': f'{row["parameters"] / 1e6:.2f} M',
+            'macs': f'{row["multiply_adds"] / 1e9:.1f} G',
+            'latency': f'{row["latency_ms"]:.1f} ms' if row.get('latency_ms') else row.get('error'),
+            'spread': f'{100 * row["spread"]:.0f} %' if 'spread' in row else None,
+            'ratio': f'{ratio:.2f}' if ratio else None,
+            'rate': f'{row["megapixels_per_second"]:.3f}' if 'megapixels_per_second' in row else None,
+            'memory': f'{memory:.0f} MiB' if memory else row.get('memory_note'),
+            'first': f'{row["first_call_ms"]:.0f} ms' if 'first_call_ms' in row else None,
+        })  # fmt: skip
+    return records.markdown_table(COLUMNS, rows)
+
+
+def page(record: records.Record) -> str:
+    """The Markdown page of a run."""
+    kind = 'Training step' if record.settings['train'] else 'Restoring'
+    parts = [table(record)]
+    if record.extra.get('growth'):
+        fits = [
+            {'model': name, **{key: f'{value:.2f}' for key, value in fit.items()}}
+            for name, fit in record.extra['growth'].items()
+        ]
+        heads = {'model': 'system', 'latency_ms': 'time ~ pixels^', 'peak_memory_mib': 'memory ~ pixels^'}
+        parts += ['## Growth with the number of pixels', records.markdown_table(heads, fits)]
+    return records.markdown_page(f'{kind}: speed on {record.settings["device"]}', record, parts)
+
+
+def draw(record: records.Record, path: Path) -> None:
+    """Bars of latency, or with `--scaling` curves over pixels."""
+    import matplotlib as mpl
+
+    mpl.use('Agg')
+    from matplotlib import pyplot as plt
+
+    rows = [row for row in record.rows if row.get('latency_ms')]
+    if 'growth' in record.extra:
+        figure, axis = plt.subplots(figsize=(7, 5))
+        for name in record.settings['models']:
+            mine = [row for row in rows if row['model'] == name]
+            pixels = [math.prod(map(int, row['size'].split('x'))) / 1e6 for row in mine]
+            axis.plot(pixels, [row['latency_ms'] for row in mine], marker='o', label=name)
+        axis.set(xscale='log', yscale='log', xlabel='megapixels', ylabel='latency, ms')
+        axis.legend()
+    else:
+        rows = sorted(rows, key=lambda row: -row['latency_ms'])
+        figure, axis = plt.subplots(figsize=(8, 1.2 + 0.32 * len(rows)))
+        several = len({row['size'] for row in rows}) > 1
+        labels = [f'{row["model"]} {row["size"]}' if several else row['model'] for row in rows]
+        if record.settings['best']:
+            labels = [
+                f'{label} {row["precision"]}{" channels-last" if row["channels_last"] else ""}'
+                for label, row in zip(labels, rows, strict=True)
+            ]
+        bars = axis.barh(range(len(rows)), [row['latency_ms'] for row in rows], color='#4878a8')
+        axis.set_yticks(range(len(rows)), labels)
+        axis.bar_label(bars, fmt='{:.0f}', padding=3)
+        axis.set(xscale='log', xlabel=f'latency, ms ({record.settings["precision"]})')
+        axis.margins(x=0.15)
+    axis.grid(axis='x', alpha=0.3)
+    axis.spines[['top', 'right']].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+if __name__ == '__main__':
+    print(json.dumps(peak_memory_here(json.loads(sys.argv[1]))))

@@ -1,0 +1,249 @@
+"""Compiles and calls `dsga_kernel.cpp`, the block for a CPU in one piece.
+
+The user's C++ compiler builds it the first time that it is needed (a few
+seconds), into the user's cache folder; later runs load what is there.  Without
+a compiler, on a processor for which oneDNN has no small matrix products, or if
+the kernel fails a comparison with the eager form, the eager form runs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from dsgformer_arch.ops import dtsas
+from dsgformer_arch.ops.switch import path
+
+if TYPE_CHECKING:
+    from dsgformer_arch.ops.dsga import Weights
+
+SOURCE = Path(__file__).with_name('dsga_kernel.cpp')
+
+TYPES = (torch.float32, torch.bfloat16)
+
+NORM_EPSILON = 1e-5
+"""What `torch.nn.functional.layer_norm` adds to the variance."""
+
+LANES = 16
+"""The kernel's vectors hold 16 channels; a head's width must be a multiple."""
+
+_LOG = logging.getLogger(__name__)
+
+
+class _Call(ctypes.Structure):
+    """`struct Dsga` of the kernel."""
+
+    _fields_ = [  # noqa: RUF012 (ctypes reads a plain list)
+        *((name, ctypes.c_int64) for name in ('height', 'width', 'channels', 'heads', 'gate')),
+        ('eps', ctypes.c_double),
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                *('x', 'y', 'norm_weight', 'norm_bias', 'project_in', 'depthwise'),
+                *('attention', 'project_out', 'mask', 'gram', 'squares'),
+            )
+        ),
+    ]
+
+
+def suits(x: Tensor, residual: Tensor, weights: Weights) -> bool:
+    """Whether the kernel takes this call: its types and widths, on a CPU, and a kernel that works."""
+    if path() != 'fast' or x.device.type != 'cpu' or x.dtype not in TYPES or residual.dtype != x.dtype:
+        return False
+    # Under a dispatch mode (fake tensors, counting of operations) tensors hold no numbers or must be seen.
+    if type(x) is not Tensor or is_in_torch_dispatch_mode():
+        return False
+    return x.shape[-1] // weights.heads % LANES == 0 and _works(x.dtype)
+
+
+def restored(x: Tensor, weights: Weights) -> Tensor:
+    """Y of the block, without gradients; (N, H, W, C), contiguous, as `dsga.whole` gives it."""
+    channels = x.shape[-1]
+    heads, width = weights.heads, channels // weights.heads
+    for_qk, for_vu = weights.project_in.split(2 * channels)
+    kernels = weights.depthwise.float().view(4 * channels, 9)
+    dw_qk, dw_vu = (part.t().contiguous() for part in kernels.split(2 * channels))
+    norm = {'norm_weight': weights.norm_weight.float(), 'norm_bias': weights.norm_bias.float()}
+    mask = None if weights.mask is None else _kernel_mask(weights.mask)
+    gate = 0 if mask is not None else 1 if weights.gelu else 2
+    project_out = weights.project_out.contiguous()
+    y = torch.empty_like(x)
+    for image, target in zip(x, y, strict=True):
+        gram = torch.empty(heads, width, width)
+        squares = torch.empty(2, heads, width)
+        _call(
+            'scores',
+            image,
+            heads,
+            gate,
+            project_in=for_qk,
+            depthwise=dw_qk,
+            gram=gram,
+            squares=squares,
+            **norm,
+        )
+        A = dtsas.scores(gram, squares[0], squares[1], weights.temperature)
+        attention = dtsas.sparse_map(A, weights.step, weights.top_k, weights.score).to(x.dtype).contiguous()
+        _call(
+            'restore',
+            image,
+            heads,
+            gate,
+            y=target,
+            project_in=for_vu,
+            depthwise=dw_vu,
+            attention=attention,
+            project_out=project_out,
+            mask=mask,
+            **norm,
+        )
+    return y
+
+
+def _kernel_mask(mask: Tensor) -> Tensor:
+    """M as the kernel takes it, (8, 5, C): equal at ±u in the columns 0 and 4 as `irfft2` has it, over 64."""
+    mirrored = mask.roll(-1, 1).flip(1)  # M[-u mod 8, v]
+    mean = (mask + mirrored) / 2
+    mask = torch.cat((mean[..., :1], mask[..., 1:4], mean[..., 4:]), dim=-1)
+    return (mask / 64).permute(1, 2, 0).contiguous()
+
+
+def _call(name: str, x: Tensor, heads: int, gate: int, **tensors: Tensor | None) -> None:
+    """Run one pass of the kernel on one image x, (H, W, C); `tensors` are its other fields, all contiguous."""
+    height, width, channels = x.shape
+    pointers = {key: tensor.data_ptr() for key, tensor in tensors.items() if tensor is not None}
+    call = _Call(height, width, channels, heads, gate, NORM_EPSILON, x.data_ptr(), **pointers)
+    if getattr(library(), f'dsga_{name}_{str(x.dtype).removeprefix("torch.")}')(ctypes.byref(call)):
+        raise RuntimeError('oneDNN has no small matrix product for this processor')
+
+
+@lru_cache(maxsize=len(TYPES))
+def _works(dtype: torch.dtype) -> bool:
+    """Whether the kernel can be had for `dtype`, and gives on a small image what the eager form gives."""
+    from dsgformer_arch.ops import dsga  # which imports this module
+
+    try:
+        library()
+        x, weights = _example(dtype)
+        expected = dsga.whole(x, x, weights)
+        error = (restored(x, weights) - expected).abs().max() / expected.abs().max()
+    except (OSError, RuntimeError, subprocess.SubprocessError) as reason:
+        _LOG.info('the eager form of DSGA runs, as there is no kernel for %s here: %s', dtype, reason)
+        return False
+    if not error <= 8 * torch.finfo(dtype).eps:
+        _LOG.warning('the eager form of DSGA runs, as the kernel for %s is off by %.1e', dtype, error)
+        return False
+    return True
+
+
+def _example(dtype: torch.dtype) -> tuple[Tensor, Weights]:
+    from dsgformer_arch.ops.dsga import Weights
+
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+
+    C = 2 * LANES
+    weights = Weights(
+        norm_weight=torch.ones(C, dtype=dtype),
+        norm_bias=torch.zeros(C, dtype=dtype),
+        project_in=random(4 * C, C).to(dtype),
+        depthwise=random(4 * C, 1, 3, 3).to(dtype),
+        project_out=random(C, C).to(dtype),
+        temperature=torch.ones(2, 1, 1),
+        step=None,
+        mask=None,
+        filter=None,
+        heads=2,
+        top_k=(),
+        score='relu2',
+        gelu=True,
+    )
+    return (random(1, 11, 13, C) * C**0.5).to(dtype), weights
+
+
+@lru_cache(maxsize=1)
+def library() -> ctypes.CDLL:
+    """The compiled kernel.
+
+    Raises:
+        OSError, RuntimeError, subprocess.SubprocessError: if it cannot be built or loaded here.
+    """
+    return ctypes.CDLL(str(_built()))
+
+
+def _built() -> Path:
+    compiler = shlex.split(os.environ.get('CXX', '')) or ['c++']
+    if shutil.which(compiler[0]) is None:
+        raise RuntimeError(f'there is no compiler {compiler[0]!r}')
+    torch_folder = Path(torch.__file__).parent
+    command = [
+        *compiler,
+        *(
+            '-O3',
+            '-march=native',
+            '-fno-math-errno',
+            '-std=c++20',
+            '-fopenmp',
+            '-fPIC',
+            '-DAT_PARALLEL_OPENMP=1',
+        ),
+        f'-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}',
+        f'-I{torch_folder / "include"}',
+    ]
+    identity = [
+        SOURCE.read_text(),
+        *command,
+        torch.__version__,
+        _version(compiler),
+        platform.machine(),
+        _processor(),
+    ]
+    name = hashlib.sha256('\0'.join(identity).encode()).hexdigest()[:16]
+    folder = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'dsgformer_arch'
+    target = folder / f'dsga-{name}.so'
+    if not target.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            compiled, linked = Path(scratch, 'dsga.o'), Path(scratch, 'dsga.so')
+            _run([*command, '-c', str(SOURCE), '-o', str(compiled)])
+            # OpenMP is not linked: its symbols come with torch, whose threads are then the only ones.
+            libraries = [f'-L{torch_folder / "lib"}', '-ltorch_cpu', '-lc10']
+            _run([*compiler, '-shared', str(compiled), '-o', str(linked), *libraries])
+            os.replace(linked, target)
+    return target
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    if done.returncode:
+        raise RuntimeError(f'{command[0]} failed: {done.stderr.strip()[-2000:]}')
+    return done.stdout
+
+
+def _version(compiler: list[str]) -> str:
+    return _run([*compiler, '--version'])
+
+
+def _processor() -> str:
+    """What `-march=native` depends on: a cache folder may be shared by several machines."""
+    try:
+        lines = Path('/proc/cpuinfo').read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(('flags', 'Features'))), platform.processor())

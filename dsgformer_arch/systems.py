@@ -1,0 +1,283 @@
+"""The systems that this project compares: their settings, their sources, and what their papers report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Reported:
+    """A result as a paper prints it.
+
+    Attributes:
+        dataset: test set.
+        psnr: in dB.
+        ssim: in 0..1; None where the source has none.
+        table: where the paper has it.
+        source: where it was read.
+    """
+
+    dataset: str
+    psnr: float
+    ssim: float | None
+    table: str
+    source: str
+
+
+@dataclass(frozen=True)
+class System:
+    """One system of the comparison.
+
+    Attributes:
+        name: as the command lines and `zoo.create` take it.
+        architecture: its class in ARCH_REGISTRY.
+        settings: keyword arguments of that class.
+        task: what the released weights are for, `'deblurring'` or `'deraining'`.
+        title: of the paper; authors, venue and year with it.
+        url: of the paper.
+        release: the authors' repository.
+        licence: of the release.
+        parameters: number of trainable parameters.
+        reported: what its own paper reports.
+        tlc: whether local pooling at test time applies to it.
+        compiles: `'yes'`, or what `torch.compile` cannot do and why.
+        bf16: `'yes'`, or what bfloat16 autocast cannot do and why.
+    """
+
+    name: str
+    architecture: str
+    task: str
+    title: str
+    authors: str
+    venue: str
+    year: int
+    url: str
+    release: str
+    licence: str
+    parameters: int
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    reported: tuple[Reported, ...] = ()
+    tlc: bool = False
+    compiles: str = 'yes'
+    bf16: str = 'yes'
+
+
+DSGFORMER = System(
+    name='dsgformer',
+    architecture='DSGformer',
+    settings={'width': 48, 'num_blocks': (2, 6, 12, 12)},
+    task='deblurring',
+    title='Deep Sparse Gated Transformer for Image Deblurring',
+    authors='Lu J.',
+    venue='not stated',
+    year=2025,
+    url='',
+    release='this repository',
+    licence="this repository's",
+    parameters=15_567_983,
+    tlc=True,
+)
+
+MHNET = System(
+    name='mhnet',
+    architecture='MHNet',
+    task='deblurring',
+    title='Mixed Hierarchy Network for Image Restoration',
+    authors='Gao H., Dang D.',
+    venue='arXiv',
+    year=2023,
+    url='https://arxiv.org/abs/2302.09554',
+    release='https://github.com/Tombs98/MHNet',
+    licence='Academic Public Licence (non-commercial)',
+    parameters=67_543_311,
+    tlc=True,
+)
+
+MPRNET = System(
+    name='mprnet',
+    architecture='MPRNet',
+    settings={'n_feat': 96, 'scale_unetfeats': 48, 'scale_orsnetfeats': 32},
+    task='deblurring',
+    title='Multi-Stage Progressive Image Restoration',
+    authors='Zamir S. W., Arora A., Khan S., Hayat M., Khan F. S., Yang M.-H., Shao L.',
+    venue='CVPR',
+    year=2021,
+    url='https://arxiv.org/abs/2102.02808',
+    release='https://github.com/swz30/MPRNet',
+    licence='Academic Public Licence (non-commercial)',
+    parameters=20_127_073,
+    tlc=True,
+)
+
+RESTORMER = System(
+    name='restormer',
+    architecture='Restormer',
+    task='deblurring',
+    title='Restormer: Efficient Transformer for High-Resolution Image Restoration',
+    authors='Zamir S. W., Arora A., Khan S., Hayat M., Khan F. S., Yang M.-H.',
+    venue='CVPR',
+    year=2022,
+    url='https://arxiv.org/abs/2111.09881',
+    release='https://github.com/swz30/Restormer',
+    licence='Academic Public Licence (non-commercial)',
+    parameters=26_126_644,
+    tlc=True,
+)
+
+STRIPFORMER = System(
+    name='stripformer',
+    architecture='Stripformer',
+    task='deblurring',
+    title='Stripformer: Strip Transformer for Fast Image Deblurring',
+    authors='Tsai F.-J., Peng Y.-T., Lin Y.-Y., Tsai C.-C., Lin C.-W.',
+    venue='ECCV',
+    year=2022,
+    url='https://arxiv.org/abs/2204.04627',
+    release='https://github.com/pp00704831/Stripformer-ECCV-2022-',
+    licence='MIT text restricted to non-commercial use',
+    parameters=19_708_611,
+)
+
+CONVIR_L = System(
+    name='convir_l',
+    architecture='ConvIR',
+    settings={'num_res': 16},
+    task='deblurring',
+    title='Revitalizing Convolutional Network for Image Restoration',
+    authors='Cui Y., Ren W., Cao X., Knoll A.',
+    venue='TPAMI',
+    year=2024,
+    url='https://ieeexplore.ieee.org/document/10571568',
+    release='https://github.com/c-yn/ConvIR',
+    licence='MIT',
+    parameters=14_830_985,
+)
+
+MB_TAYLORFORMER_V2_L = System(
+    name='mb_taylorformer_v2_l',
+    architecture='MBTaylorFormerV2',
+    settings={
+        'dim': (24, 48, 72, 96),
+        'num_blocks': (4, 6, 6, 8),
+        'num_path': (2, 3, 3, 3),
+        'offset_clamp': (-3, 3),
+        'focusing_factor': 8,
+    },
+    task='deblurring',
+    title='MB-TaylorFormer V2: Improved Multi-branch Linear Transformer Expanded by Taylor Formula '
+    'for Image Restoration',
+    authors='Jin Z., Qiu Y., Zhang K., Li H., Luo W.',
+    venue='TPAMI',
+    year=2025,
+    url='https://arxiv.org/abs/2501.04486',
+    release='https://github.com/FVL2020/MB-TaylorFormerV2',
+    licence='none stated (its setup.py, inherited from BasicSR, names Apache 2.0)',
+    parameters=7_295_528,
+)
+
+NAFNET64 = System(
+    name='nafnet64',
+    architecture='NAFNet',
+    settings={'width': 64},
+    task='deblurring',
+    title='Simple Baselines for Image Restoration',
+    authors='Chen L., Chu X., Zhang X., Sun J.',
+    venue='ECCV',
+    year=2022,
+    url='https://arxiv.org/abs/2204.04676',
+    release='https://github.com/megvii-research/NAFNet',
+    licence='MIT',
+    parameters=67_888_835,
+    tlc=True,
+)
+
+DRSFORMER = System(
+    name='drsformer',
+    architecture='DRSformer',
+    task='deraining',
+    title='Learning A Sparse Transformer Network for Effective Image Deraining',
+    authors='Chen X., Li H., Li M., Pan J.',
+    venue='CVPR',
+    year=2023,
+    url='https://arxiv.org/abs/2303.11950',
+    release='https://github.com/cschenxiang/DRSformer',
+    licence='none stated (its setup.py, inherited from BasicSR, names Apache 2.0)',
+    parameters=33_655_424,
+    tlc=True,
+)
+
+FFTFORMER = System(
+    name='fftformer',
+    architecture='FFTformer',
+    task='deblurring',
+    title='Efficient Frequency Domain-based Transformers for High-Quality Image Deblurring',
+    authors='Kong L., Dong J., Ge J., Li M., Pan J.',
+    venue='CVPR',
+    year=2023,
+    url='https://arxiv.org/abs/2211.12250',
+    release='https://github.com/kkkls/FFTformer',
+    licence='MIT',
+    parameters=16_560_474,
+)
+
+IPT = System(
+    name='ipt',
+    architecture='IPT',
+    task='deraining',
+    title='Pre-Trained Image Processing Transformer',
+    authors='Chen H., Wang Y., Guo T., Xu C., Deng Y., Liu Z., Ma S., Xu C., Xu C., Gao W.',
+    venue='CVPR',
+    year=2021,
+    url='https://arxiv.org/abs/2012.00364',
+    release='https://github.com/huawei-noah/Pretrained-IPT',
+    licence='Apache 2.0',
+    parameters=115_311_256,
+)
+
+SYSTEMS: tuple[System, ...] = (
+    DSGFORMER,
+    replace(
+        DSGFORMER,
+        name='dsgformer_s',
+        settings={'width': 16, 'num_blocks': (1, 2, 8, 20)},
+        parameters=2_376_245,
+        reported=(),
+    ),
+    replace(
+        DSGFORMER,
+        name='dsgformer_t',
+        settings={'width': 16, 'num_blocks': (1, 2, 4, 4)},
+        parameters=701_749,
+        reported=(),
+    ),
+    MHNET,
+    MPRNET,
+    RESTORMER,
+    STRIPFORMER,
+    replace(CONVIR_L, name='convir_s', settings={'num_res': 4}, parameters=5_530_505, reported=()),
+    replace(CONVIR_L, name='convir_b', settings={'num_res': 8}, parameters=8_630_665, reported=()),
+    CONVIR_L,
+    replace(
+        MB_TAYLORFORMER_V2_L,
+        name='mb_taylorformer_v2_b',
+        settings={**MB_TAYLORFORMER_V2_L.settings, 'num_blocks': (2, 3, 3, 4), 'num_path': (2, 2, 2, 2)},
+        parameters=2_629_436,
+        reported=(),
+    ),
+    MB_TAYLORFORMER_V2_L,
+    replace(
+        MB_TAYLORFORMER_V2_L,
+        name='mb_taylorformer_v2_xl',
+        settings={**MB_TAYLORFORMER_V2_L.settings, 'dim': (28, 56, 112, 160)},
+        parameters=16_257_856,
+        reported=(),
+    ),
+    replace(NAFNET64, name='nafnet32', settings={'width': 32}, parameters=17_111_907, reported=()),
+    NAFNET64,
+    DRSFORMER,
+    FFTFORMER,
+    IPT,
+)
+"""All systems, in the order of the tables."""

@@ -1,0 +1,185 @@
+#!/usr/bin/env python3
+"""Measure every system the same way; argument parsing for `dsgformer_arch.benchmark`.
+
+    python tools/benchmark.py speed    --models dsgformer,restormer,nafnet64 --size 256
+    python tools/benchmark.py quality  --models dsgformer --weights dsgformer=net.pth --data datasets/gopro/test \
+--protocol gopro
+    python tools/benchmark.py training --models dsgformer_t,nafnet32 --data datasets/sample --seconds 120 --seeds 2
+    python tools/benchmark.py ablation --data datasets/sample --iterations 300 --seeds 2
+    python tools/benchmark.py report   results/benchmark
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from dsgformer_arch.errors import guarded
+
+RESULTS = Path('results') / 'benchmark'
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return guarded(lambda: run(parser().parse_args(arguments)))
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog='benchmark.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = top.add_subparsers(dest='command', required=True)
+    speed(commands.add_parser('speed', help='latency, throughput, memory, multiply-adds'))
+    quality(commands.add_parser('quality', help='PSNR, SSIM and more on a data set, under its protocol'))
+    training(commands.add_parser('training', help='quality reached with the same data and budget'))
+    ablation(commands.add_parser('ablation', help="the paper's table 2 on a budget"))
+    report(commands.add_parser('report', help='one page of all results'))
+    return top
+
+
+def common(command: argparse.ArgumentParser, kind: str) -> None:
+    command.add_argument(
+        '--out', type=Path, default=RESULTS / kind, metavar='PATH',
+        help='results are PATH.json, PATH.md and PATH.png (default: %(default)s)',
+    )  # fmt: skip
+    command.add_argument('--resume', action='store_true', help='keep what PATH.json holds already')
+    command.add_argument('--device', default='cpu', help='cpu, cuda or cuda:N (default: %(default)s)')
+    command.add_argument('--threads', type=positive, help='CPU threads (default: one a core)')
+
+
+def speed(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        '--models', type=names, required=True, metavar='A,B,…', help='names of the zoo, or all'
+    )
+    command.add_argument(
+        '--size',
+        type=size,
+        action='append',
+        metavar='N or HxW',
+        help='image size; may be repeated (default: 256)',
+    )
+    command.add_argument(
+        '--precision', default='fp32', choices=['fp32', 'bf16', 'fp16'], help='autocast type'
+    )
+    command.add_argument('--compile', action='store_true', help='torch.compile the networks')
+    command.add_argument('--channels-last', action='store_true', help='memory order of images and kernels')
+    command.add_argument('--batch', type=positive, default=1, help='images at once (default: %(default)s)')
+    command.add_argument('--train', action='store_true', help='forward, backward and an AdamW step')
+    command.add_argument(
+        '--best', action='store_true', help='try every memory order and precision for each system'
+    )
+    command.add_argument('--scaling', action='store_true', help='sweep sizes and fit growth with pixels')
+    command.add_argument(
+        '--rounds', type=positive, default=5, help='turns A B C A B C … (default: %(default)s)'
+    )
+    command.add_argument(
+        '--no-memory', action='store_true', help='skip the processes that measure peak memory'
+    )
+    common(command, 'speed')
+
+
+def quality(command: argparse.ArgumentParser) -> None:
+    command.add_argument('--models', type=names, required=True, metavar='A,B,…', help='names of the zoo')
+    command.add_argument(
+        '--weights', nargs='+', action='extend', default=[], metavar='NAME=PATH', help='a checkpoint for each'
+    )
+    command.add_argument(
+        '--data', required=True, metavar='PATH',
+        help='folder with blur/ and sharp/ (or input/ and target/, lq/ and gt/), a set in its own layout, or the '
+        'common start of two LMDBs PATH_lq.lmdb and PATH_gt.lmdb',
+    )  # fmt: skip
+    command.add_argument('--protocol', required=True, help='gopro, hide, realblur, rsblur or rain')
+    command.add_argument(
+        '--precision', default='fp32', choices=['fp32', 'bf16', 'fp16'], help='autocast type'
+    )
+    command.add_argument('--tile', type=positive, help='side of tiles for images that do not fit in memory')
+    command.add_argument('--tlc', type=positive, metavar='N', help='local test-time pooling, trained at N×N')
+    command.add_argument(
+        '--metrics', type=words, default=[], metavar='A,B,…', help='more metrics, through pyiqa'
+    )
+    command.add_argument('--save-images', action='store_true', help='keep the restored images below PATH/')
+    command.add_argument('--limit', type=positive, help='only the first N images')
+    common(command, 'quality')
+
+
+def training(command: argparse.ArgumentParser) -> None:
+    command.add_argument('--models', type=names, required=True, metavar='A,B,…', help='names of the zoo')
+    command.add_argument(
+        '--match', metavar='NAME', help='scale the others to the multiply-adds of NAME (default: as they are)'
+    )
+    budget = command.add_mutually_exclusive_group(required=True)
+    budget.add_argument('--iterations', type=positive, help='iterations for each system')
+    budget.add_argument('--seconds', type=positive, help='seconds of training for each system')
+    learning(command)
+    common(command, 'training')
+
+
+def ablation(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        '--iterations', type=positive, default=300, help='for each variant (default: %(default)s)'
+    )
+    command.add_argument('--model', default='dsgformer_t', help='preset to vary (default: %(default)s)')
+    learning(command)
+    common(command, 'ablation')
+
+
+def learning(command: argparse.ArgumentParser) -> None:
+    command.add_argument('--data', required=True, metavar='DIR', help='folder of {train,test}_{lq,gt}.lmdb')
+    command.add_argument('--seeds', type=positive, default=2, help='repetitions (default: %(default)s)')
+    command.add_argument('--batch', type=positive, default=8, help='crops in a step (default: %(default)s)')
+    command.add_argument(
+        '--patch', type=positive, default=64, help='side of the crops (default: %(default)s)'
+    )
+    command.add_argument('--lr', type=float, default=1e-3, help='peak learning rate (default: %(default)s)')
+    command.add_argument('--validations', type=positive, default=4, help='how often to validate in a run')
+
+
+def report(command: argparse.ArgumentParser) -> None:
+    command.add_argument('inputs', nargs='*', default=[str(RESULTS)], help='result files or folders of them')
+    command.add_argument('--out', type=Path, default=RESULTS / 'report', help='PATH.html and PATH.md')
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from importlib import import_module  # importing torch takes seconds; --help need not wait for it
+
+    settings = vars(arguments)
+    command = settings.pop('command')
+    module = import_module(f'dsgformer_arch.benchmark.{command}')
+    threads = settings.pop('threads', None)
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
+    return module.run(**settings)
+
+
+def names(text: str) -> list[str]:
+    from dsgformer_arch import zoo
+
+    if text == 'all':
+        return list(zoo.names())
+    return [zoo.get(name).name for name in words(text)]
+
+
+def words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(',') if word.strip()]
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f'{text} should be at least 1')
+    return value
+
+
+def size(text: str) -> tuple[int, int]:
+    sides = text.lower().split('x')
+    if len(sides) > 2 or not all(side.isdigit() and int(side) >= 16 for side in sides):
+        raise argparse.ArgumentTypeError(
+            f'{text!r} is no size; write 256 or 720x1280 (height first), from 16 up'
+        )
+    height, width = int(sides[0]), int(sides[-1])
+    return height, width
+
+
+if __name__ == '__main__':
+    raise SystemExit(main())
