@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ IMAGE_CHANNELS = ('in_c', 'inp_channels', 'img_channel')
 Outputs = Tensor | list[Tensor] | tuple[Tensor, ...]
 
 
-@lru_cache(maxsize=None)
+@cache
 def padded(network_class: type[nn.Module]) -> Callable[..., nn.Module]:
     """A subclass of `network_class` that pads its input by reflection and crops its outputs.
 
@@ -75,8 +75,8 @@ class Padded(nn.Module):
         return type(outputs)(_cropped(output, x, larger) for output in outputs)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        _, _, *state = super().__reduce_ex__(2)  # type: ignore[misc]
-        return (_blank, (self.unpadded,), *state)
+        reduced: Any = super().__reduce_ex__(2)
+        return (_blank, (self.unpadded,), *reduced[2:])
 
 
 def _cropped(output: Tensor, image: Tensor, larger: Tensor) -> Tensor:
@@ -87,5 +87,5 @@ def _cropped(output: Tensor, image: Tensor, larger: Tensor) -> Tensor:
 
 def _blank(network_class: type[nn.Module]) -> nn.Module:
     """An instance without content, for `pickle` and `copy` to fill."""
-    subclass: Any = padded(network_class)
+    subclass: Any = padded(network_class)  # type: ignore[arg-type]
     return subclass.__new__(subclass)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from dsgformer_arch.ops.padding import pad_to_multiple
 
+Outputs = Tensor | list[Tensor] | tuple[Tensor, ...]
+"""What a network returns: an image, or several of which one is the result."""
+
 PRECISIONS = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 """Names of the precisions that command lines and options take."""
 
 
-def final_output(network: nn.Module, outputs: Tensor | list[Tensor] | tuple[Tensor, ...]) -> Tensor:
+def final_output(network: nn.Module, outputs: Outputs) -> Tensor:
     """The restored image among what a network returns.
 
     A network that returns several images (MPRNet's stages, ConvIR's scales)
@@ -24,6 +27,25 @@ def final_output(network: nn.Module, outputs: Tensor | list[Tensor] | tuple[Tens
     if isinstance(outputs, (list, tuple)):
         return outputs[getattr(network, 'final_output', -1)]
     return outputs
+
+
+def predict(call: Callable[[Tensor], Outputs], image: Tensor, offset: float = 0.0) -> Outputs:
+    """What a network makes of an image in [0, 1], where it wants its images shifted.
+
+    Args:
+        call: the network, or whatever wraps it.
+        image: (N, 3, H, W) in [0, 1].
+        offset: the network's attribute `input_offset` (Stripformer: 0.5, for images in [-0.5, 0.5]).
+
+    Returns:
+        The network's outputs, shifted back.
+    """
+    if not offset:
+        return call(image)
+    outputs = call(image - offset)
+    if isinstance(outputs, Tensor):
+        return outputs + offset
+    return [output + offset for output in outputs]
 
 
 @contextlib.contextmanager
@@ -78,7 +100,8 @@ def _whole(network: nn.Module, image: Tensor, precision: str) -> Tensor:
     padded = pad_to_multiple(image, getattr(network, 'pad_multiple', 1), getattr(network, 'min_size', 1))
     dtype = PRECISIONS[precision]
     with torch.autocast(image.device.type, dtype, enabled=dtype is not torch.float32):
-        restored = final_output(network, network(padded))
+        outputs = predict(network, padded, getattr(network, 'input_offset', 0.0))
+    restored = final_output(network, outputs)
     restored = restored if restored.dtype == torch.float64 else restored.float()
     return restored[..., :height, :width]
 

@@ -11,7 +11,7 @@ import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -46,6 +46,7 @@ __all__ = [
     'names',
     'nearest',
     'network_class',
+    'settings_of',
 ]
 
 TrainSize = int | Sequence[int]
@@ -151,14 +152,28 @@ def identify(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]]:
         CheckpointError: the weights of no known system; the nearest and the first differing keys are named.
     """
     architecture = _recognised(state)
+    name, share = nearest(state, architecture)
+    return name if share == 1 else architecture, settings_of(architecture, state, name)
+
+
+def settings_of(architecture: str, state: Mapping[str, Tensor], name: str | None = None) -> dict[str, Any]:
+    """All settings that rebuild the network of `state`.
+
+    Args:
+        architecture: whose weights these are.
+        state: a bare state dict.
+        name: the system that tells what leaves no trace in the weights; by default the nearest.
+
+    Raises:
+        CheckpointError: entries that tell the settings are missing.
+    """
     try:
         found = network_class(architecture).settings_from_state(state)
     except (KeyError, IndexError, ZeroDivisionError) as error:
         raise CheckpointError(
             f'these are weights of {architecture}, but {error} is missing or wrong; fetch the file again'
         ) from None
-    name, share = nearest(state, architecture)
-    return name if share == 1 else architecture, {**get(name).settings, **found}
+    return {**get(name or nearest(state, architecture)[0]).settings, **found}
 
 
 def nearest(state: Mapping[str, Tensor], architecture: str | None = None) -> tuple[str, float]:
@@ -336,7 +351,7 @@ def _shapes(state: Mapping[str, Tensor]) -> frozenset[tuple[str, torch.Size]]:
     return frozenset((key, tensor.shape) for key, tensor in state.items())
 
 
-@lru_cache(maxsize=None)
+@cache
 def _shapes_of(name: str) -> frozenset[tuple[str, torch.Size]]:
     return _shapes(_shapes_only(name).state_dict())
 

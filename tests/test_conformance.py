@@ -7,13 +7,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 from torch import nn
 
 from dsgformer_arch import zoo
-from tests.conformance.check import check, fill_state_dict, make_input
+from tests.conformance.check import check
 
 FIXTURES = Path(__file__).parent / 'conformance'
 
@@ -39,9 +37,7 @@ def fixtures() -> list[object]:
 
 
 def system(fixture: str) -> nn.Module:
-    return zoo.create(
-        NAMES.get(fixture, fixture), tlc=TLC_TRAIN_SIZE if fixture.endswith('_tlc') else None
-    )
+    return zoo.create(NAMES.get(fixture, fixture), tlc=TLC_TRAIN_SIZE if fixture.endswith('_tlc') else None)
 
 
 @pytest.mark.parametrize('fixture', fixtures())

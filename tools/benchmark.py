@@ -1,20 +1,20 @@
 #!/usr/bin/env python3
 """Measure every system the same way; argument parsing for `dsgformer_arch.benchmark`.
 
-    python tools/benchmark.py speed    --models dsgformer,restormer,nafnet64 --size 256
-    python tools/benchmark.py quality  --models dsgformer --weights dsgformer=net.pth --data datasets/gopro/test \
---protocol gopro
-    python tools/benchmark.py training --models dsgformer_t,nafnet32 --data datasets/sample --seconds 120 --seeds 2
-    python tools/benchmark.py ablation --data datasets/sample --iterations 300 --seeds 2
-    python tools/benchmark.py report   results/benchmark
+benchmark.py speed    --models dsgformer,restormer,nafnet64 --size 256
+benchmark.py quality  --models dsgformer --weights dsgformer=net.pth --data GOPRO/test --protocol gopro
+benchmark.py training --models dsgformer_t,nafnet32 --data datasets/sample --seconds 120 --seeds 2
+benchmark.py ablation --data datasets/sample --iterations 300 --seeds 2
+benchmark.py report   results/benchmark
 """
 
 from __future__ import annotations
 
 import argparse
+from importlib.util import find_spec
 from pathlib import Path
 
-from dsgformer_arch.errors import guarded
+from dsgformer_arch.errors import UserError, guarded
 
 RESULTS = Path('results') / 'benchmark'
 
@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
 
 def common(command: argparse.ArgumentParser, kind: str) -> None:
     command.add_argument(
-        '--out', type=Path, default=RESULTS / kind, metavar='PATH',
+        '--out', type=result, default=RESULTS / kind, metavar='PATH',
         help='results are PATH.json, PATH.md and PATH.png (default: %(default)s)',
     )  # fmt: skip
     command.add_argument('--resume', action='store_true', help='keep what PATH.json holds already')
@@ -80,12 +80,13 @@ def speed(command: argparse.ArgumentParser) -> None:
 def quality(command: argparse.ArgumentParser) -> None:
     command.add_argument('--models', type=names, required=True, metavar='A,B,…', help='names of the zoo')
     command.add_argument(
-        '--weights', nargs='+', action='extend', default=[], metavar='NAME=PATH', help='a checkpoint for each'
-    )
+        '--weights', type=assignment, nargs='+', action='extend', default=[], metavar='NAME=PATH',
+        help='a checkpoint for each system',
+    )  # fmt: skip
     command.add_argument(
         '--data', required=True, metavar='PATH',
-        help='folder with blur/ and sharp/ (or input/ and target/, lq/ and gt/), a set in its own layout, or the '
-        'common start of two LMDBs PATH_lq.lmdb and PATH_gt.lmdb',
+        help='folder with blur/ and sharp/ (or input/ and target/, lq/ and gt/), a set in its own layout, or '
+        'the common start of two LMDBs PATH_lq.lmdb and PATH_gt.lmdb',
     )  # fmt: skip
     command.add_argument('--protocol', required=True, help='gopro, hide, realblur, rsblur or rain')
     command.add_argument(
@@ -135,12 +136,16 @@ def learning(command: argparse.ArgumentParser) -> None:
 
 def report(command: argparse.ArgumentParser) -> None:
     command.add_argument('inputs', nargs='*', default=[str(RESULTS)], help='result files or folders of them')
-    command.add_argument('--out', type=Path, default=RESULTS / 'report', help='PATH.html and PATH.md')
+    command.add_argument(
+        '--out', type=result, default=RESULTS / 'report', metavar='PATH', help='PATH.html and PATH.md'
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     from importlib import import_module  # importing torch takes seconds; --help need not wait for it
 
+    if find_spec('matplotlib') is None:
+        raise UserError('the figures are drawn with matplotlib; install it with: pip install matplotlib')
     settings = vars(arguments)
     command = settings.pop('command')
     module = import_module(f'dsgformer_arch.benchmark.{command}')
@@ -164,10 +169,24 @@ def words(text: str) -> list[str]:
     return [word.strip() for word in text.split(',') if word.strip()]
 
 
+def assignment(text: str) -> tuple[str, Path]:
+    from dsgformer_arch import zoo
+
+    name, _, path = text.partition('=')
+    if not path:
+        raise argparse.ArgumentTypeError(f'{text!r} names no file; write NAME=PATH')
+    return zoo.get(name).name, Path(path)
+
+
+def result(text: str) -> Path:
+    path = Path(text)
+    return path.with_suffix('') if path.suffix in ('.json', '.md', '.png', '.csv', '.html') else path
+
+
 def positive(text: str) -> int:
-    value = int(text)
+    value = int(text) if text.isdecimal() else 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f'{text} should be at least 1')
+        raise argparse.ArgumentTypeError(f'{text} is no whole number from 1 up')
     return value
 
 

@@ -53,6 +53,12 @@ def parser() -> argparse.ArgumentParser:
         '--step', metavar='T', type=positive, help='pixels from crop to crop (default: half of --crop)'
     )
     result.add_argument(
+        '--raw',
+        action='store_true',
+        help='store pixels without compression: several times the space, and training with '
+        'PairedCropDataset reads only what a crop needs',
+    )
+    result.add_argument(
         '--workers',
         metavar='N',
         type=positive,
@@ -81,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         splits = read_splits(args.preset, args.root, args.split)
     crop = CropGrid(args.crop, args.step or max(1, args.crop // 2)) if args.crop else None
-    create_lmdbs(splits, args.out, args.preset, crop, args.workers, args.verify, args.force)
+    create_lmdbs(splits, args.out, args.preset, crop, args.workers, args.verify, args.force, args.raw)
 
 
 if __name__ == '__main__':

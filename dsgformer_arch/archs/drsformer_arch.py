@@ -60,6 +60,15 @@ def named(**modules: nn.Module) -> nn.Sequential:
     return nn.Sequential(OrderedDict(modules))
 
 
+def keep_layout(x: Tensor, like: Tensor) -> Tensor:
+    """`x` laid out in memory as `like` is, channels last or contiguous.
+
+    A norm over the permuted channels alone would switch all layers after it to channels last, which is
+    the caller's choice: faster on a CPU in float32, more than twice as slow in float64.
+    """
+    return x if like.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
+
+
 class BiasFreeLayerNorm(nn.Module):
     """Divides by the standard deviation over the last dimension; takes no mean away, adds no bias."""
 
@@ -80,7 +89,7 @@ class LayerNorm(nn.Module):
         self.body = BiasFreeLayerNorm(dim) if kind == 'BiasFree' else nn.LayerNorm(dim, eps=1e-5)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.body(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return keep_layout(self.body(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), like=x)
 
 
 class TopKSparseAttention(nn.Module):

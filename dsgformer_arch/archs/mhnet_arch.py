@@ -35,7 +35,7 @@ from basicsr.utils.registry import ARCH_REGISTRY
 from spandrel.util import get_seq_len
 from torch import Tensor, nn
 
-from dsgformer_arch.archs.drsformer_arch import TopKSparseAttention, named
+from dsgformer_arch.archs.drsformer_arch import TopKSparseAttention, keep_layout, named
 from dsgformer_arch.errors import UserError
 
 LEVELS = 4
@@ -53,8 +53,8 @@ class LayerNorm2d(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.permute(0, 2, 3, 1)
-        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, eps=1e-6).permute(0, 3, 1, 2)
+        y = F.layer_norm(x.permute(0, 2, 3, 1), self.weight.shape, self.weight, self.bias, eps=1e-6)
+        return keep_layout(y.permute(0, 3, 1, 2), like=x)
 
 
 class SimpleGate(nn.Module):

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.axes import Axes
 
 from dsgformer_arch import zoo
-from dsgformer_arch.benchmark import learning
+from dsgformer_arch.benchmark import learning, machine
 from dsgformer_arch.benchmark import record as records
 from dsgformer_arch.benchmark.training import attempt
+from dsgformer_arch.errors import UserError
 from dsgformer_arch.progress import Stages
 
 ATTENTIONS = ('dtsas', 'mdta')
@@ -69,16 +71,20 @@ def run(
     Returns:
         0, or 1 if a variant could not be trained.
     """
+    target = machine.device(device)
+    if zoo.get(model).architecture != 'DSGformer':
+        raise UserError(f'--model: {model} has no switches to vary; choose a DSGformer, such as dsgformer_t')
     recipe = learning.Recipe(iterations, None, batch, patch, lr, validations)
     pairs = learning.read(data, patch)
     settings = {
-        'model': model, 'data': Path(data).name, 'seeds': seeds, 'device': device,
-        'threads': torch.get_num_threads(), **recipe.__dict__,
+        'model': model, 'data': records.data_name(data), 'data_sha256': pairs.digest, 'seeds': seeds,
+        'device': device, 'threads': torch.get_num_threads(), **recipe.__dict__,
     }  # fmt: skip
-    path = out.with_suffix('.json')
+    path = records.beside(out, '.json')
     record = records.start('ablation', settings, recipe.describe(), path, resume)
+    record.drop_failed()
     record.extra['blurred'] = learning.blurred_scores(pairs)
-    variants = [
+    variants: list[dict[str, Any]] = [
         {'attention': attention, 'gate': gate, 'score': score}
         for attention, gate, score in itertools.product(ATTENTIONS, GATES, SCORES)
     ]
@@ -87,13 +93,13 @@ def run(
     for seed, variant in todo:
         build = partial(zoo.create, model, **variant)
         row: dict[str, Any] = {'seed': seed, **variant}
-        row |= attempt(build, pairs, recipe, seed, torch.device(device), stages)
+        row |= attempt(build, pairs, recipe, seed, target, stages)
         record.rows.append(row)
         record.save(path)
-    out.with_suffix('.md').write_text(page(record), encoding='utf-8')
-    draw(record, out.with_suffix('.png'))
+    records.write_text(records.beside(out, '.md'), page(record))
+    draw(record, records.beside(out, '.png'))
     print(table(record))
-    print(f'wrote {path}, {out.with_suffix(".md")} and {out.with_suffix(".png")}', file=sys.stderr)
+    print(f'wrote {path}, {records.beside(out, ".md")} and {records.beside(out, ".png")}', file=sys.stderr)
     return int(any(row.get('error') for row in record.rows))
 
 
@@ -106,11 +112,15 @@ def scores_of(record: records.Record, attention: str, gate: str, score: str) -> 
     ]
 
 
-def table(record: records.Record) -> str:
-    """The paper's layout: gates in rows, scores in columns; whose numbers they are stands in each row."""
-    columns = {'whose': 'numbers of', 'attention': 'attention', 'gate': 'gate'}
-    columns |= {score: TITLES[score] for score in SCORES}
-    rows = [
+COLUMNS = {
+    'whose': 'numbers of', 'attention': 'attention', 'gate': 'gate',
+    **{score: TITLES[score] for score in SCORES},
+}  # fmt: skip
+
+
+def cells(record: records.Record) -> list[dict[str, str | None]]:
+    """The table's rows as text: gates in rows, scores in columns; whose numbers they are stands in each row."""
+    rows: list[dict[str, str | None]] = [
         {
             'whose': '**the paper** (RealBlur-J)', 'attention': TITLES['dtsas'], 'gate': TITLES[gate],
             **{s: f'{PAPER[gate, s]:.2f}' if (gate, s) in PAPER else None for s in SCORES},
@@ -119,52 +129,67 @@ def table(record: records.Record) -> str:
     ]  # fmt: skip
     for attention in ATTENTIONS:
         for gate in GATES:
-            row = {'whose': 'this run', 'attention': TITLES[attention], 'gate': TITLES[gate]}
+            row: dict[str, str | None] = {
+                'whose': 'this run',
+                'attention': TITLES[attention],
+                'gate': TITLES[gate],
+            }
             for score in SCORES:
                 values = scores_of(record, attention, gate, score)
                 if values:
                     half = (max(values) - min(values)) / 2
                     row[score] = f'{statistics.mean(values):.2f} ± {half:.2f}'
             rows.append(row)
-    return records.markdown_table(columns, rows)
+    return rows
+
+
+def table(record: records.Record) -> str:
+    """The paper's layout as a Markdown table."""
+    return records.markdown_table(COLUMNS, cells(record))
+
+
+def note(record: records.Record) -> str:
+    """What a reader of the table has to know."""
+    s = record.settings
+    return (
+        f"PSNR in dB. The paper's rows are its table 2 on RealBlur-J after full training (its DFGB row "
+        f'cannot be read); the rows of this run are {s["model"]} after {s["iterations"]} iterations on the '
+        f'set `{s["data"]}`, mean of {s["seeds"]} seeds ± half their range; the blurred images have '
+        f'{record.extra["blurred"]["psnr"]:.2f} dB. MDTA has no top-k: its scores are the dense map.'
+    )
+
+
+def title(record: records.Record) -> str:
+    """What was measured, as a heading."""
+    return f'Ablation of attention, score and gate: {record.settings["data"]}'
 
 
 def page(record: records.Record) -> str:
     """The Markdown page of a run."""
-    s = record.settings
-    note = (
-        f"PSNR in dB. The paper's rows are its table 2 on RealBlur-J after full training (its DFGB row cannot be "
-        f'read); the rows of this run are {s["model"]} after {s["iterations"]} iterations on the set '
-        f'`{s["data"]}`, mean of {s["seeds"]} seeds ± half their range; the blurred images have '
-        f'{record.extra["blurred"]["psnr"]:.2f} dB. MDTA has no top-k: its scores are the dense map.'
-    )
-    return records.markdown_page('Ablation: attention, score and gate', record, [note, table(record)])
+    return records.markdown_page(title(record), record, [note(record), table(record)])
+
+
+def plot(axis: Axes, record: records.Record, attention: str) -> None:
+    """Each seed's PSNR with one attention, as points, and the variants' means, as bars."""
+    for i, (gate, score) in enumerate(itertools.product(GATES, SCORES)):
+        values = scores_of(record, attention, gate, score)
+        colour = f'C{SCORES.index(score)}'
+        if values:
+            label = TITLES[score] if gate == GATES[0] else None
+            axis.plot([i - 0.3, i + 0.3], [statistics.mean(values)] * 2, color=colour, lw=2, label=label)
+            axis.plot([i] * len(values), values, 'o', color=colour, ms=4)
+    axis.axhline(record.extra['blurred']['psnr'], color='grey', linestyle=':', label='blurred')
+    axis.set_xticks([1, 4, 7], [TITLES[gate] for gate in GATES])
+    axis.set_title(f'{TITLES[attention]} (this run)')
+    axis.set_ylabel('PSNR, dB')
+    axis.legend(frameon=False, fontsize='small')
+    axis.grid(axis='y', alpha=0.3)
+    axis.spines[['top', 'right']].set_visible(False)
 
 
 def draw(record: records.Record, path: Path) -> None:
-    """A point for each seed, a bar for each variant's mean."""
-    import matplotlib as mpl
-
-    mpl.use('Agg')
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    """The figure of a run."""
+    figure, axes = records.canvas(10, 4, columns=len(ATTENTIONS))
     for axis, attention in zip(axes, ATTENTIONS, strict=True):
-        for i, (gate, score) in enumerate(itertools.product(GATES, SCORES)):
-            values = scores_of(record, attention, gate, score)
-            if values:
-                axis.plot(
-                    [i - 0.3, i + 0.3], [statistics.mean(values)] * 2, color=f'C{SCORES.index(score)}', lw=2
-                )
-                axis.plot([i] * len(values), values, 'o', color=f'C{SCORES.index(score)}', ms=4)
-        axis.axhline(record.extra['blurred']['psnr'], color='grey', linestyle=':')
-        axis.set_xticks([1, 4, 7], [TITLES[gate] for gate in GATES])
-        axis.set_title(TITLES[attention])
-        axis.grid(axis='y', alpha=0.3)
-        axis.spines[['top', 'right']].set_visible(False)
-    handles = [plt.Line2D([], [], color=f'C{i}', lw=2, label=TITLES[s]) for i, s in enumerate(SCORES)]
-    axes[0].legend(handles=handles, frameon=False)
-    axes[0].set_ylabel('PSNR on held-out images, dB')
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+        plot(axis, record, attention)
+    records.save_figure(figure, path)

@@ -13,29 +13,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
-import lmdb
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from dsgformer_arch.benchmark.pairs import from_lmdbs
 from dsgformer_arch.errors import UserError
 from dsgformer_arch.metrics.protocols import protocol, to_uint8
-from dsgformer_arch.restore import final_output, restore
+from dsgformer_arch.metrics.registration import Image
+from dsgformer_arch.restore import final_output, predict, restore
 
 PROTOCOL = """\
-The same data, order, crops, flips and quarter turns for every system of a seed; L1 loss on the final output; \
-AdamW (betas 0.9 and 0.999, weight decay 1e-4), gradient norms clipped at {clip}, {warmup:.0%} of the budget \
-linear warm-up to {lr:g}, then a cosine to 1e-6; crops of {patch}×{patch}, batch {batch}, float32. PSNR and \
-SSIM are the means over the held-out images under the protocol `gopro` (8-bit RGB; MATLAB's SSIM of the \
-volume), of the weights as they are, without averaging. Validation and set-up count as no training time."""
+The same data, order, crops, flips and quarter turns for every system of a seed; L1 loss on the final \
+output; AdamW (betas 0.9 and 0.999, weight decay 1e-4), gradient norms clipped at {clip}, {warmup:.0%} of \
+the budget linear warm-up to {lr:g}, then a cosine to 1e-6; crops of {patch}×{patch}, batch {batch}, \
+float32. PSNR and SSIM are the means over the held-out images under the protocol `gopro` (8-bit RGB; \
+MATLAB's SSIM of the volume), of the weights as they are, without averaging. Validation and set-up count as \
+no training time."""
 
 WARMUP = 0.05
 CLIP = 0.1
 FLOOR = 1e-6
 
-Images = list[NDArray[np.uint8]]
+Images = list[Image]
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,17 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Data:
-    """Pairs in memory, uint8 RGB: (sharp, blurred) for training and for validation."""
+    """Pairs in memory, uint8 RGB: (sharp, blurred) for training and for validation.
+
+    Attributes:
+        train: to learn from.
+        test: held out.
+        digest: of all files; equal data, equal digest.
+    """
 
     train: tuple[Images, Images]
     test: tuple[Images, Images]
+    digest: str = ''
 
 
 def read(folder: str | Path, patch: int) -> Data:
@@ -77,37 +85,19 @@ def read(folder: str | Path, patch: int) -> Data:
     Raises:
         UserError: an LMDB is missing or empty, pairs do not match, or an image is smaller than `patch`.
     """
-    splits = {}
+    splits: dict[str, tuple[Images, Images]] = {}
+    digests = []
     for split in ('train', 'test'):
-        gt, lq = (read_lmdb(Path(folder) / f'{split}_{kind}.lmdb') for kind in ('gt', 'lq'))
-        if gt.keys() != lq.keys():
-            raise UserError(
-                f'{folder}: {min(gt.keys() ^ lq.keys())} is in only one of {split}_gt and {split}_lq'
-            )
-        splits[split] = ([*gt.values()], [*lq.values()])
+        pairs = from_lmdbs(Path(folder) / split)
+        digests.append(pairs.check())
+        blurred, sharp = zip(*(pairs.images(key) for key in pairs.keys), strict=True)
+        splits[split] = ([*sharp], [*blurred])
     smallest = min(min(image.shape[:2]) for image in splits['train'][0])
     if smallest < patch:
         raise UserError(
             f'--patch is {patch}, but {folder} has training images of {smallest} pixels; lower it'
         )
-    return Data(splits['train'], splits['test'])
-
-
-def read_lmdb(path: Path) -> dict[str, NDArray[np.uint8]]:
-    """All images of an LMDB by key, uint8 RGB (H, W, 3)."""
-    if not (path / 'meta_info.txt').is_file():
-        raise UserError(f'there is no finished LMDB {path}; datasets/README.md says how to make it')
-    with lmdb.open(str(path), readonly=True, lock=False) as environment, environment.begin() as transaction:
-        images = {key.decode(): decode(value) for key, value in transaction.cursor()}
-    if not images:
-        raise UserError(f'the LMDB {path} is empty; make it again')
-    return images
-
-
-def decode(content: bytes) -> NDArray[np.uint8]:
-    """An encoded image as uint8 RGB."""
-    image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
-    return np.ascontiguousarray(image[..., ::-1], dtype=np.uint8)
+    return Data(splits['train'], splits['test'], '-'.join(digests))
 
 
 def batches(pairs: tuple[Images, Images], recipe: Recipe, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -162,7 +152,8 @@ def train(
         `iteration`, `seconds`, `psnr`, `ssim`, `loss` (mean since the point before).
     """
     torch.manual_seed(seed)
-    network = build().to(device).to(memory_format=torch.channels_last).train()
+    network = ordered(build().to(device), torch.channels_last).train()
+    offset = getattr(network, 'input_offset', 0.0)
     optimizer = torch.optim.AdamW(network.parameters(), recipe.lr, weight_decay=1e-4)
     stream = batches(data.train, recipe, seed)
     curve: list[dict[str, float]] = []
@@ -174,7 +165,7 @@ def train(
         for group in optimizer.param_groups:
             group['lr'] = learning_rate(fraction, recipe.lr)
         optimizer.zero_grad(set_to_none=True)
-        loss = nn.functional.l1_loss(final_output(network, network(lq)), gt)
+        loss = nn.functional.l1_loss(final_output(network, predict(network, lq, offset)), gt)
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), CLIP)
         optimizer.step()
@@ -200,6 +191,11 @@ def train(
     }
 
 
+def ordered(network: nn.Module, order: torch.memory_format) -> nn.Module:
+    """The network with its kernels in a memory order, such as `torch.channels_last`."""
+    return network.to(memory_format=order)  # type: ignore[call-overload]
+
+
 def validate(network: nn.Module, data: Data, device: torch.device) -> dict[str, float]:
     """Mean PSNR and SSIM of the restored held-out images under `gopro`."""
     scores = [
@@ -215,12 +211,13 @@ def blurred_scores(data: Data) -> dict[str, float]:
     return {key: float(np.mean([s[key] for s in scores])) for key in ('psnr', 'ssim')}
 
 
-def score(image: NDArray[np.uint8], sharp: NDArray[np.uint8]) -> dict[str, float]:
+def score(image: Image, sharp: Image) -> dict[str, float]:
+    """`psnr` and `ssim` of the protocol `gopro`, without the columns beside them."""
     columns = protocol('gopro').columns
     pair = [np.ascontiguousarray(i[..., ::-1]) for i in (image, sharp)]
     return {key: columns[key](*pair) for key in ('psnr', 'ssim')}
 
 
-def as_tensor(image: NDArray[np.uint8]) -> Tensor:
+def as_tensor(image: Image) -> Tensor:
     """(1, 3, H, W) in [0, 1] of uint8 RGB (H, W, 3)."""
     return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float() / 255

@@ -7,19 +7,23 @@ each row, so that an interrupted run keeps what it has.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from dsgformer_arch.checkpoint import write_atomically
 from dsgformer_arch.errors import UserError
@@ -53,11 +57,13 @@ class Record:
         """The row whose entries equal `key`, or None."""
         return next((row for row in self.rows if all(row.get(k) == v for k, v in key.items())), None)
 
+    def drop_failed(self) -> None:
+        """Forget the rows with an `error`, so that a resumed run tries them again."""
+        self.rows = [row for row in self.rows if not row.get('error')]
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the record as JSON, whole or not at all."""
-        text = json.dumps(asdict(self), indent=1, ensure_ascii=False) + '\n'
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        write_atomically(lambda temporary: Path(temporary).write_text(text, encoding='utf-8'), path)
+        write_text(path, json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False) + '\n')
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Record:
@@ -83,8 +89,10 @@ def start(
     """A new record, or with `resume` the one at `path` if it was made with the same settings.
 
     Raises:
-        UserError: `resume`, and the file there was made with other settings.
+        UserError: `resume`, and the file there was made with other settings; or nothing can be written there.
     """
+    with writing(path):
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     asked: dict[str, Any] = json.loads(json.dumps(settings))
     if resume and os.path.exists(path):
         record = Record.load(path)
@@ -99,11 +107,61 @@ def start(
     return Record(kind, command_line(), asked, protocol, environment())
 
 
+def beside(out: Path, end: str) -> Path:
+    """A file of a result: its path without ending, and the ending, such as `.json`."""
+    return out.with_name(out.name + end)
+
+
+def data_name(data: str | os.PathLike[str]) -> str:
+    """What results call a data set: the end of its path, such as `GOPRO_Large/test`."""
+    return '/'.join(part for part in Path(data).parts[-2:] if part not in (os.sep, '..'))
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn a failure to write into a `UserError` that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f'cannot write {os.fspath(path)}: {error.strerror or error}; write elsewhere with --out'
+        ) from None
+
+
+def put(write: Callable[[str], Any], path: str | os.PathLike[str]) -> None:
+    """Write a file by `write(temporary_path)`, folders included; it is there whole or not at all."""
+    with writing(path):
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        write_atomically(write, path)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file, whole or not at all."""
+    put(lambda temporary: Path(temporary).write_text(text, encoding='utf-8'), path)
+
+
+def canvas(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure that needs no display, and its axes side by side with a common y.
+
+    Args:
+        width: in inches, likewise `height`.
+        height: of the whole figure.
+        columns: number of axes.
+    """
+    figure = Figure(figsize=(width, height), layout='constrained')
+    return figure, [*figure.subplots(1, columns, sharey=True, squeeze=False)[0]]
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, whole or not at all."""
+    put(lambda temporary: figure.savefig(temporary, dpi=130, format='png'), path)
+
+
 def command_line() -> str:
     """The command as it was typed, the script's path as in a checkout."""
     script = Path(sys.argv[0])
     shown = f'tools/{script.name}' if script.parent.name == 'tools' else script.name
-    return ' '.join(['python', shown, *(f"'{a}'" if ' ' in a else a for a in sys.argv[1:])])
+    return shlex.join(['python', shown, *sys.argv[1:]])
 
 
 def environment() -> dict[str, Any]:
@@ -139,20 +197,28 @@ def markdown_table(columns: Mapping[str, str], rows: Iterable[Mapping[str, Any]]
     return '\n'.join(lines)
 
 
-def markdown_page(title: str, record: Record, parts: Sequence[str]) -> str:
-    """A page: title, parts, then command, protocol and machine."""
+def made(record: Record) -> dict[str, str]:
+    """How a record's numbers were made: protocol, machine, versions and date, in words."""
     e = record.environment
-    versions = ', '.join(f'{name} {version}' for name, version in e['packages'].items() if version)
     machine = f'{e["processor"]}, {e["cores"]} cores ({e["threads"]} threads), {e["memory_gib"]} GiB'
-    machine += f'; {", ".join(e["gpus"])}' if e['gpus'] else ''
-    made = [
-        '## How these numbers were made',
-        f'    {record.command}',
-        record.protocol,
-        f'Machine: {machine}; {", ".join(e["instructions"]) or "no matrix instructions"}. '
-        f'Date: {e["date"]}. Versions: Python {e["python"]}, {versions}; commit {e["commit"] or "unknown"}.',
-    ]
-    return '\n\n'.join([f'# {title}', *parts, *made]) + '\n'
+    if e['gpus']:
+        machine += f'; {", ".join(e["gpus"])}'
+    if e['instructions']:
+        machine += f'; {", ".join(e["instructions"])}'
+    packages = ', '.join(f'{name} {version}' for name, version in e['packages'].items() if version)
+    return {
+        'Protocol': record.protocol,
+        'Machine': machine,
+        'Versions': f'Python {e["python"]}, {packages}; commit {e["commit"] or "unknown"}',
+        'Date': e['date'],
+    }
+
+
+def markdown_page(title: str, record: Record, parts: Sequence[str]) -> str:
+    """A page: title, parts, then how the numbers were made."""
+    how = [f'{name}: {text.rstrip(".")}.' for name, text in made(record).items()]
+    own = ['## How these numbers were made', f'    {record.command}', *how]
+    return '\n\n'.join([f'# {title}', *parts, *own]) + '\n'
 
 
 def _version(package: str) -> str | None:

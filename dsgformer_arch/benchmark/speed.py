@@ -8,27 +8,30 @@ ones: neither changes the work that these networks do.
 
 from __future__ import annotations
 
-import gc
+import contextlib
 import json
 import math
+import resource
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from matplotlib.axes import Axes
 from torch import Tensor, nn
 
 from dsgformer_arch import zoo
+from dsgformer_arch.benchmark import machine
 from dsgformer_arch.benchmark import record as records
+from dsgformer_arch.benchmark.learning import ordered
 from dsgformer_arch.complexity import multiply_adds
-from dsgformer_arch.errors import UserError
 from dsgformer_arch.progress import track
-from dsgformer_arch.restore import PRECISIONS, final_output, restore
+from dsgformer_arch.restore import PRECISIONS, final_output, predict, restore
 
 PROTOCOL = """\
 Latency: median over {rounds} turns, each of which measures every system once, after one untimed call; \
@@ -102,30 +105,29 @@ def run(
     Returns:
         0, or 1 if a system could not be measured.
     """
-    if device.startswith('cuda') and not torch.cuda.is_available():
-        raise UserError('--device cuda: this machine has no GPU that PyTorch can use')
+    target = machine.device(device)
     sizes = [(side, side) for side in SWEEP] if scaling else list(size or [(256, 256)])
     settings = {
         'models': list(models), 'sizes': sizes, 'device': device, 'precision': precision, 'compile': compile,
         'channels_last': channels_last, 'batch': batch, 'train': train, 'best': best, 'rounds': rounds,
         'threads': torch.get_num_threads(),
     }  # fmt: skip
-    path = out.with_suffix('.json')
+    path = records.beside(out, '.json')
     protocol = describe(device, rounds, models[0])
     record = records.start('speed', settings, protocol, path, resume)
     for height, width in sizes:
         variants = expand(models, height, width, precision, channels_last, compile, best)
         todo = [variant for variant in variants if record.find(**variant.key()) is None]
         if todo:
-            record.rows += measure(todo, torch.device(device), batch, train, rounds, not no_memory)
+            record.rows += measure(todo, target, batch, train, rounds, not no_memory)
             record.save(path)
     if scaling:
         record.extra['growth'] = {name: growth(record.rows, name) for name in models}
     record.save(path)
-    out.with_suffix('.md').write_text(page(record), encoding='utf-8')
-    draw(record, out.with_suffix('.png'))
+    records.write_text(records.beside(out, '.md'), page(record))
+    draw(record, records.beside(out, '.png'))
     print(table(record))
-    print(f'wrote {path}, {out.with_suffix(".md")} and {out.with_suffix(".png")}', file=sys.stderr)
+    print(f'wrote {path}, {records.beside(out, ".md")} and {records.beside(out, ".png")}', file=sys.stderr)
     return int(any(row.get('error') for row in record.rows))
 
 
@@ -159,28 +161,25 @@ def measure(
     networks: dict[str, nn.Module] = {}
     calls: dict[int, Callable[[], None]] = {}
     for i, variant in enumerate(track(variants, 'preparing')):
-        try:
-            network = networks.get(variant.model)
-            if network is None or train or variant.compiled:
+        with attempt(rows[i], device):
+            alone = train or variant.compiled
+            network = None if alone else networks.get(variant.model)
+            if network is None:
                 network = zoo.create(variant.model).to(device)
-                if not train and not variant.compiled:
-                    networks[variant.model] = network
-            calls[i] = prepare(network, variant, device, batch, train)
+            if not alone:
+                networks[variant.model] = network
+            call = prepare(network, variant, device, batch, train)
             started = time.perf_counter()
-            calls[i]()  # what is set up, compiled or cached at the first call
+            call()  # what is set up, compiled or cached at the first call
             synchronise(device)
             rows[i]['first_call_ms'] = 1e3 * (time.perf_counter() - started)
-        except (RuntimeError, MemoryError) as error:
-            fail(rows[i], error)
-            calls.pop(i, None)
-        release(device)
+            calls[i] = call
+        machine.release(device)
     times: dict[int, list[float]] = {i: [] for i in calls}
-    for turn in track([(r, i) for r in range(rounds) for i in calls], 'measuring'):
-        i = turn[1]
-        try:
-            times[i].append(clock(calls[i], device))
-        except (RuntimeError, MemoryError) as error:
-            fail(rows[i], error)
+    for _, i in track([(turn, i) for turn in range(rounds) for i in calls], 'measuring'):
+        if 'error' not in rows[i]:
+            with attempt(rows[i], device):
+                times[i].append(clock(calls[i], device))
     for i, values in times.items():
         if len(values) < rounds:
             continue
@@ -193,7 +192,7 @@ def measure(
         }
     calls.clear()
     networks.clear()
-    release(device)
+    machine.release(device)
     if memory:
         for variant, row in track(list(zip(variants, rows, strict=True)), 'measuring memory'):
             if not row.get('error'):
@@ -207,11 +206,14 @@ def facts(variant: Variant) -> dict[str, Any]:
     return {'parameters': zoo.get(variant.model).parameters, 'multiply_adds': macs}
 
 
-def fail(row: dict[str, Any], error: BaseException) -> None:
-    first = str(error).strip().splitlines()
-    text = first[0][:160] if first else type(error).__name__
-    out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate" in text
-    row['error'] = 'does not fit in memory' if out_of_memory else text
+@contextlib.contextmanager
+def attempt(row: dict[str, Any], device: torch.device) -> Iterator[None]:
+    """Write a failure inside into the row's `error`: one system that fails does not stop the others."""
+    try:
+        with machine.bounded(device):
+            yield
+    except (RuntimeError, MemoryError, ValueError) as error:
+        row['error'] = machine.reason(error)
 
 
 def prepare(
@@ -224,32 +226,38 @@ def prepare(
     shape = (batch, 3, variant.height, variant.width)
     image = torch.rand(shape, generator=generator).to(device).contiguous(memory_format=order)
     if train:
-        return training_step(network.to(memory_format=order), image, variant)
-    target = torch.compile(network) if variant.compiled else network
+        return training_step(ordered(network, order), image, variant)
+    target = compiled(network) if variant.compiled else network
 
     def call() -> None:
         restore(target, image, precision=variant.precision)
 
     def ordered_call() -> None:
-        network.to(memory_format=order)
+        ordered(network, order)
         call()
 
     return ordered_call
 
 
+def compiled(network: nn.Module) -> nn.Module:
+    """The network through `torch.compile`."""
+    return cast(nn.Module, torch.compile(network))
+
+
 def training_step(network: nn.Module, image: Tensor, variant: Variant) -> Callable[[], None]:
     """A full step: forward, L1 loss, backward, AdamW."""
     network.train()
+    offset = getattr(network, 'input_offset', 0.0)
     fused = image.device.type == 'cuda'
     optimizer = torch.optim.AdamW(network.parameters(), 1e-4, fused=fused or None)
-    target = torch.compile(network) if variant.compiled else network
+    target = compiled(network) if variant.compiled else network
     dtype = PRECISIONS[variant.precision]
     half = dtype is not torch.float32
 
     def call() -> None:
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(image.device.type, dtype if half else torch.bfloat16, enabled=half):
-            output = final_output(network, target(image))
+            output = final_output(network, predict(target, image, offset))
         nn.functional.l1_loss(output.float(), image).backward()
         optimizer.step()
 
@@ -282,12 +290,6 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def release(device: torch.device) -> None:
-    gc.collect()
-    if device.type == 'cuda':
-        torch.cuda.empty_cache()
-
-
 # Peak memory: on a CPU only a process of its own can tell.
 
 
@@ -312,13 +314,15 @@ def peak_memory_here(task: dict[str, Any]) -> dict[str, Any]:
     device, batch, train = torch.device(task.pop('device')), task.pop('batch'), task.pop('train')
     torch.set_num_threads(task.pop('threads'))
     variant = Variant(**task)
-    call = prepare(zoo.create(variant.model).to(device), variant, device, batch, train)
-    for _ in range(2 if train else 1):  # the optimiser's own tensors are there from the second step on
-        call()
+    row: dict[str, Any] = {}
+    with attempt(row, device):
+        call = prepare(zoo.create(variant.model).to(device), variant, device, batch, train)
+        for _ in range(2 if train else 1):  # the optimiser's own tensors are there from the second step on
+            call()
+    if row:
+        return {'peak_memory_mib': None, 'memory_note': row['error']}
     if device.type == 'cuda':
         return {'peak_memory_mib': torch.cuda.max_memory_allocated(device) / 2**20}
-    import resource
-
     return {'peak_memory_mib': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10}
 
 
@@ -353,7 +357,7 @@ def growth(rows: Sequence[dict[str, Any]], name: str) -> dict[str, float]:
     fits = {}
     for quantity in ('latency_ms', 'peak_memory_mib'):
         points = [
-            (math.log(math.prod(map(int, row['size'].split('x')))), math.log(row[quantity]))
+            (math.log(pixels(row)), math.log(row[quantity]))
             for row in rows
             if row['model'] == name and row.get(quantity)
         ]
@@ -363,24 +367,21 @@ def growth(rows: Sequence[dict[str, Any]], name: str) -> dict[str, float]:
 
 
 COLUMNS = {
-    'model': 'system', 'size': 'size', 'mode': 'precision', 'parameters': 'parameters', 'macs': 'multiply-adds',
-    'latency': 'latency', 'spread': 'spread', 'ratio': 'ratio', 'rate': 'MP/s', 'memory': 'peak memory',
-    'first': 'first call',
+    'model': 'system', 'size': 'size', 'mode': 'precision', 'parameters': 'parameters',
+    'macs': 'multiply-adds', 'latency': 'latency', 'spread': 'spread', 'ratio': 'ratio', 'rate': 'MP/s',
+    'memory': 'peak memory', 'first': 'first call',
 }  # fmt: skip
 
 
-def table(record: records.Record) -> str:
-    """All rows as a Markdown table."""
+def cells(record: records.Record) -> list[dict[str, str | None]]:
+    """The table's rows as text."""
     rows = []
     for row, ratio in zip(record.rows, ratios(record.rows, record.settings['models'][0]), strict=True):
-        mode = row['precision']
-        mode += ', channels-last' if row['channels_last'] else ''
-        mode += ', compiled' if row['compile'] else ''
         memory = row.get('peak_memory_mib')
         rows.append({
             'model': row['model'],
             'size': row['size'],
-            'mode': mode,
+            'mode': mode(row),
             'parameters': f'{row["parameters"] / 1e6:.2f} M',
             'macs': f'{row["multiply_adds"] / 1e9:.1f} G',
             'latency': f'{row["latency_ms"]:.1f} ms' if row.get('latency_ms') else row.get('error'),
@@ -390,59 +391,91 @@ def table(record: records.Record) -> str:
             'memory': f'{memory:.0f} MiB' if memory else row.get('memory_note'),
             'first': f'{row["first_call_ms"]:.0f} ms' if 'first_call_ms' in row else None,
         })  # fmt: skip
-    return records.markdown_table(COLUMNS, rows)
+    return rows
+
+
+def table(record: records.Record) -> str:
+    """All rows as a Markdown table."""
+    return records.markdown_table(COLUMNS, cells(record))
+
+
+GROWTH_COLUMNS = {'model': 'system', 'latency_ms': 'time ~ pixels^', 'peak_memory_mib': 'memory ~ pixels^'}
+
+
+def growth_cells(record: records.Record) -> list[dict[str, str | None]]:
+    """Rows of the table of exponents; none without `--scaling`."""
+    fits = record.extra.get('growth', {})
+    return [
+        {'model': name, **{key: f'{value:.2f}' for key, value in fit.items()}} for name, fit in fits.items()
+    ]
+
+
+def title(record: records.Record) -> str:
+    """What was measured, as a heading."""
+    s = record.settings
+    what = 'Speed of a training step' if s['train'] else 'Speed of restoring'
+    size = 'by image size' if 'growth' in record.extra else ', '.join(f'{h}×{w}' for h, w in s['sizes'])
+    return f'{what}: {s["device"]}, {s["precision"]}{", best mode" * s["best"]}, {size}'
 
 
 def page(record: records.Record) -> str:
     """The Markdown page of a run."""
-    kind = 'Training step' if record.settings['train'] else 'Restoring'
     parts = [table(record)]
     if record.extra.get('growth'):
-        fits = [
-            {'model': name, **{key: f'{value:.2f}' for key, value in fit.items()}}
-            for name, fit in record.extra['growth'].items()
-        ]
-        heads = {'model': 'system', 'latency_ms': 'time ~ pixels^', 'peak_memory_mib': 'memory ~ pixels^'}
-        parts += ['## Growth with the number of pixels', records.markdown_table(heads, fits)]
-    return records.markdown_page(f'{kind}: speed on {record.settings["device"]}', record, parts)
+        fits = records.markdown_table(GROWTH_COLUMNS, growth_cells(record))
+        parts += ['## Growth with the number of pixels', fits]
+    return records.markdown_page(title(record), record, parts)
+
+
+def plot(axis: Axes, record: records.Record) -> None:
+    """Bars of latency, or with `--scaling` curves over pixels."""
+    rows = [row for row in record.rows if row.get('latency_ms')]
+    if 'growth' in record.extra:
+        for name in record.settings['models']:
+            mine = [row for row in rows if row['model'] == name]
+            axis.plot(
+                [pixels(row) / 1e6 for row in mine], [row['latency_ms'] for row in mine], 'o-', label=name
+            )
+        axis.set(xscale='log', yscale='log', xlabel='megapixels', ylabel='latency, ms')
+        axis.legend(frameon=False, fontsize='small')
+        axis.grid(alpha=0.3)
+    else:
+        rows.sort(key=lambda row: -row['latency_ms'])
+        bars = axis.barh(range(len(rows)), [row['latency_ms'] for row in rows], color='#4878a8')
+        axis.set_yticks(range(len(rows)), labels(rows))
+        axis.bar_label(bars, fmt='{:.3g}', padding=3)
+        axis.set(xscale='log', xlabel=f'latency, ms ({record.settings["precision"]})')
+        axis.margins(x=0.15)
+        axis.grid(axis='x', alpha=0.3)
+    axis.spines[['top', 'right']].set_visible(False)
+
+
+def labels(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A name for each row: the system, and whatever else tells the rows apart."""
+    parts: list[list[str]] = [[row['model']] for row in rows]
+    if len({row['size'] for row in rows}) > 1:
+        parts = [[*part, row['size']] for part, row in zip(parts, rows, strict=True)]
+    if len({mode(row) for row in rows}) > 1:
+        parts = [[*part, mode(row)] for part, row in zip(parts, rows, strict=True)]
+    return [' '.join(part) for part in parts]
+
+
+def mode(row: dict[str, Any]) -> str:
+    """Precision, memory order and compilation of a row."""
+    return row['precision'] + ', channels-last' * row['channels_last'] + ', compiled' * row['compile']
+
+
+def pixels(row: dict[str, Any]) -> int:
+    """Pixels of a row's image."""
+    return math.prod(map(int, row['size'].split('x')))
 
 
 def draw(record: records.Record, path: Path) -> None:
-    """Bars of latency, or with `--scaling` curves over pixels."""
-    import matplotlib as mpl
-
-    mpl.use('Agg')
-    from matplotlib import pyplot as plt
-
-    rows = [row for row in record.rows if row.get('latency_ms')]
-    if 'growth' in record.extra:
-        figure, axis = plt.subplots(figsize=(7, 5))
-        for name in record.settings['models']:
-            mine = [row for row in rows if row['model'] == name]
-            pixels = [math.prod(map(int, row['size'].split('x'))) / 1e6 for row in mine]
-            axis.plot(pixels, [row['latency_ms'] for row in mine], marker='o', label=name)
-        axis.set(xscale='log', yscale='log', xlabel='megapixels', ylabel='latency, ms')
-        axis.legend()
-    else:
-        rows = sorted(rows, key=lambda row: -row['latency_ms'])
-        figure, axis = plt.subplots(figsize=(8, 1.2 + 0.32 * len(rows)))
-        several = len({row['size'] for row in rows}) > 1
-        labels = [f'{row["model"]} {row["size"]}' if several else row['model'] for row in rows]
-        if record.settings['best']:
-            labels = [
-                f'{label} {row["precision"]}{" channels-last" if row["channels_last"] else ""}'
-                for label, row in zip(labels, rows, strict=True)
-            ]
-        bars = axis.barh(range(len(rows)), [row['latency_ms'] for row in rows], color='#4878a8')
-        axis.set_yticks(range(len(rows)), labels)
-        axis.bar_label(bars, fmt='{:.0f}', padding=3)
-        axis.set(xscale='log', xlabel=f'latency, ms ({record.settings["precision"]})')
-        axis.margins(x=0.15)
-    axis.grid(axis='x', alpha=0.3)
-    axis.spines[['top', 'right']].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    """The figure of a run."""
+    height = 5 if 'growth' in record.extra else 1.2 + 0.32 * len(record.rows)
+    figure, (axis,) = records.canvas(8, height)
+    plot(axis, record)
+    records.save_figure(figure, path)
 
 
 if __name__ == '__main__':

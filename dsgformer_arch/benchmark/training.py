@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -10,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.axes import Axes
 from torch import nn
 
 from dsgformer_arch import zoo
-from dsgformer_arch.benchmark import learning
+from dsgformer_arch.benchmark import learning, machine
 from dsgformer_arch.benchmark import record as records
 from dsgformer_arch.complexity import multiply_adds
 from dsgformer_arch.errors import UserError
@@ -58,14 +60,16 @@ def run(
     Returns:
         0, or 1 if a system could not be trained.
     """
+    target = machine.device(device)
     recipe = learning.Recipe(iterations, seconds, batch, patch, lr, validations)
     pairs = learning.read(data, patch)
     settings = {
-        'models': list(models), 'data': Path(data).name, 'match': match, 'seeds': seeds, 'device': device,
-        'threads': torch.get_num_threads(), **recipe.__dict__,
+        'models': list(models), 'data': records.data_name(data), 'data_sha256': pairs.digest, 'match': match,
+        'seeds': seeds, 'device': device, 'threads': torch.get_num_threads(), **recipe.__dict__,
     }  # fmt: skip
-    path = out.with_suffix('.json')
+    path = records.beside(out, '.json')
     record = records.start('training', settings, recipe.describe(), path, resume)
+    record.drop_failed()
     record.extra['blurred'] = learning.blurred_scores(pairs)
     overrides = {name: matched(name, match) if match else {} for name in models}
     todo = [(s, name) for s in range(seeds) for name in models if record.find(model=name, seed=s) is None]
@@ -79,13 +83,13 @@ def run(
             'scaled': overrides[name],
             **cost(name, overrides[name]),
         }
-        row |= attempt(build, pairs, recipe, seed, torch.device(device), stages)
+        row |= attempt(build, pairs, recipe, seed, target, stages)
         record.rows.append(row)
         record.save(path)
-    out.with_suffix('.md').write_text(page(record), encoding='utf-8')
-    draw(record, out.with_suffix('.png'))
+    records.write_text(records.beside(out, '.md'), page(record))
+    draw(record, records.beside(out, '.png'))
     print(table(record))
-    print(f'wrote {path}, {out.with_suffix(".md")} and {out.with_suffix(".png")}', file=sys.stderr)
+    print(f'wrote {path}, {records.beside(out, ".md")} and {records.beside(out, ".png")}', file=sys.stderr)
     return int(any(row.get('error') for row in record.rows))
 
 
@@ -99,10 +103,11 @@ def attempt(
 ) -> dict[str, Any]:
     """The result of a run, or its `error`: one system that fails does not stop the others."""
     try:
-        result = learning.train(build, data, recipe, seed, device, stages.tick)
-    except (RuntimeError, MemoryError) as error:
-        text = str(error).strip().splitlines() or [type(error).__name__]
-        result = {'error': text[0][:160]}
+        with machine.bounded(device):
+            result = learning.train(build, data, recipe, seed, device, stages.tick)
+    except (RuntimeError, MemoryError, ValueError) as error:
+        result = {'error': machine.reason(error)}
+    machine.release(device)
     stages.next()
     return result
 
@@ -114,33 +119,64 @@ def cost(name: str, overrides: dict[str, Any]) -> dict[str, Any]:
     return {'parameters': parameters, 'multiply_adds': macs}
 
 
+WIDTHS = (
+    'width', 'dim', 'n_feat', 'scale_unetfeats', 'scale_orsnetfeats', 'channels', 'decoder_channels',
+    'base_channel',
+)  # fmt: skip
+"""What releases call the settings that hold numbers of channels; all of a system's are scaled together."""
+
+NARROWEST, WIDEST, STEP = 2, 128, 2
+"""Widths that `--match` tries for the first level of a system."""
+
+
 def matched(name: str, reference: str) -> dict[str, Any]:
-    """The override of a system's width that brings its multiply-adds nearest to the reference's.
+    """The overrides of a system's widths that bring its multiply-adds nearest to the reference's.
 
     Raises:
-        UserError: the system has no single width to scale.
+        UserError: the system has no widths to scale, or none that works.
     """
     if name == reference:
         return {}
-    keyword = zoo.get(name).width
-    if keyword is None:
-        raise UserError(f'--match: {name} has no single width that could be scaled; leave it out')
+    widths = widths_of(name)
     target = multiply_adds(reference, MATCH_SIZE, MATCH_SIZE)
-    best: tuple[float, int] | None = None
-    # Multiply-adds grow with the square of the width, so few candidates are near; 64 is above them all.
-    for width in range(2, 65, 2):
+    first = next(iter(widths.values()))
+    lead = first if isinstance(first, int) else first[0]
+    best: tuple[float, dict[str, Any]] | None = None
+    for width in range(NARROWEST, WIDEST + 1, STEP):
+        overrides = {key: scaled(value, width / lead) for key, value in widths.items()}
         try:
-            found = multiply_adds(name, MATCH_SIZE, MATCH_SIZE, **{keyword: width})
-        except (RuntimeError, ValueError, ZeroDivisionError):
+            found = multiply_adds(name, MATCH_SIZE, MATCH_SIZE, **overrides)
+        except (UserError, RuntimeError, ValueError, ZeroDivisionError):
             continue  # a width that heads or groups do not divide
         distance = abs(found / target - 1)
         if best is None or distance < best[0]:
-            best = (distance, width)
+            best = (distance, overrides)
         elif found > 2 * target:
             break
     if best is None:
-        raise UserError(f'--match: no width of {name} works')
-    return {keyword: best[1]}
+        raise UserError(f'--match: no width of {name} works; leave it out')
+    return best[1]
+
+
+def widths_of(name: str) -> dict[str, int | Sequence[int]]:
+    """The settings of a system that hold numbers of channels, and their values.
+
+    Raises:
+        UserError: it has none.
+    """
+    system = zoo.get(name)
+    parameters = inspect.signature(zoo.network_class(system.architecture).__init__).parameters
+    values = {key: system.settings.get(key, parameters[key].default) for key in WIDTHS if key in parameters}
+    if not values:
+        raise UserError(f'--match: {name} has no widths that could be scaled; leave it out')
+    return values
+
+
+def scaled(value: int | Sequence[int], factor: float) -> int | tuple[int, ...]:
+    """A number of channels, or one for each level, times a factor."""
+    if isinstance(value, int):
+        return max(1, round(value * factor))
+    return tuple(max(1, round(v * factor)) for v in value)
 
 
 COLUMNS = {
@@ -149,8 +185,8 @@ COLUMNS = {
 }  # fmt: skip
 
 
-def table(record: records.Record) -> str:
-    """One line a system: means over the seeds, and their spread (smallest to largest)."""
+def cells(record: records.Record) -> list[dict[str, str | None]]:
+    """The table's rows as text, one a system: means over the seeds, and their spread."""
     blurred = record.extra['blurred']
     lines = []
     for name in record.settings['models']:
@@ -160,7 +196,7 @@ def table(record: records.Record) -> str:
         first = runs[0]
         line = {
             'model': name,
-            'width': ', '.join(f'{k} {v}' for k, v in first['scaled'].items()) or 'as published',
+            'width': ', '.join(f'{k} {width_text(v)}' for k, v in first['scaled'].items()) or 'as published',
             'parameters': f'{first["parameters"] / 1e6:.2f} M',
             'macs': f'{first["multiply_adds"] / 1e9:.2f} G',
         }
@@ -178,48 +214,66 @@ def table(record: records.Record) -> str:
             line['psnr'] = first['error']
         lines.append(line)
     nothing = {'model': '(blurred)', 'psnr': f'{blurred["psnr"]:.2f}', 'ssim': f'{blurred["ssim"]:.4f}'}
-    return records.markdown_table(COLUMNS, [nothing, *lines])
+    return [nothing, *lines]
+
+
+def table(record: records.Record) -> str:
+    """All systems as a Markdown table."""
+    return records.markdown_table(COLUMNS, cells(record))
+
+
+def width_text(value: int | Sequence[int]) -> str:
+    """A number of channels, or one for each level."""
+    return str(value) if isinstance(value, int) else '-'.join(map(str, value))
+
+
+def note(record: records.Record) -> str:
+    """What a reader of the table has to know."""
+    budget = record.settings['iterations']
+    text = f'{budget} iterations' if budget else f'{record.settings["seconds"]} seconds'
+    seeds = record.settings['seeds']
+    return (
+        f'{text} for each system, {seeds} seed{"s" if seeds > 1 else ""}; in brackets, smallest to largest.'
+    )
+
+
+def title(record: records.Record) -> str:
+    """What was measured, as a heading."""
+    return f'Training at equal cost: {record.settings["data"]}'
 
 
 def page(record: records.Record) -> str:
     """The Markdown page of a run."""
-    budget = record.settings['iterations']
-    text = f'{budget} iterations' if budget else f'{record.settings["seconds"]} seconds'
-    seeds = record.settings['seeds']
-    note = (
-        f'{text} for each system, {seeds} seed{"s" if seeds > 1 else ""}; in brackets, smallest to largest.'
-    )
-    return records.markdown_page('Training at equal cost', record, [note, table(record)])
+    return records.markdown_page(title(record), record, [note(record), table(record)])
+
+
+AXES = {'iteration': 'iterations', 'seconds': 'seconds of training'}
+"""What PSNR is drawn against, by key of a curve's points."""
+
+
+def plot(axis: Axes, record: records.Record, key: str) -> None:
+    """PSNR against `key` of `AXES`, the mean over seeds; the band is from the lowest to the highest."""
+    for name in record.settings['models']:
+        curves = [row['curve'] for row in record.rows if row['model'] == name and 'curve' in row]
+        points = list(zip(*curves, strict=False))
+        if not points:
+            continue
+        x = [statistics.mean(point[key] for point in seeds) for seeds in points]
+        psnr = [[point['psnr'] for point in seeds] for seeds in points]
+        (line,) = axis.plot(x, [statistics.mean(v) for v in psnr], marker='o', markersize=3, label=name)
+        axis.fill_between(
+            x, [min(v) for v in psnr], [max(v) for v in psnr], color=line.get_color(), alpha=0.15
+        )
+    axis.axhline(record.extra['blurred']['psnr'], color='grey', linestyle=':', label='blurred')
+    axis.set(xlabel=AXES[key], ylabel='PSNR on held-out images, dB')
+    axis.legend(frameon=False, fontsize='small')
+    axis.grid(alpha=0.3)
+    axis.spines[['top', 'right']].set_visible(False)
 
 
 def draw(record: records.Record, path: Path) -> None:
-    """PSNR against iterations and against seconds; the band is the spread over seeds."""
-    import matplotlib as mpl
-
-    mpl.use('Agg')
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True)
-    for name in record.settings['models']:
-        curves = [row['curve'] for row in record.rows if row['model'] == name and 'curve' in row]
-        if not curves:
-            continue
-        points = list(zip(*curves, strict=False))
-        psnr = [[point['psnr'] for point in seeds] for seeds in points]
-        mean = [statistics.mean(values) for values in psnr]
-        for axis, key in zip(axes, ('iteration', 'seconds'), strict=True):
-            x = [statistics.mean(point[key] for point in seeds) for seeds in points]
-            (line,) = axis.plot(x, mean, marker='o', markersize=3, label=name)
-            axis.fill_between(
-                x, [min(v) for v in psnr], [max(v) for v in psnr], color=line.get_color(), alpha=0.15
-            )
-    for axis, label in zip(axes, ('iterations', 'seconds of training'), strict=True):
-        axis.axhline(record.extra['blurred']['psnr'], color='grey', linestyle=':', label='blurred')
-        axis.set_xlabel(label)
-        axis.grid(alpha=0.3)
-        axis.spines[['top', 'right']].set_visible(False)
-    axes[0].set_ylabel('PSNR on held-out images, dB')
-    axes[0].legend(frameon=False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    """The figure of a run."""
+    figure, axes = records.canvas(11, 4.5, columns=len(AXES))
+    for axis, key in zip(axes, AXES, strict=True):
+        plot(axis, record, key)
+    records.save_figure(figure, path)

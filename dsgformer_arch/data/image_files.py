@@ -5,10 +5,13 @@ Sources: the PNG specification (W3C, 3rd edition, sections 5.2, 5.3 and 11.2) an
 
 from __future__ import annotations
 
+import re
 import struct
 import zlib
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 PNG_SIGNATURE = b'\x89PNG\r\n\x1a\n'
@@ -149,3 +152,17 @@ def _require_upright(exif_data: bytes) -> None:
         return  # readers ignore EXIF data that they cannot parse
     if orientation != UPRIGHT:
         raise BadImageError(f'has EXIF orientation {orientation}; store its pixels upright')
+
+
+RAW_HEADER = re.compile(rb'P6\n(\d+) (\d+)\n255\n')
+"""Of a PPM as `raw_image` writes it, with width and height: OpenCV, and so BasicSR, reads it too."""
+
+
+def raw_image(image: NDArray[np.uint8]) -> bytes:
+    """An image stored without compression, so that a part of it can be read alone.
+
+    Args:
+        image: uint8 BGR (H, W, 3).
+    """
+    height, width = image.shape[:2]
+    return b'P6\n%d %d\n255\n' % (width, height) + np.ascontiguousarray(image[..., ::-1]).tobytes()

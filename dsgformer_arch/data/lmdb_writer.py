@@ -34,7 +34,7 @@ import lmdb
 import numpy as np
 from numpy.typing import NDArray
 
-from dsgformer_arch.data.image_files import BadImageError, Shape, check_image
+from dsgformer_arch.data.image_files import BadImageError, Shape, check_image, raw_image
 from dsgformer_arch.data.layouts import Pair, Split
 from dsgformer_arch.errors import UserError
 from dsgformer_arch.progress import track
@@ -87,6 +87,7 @@ def create_lmdbs(
     workers: int = 1,
     verify: bool = False,
     force: bool = False,
+    raw: bool = False,
     say: Callable[[str], None] = print,
 ) -> None:
     """Write the two LMDBs of each split into `out`: all of them or, where anything is wrong, none.
@@ -101,13 +102,15 @@ def create_lmdbs(
         workers: threads that read, check, decode and encode (all outside Python's interpreter lock).
         verify: decode every stored image; compare shapes, and whole images' bytes with their files.
         force: replace the LMDBs that stand there, whatever they were made from.
+        raw: store decoded 8-bit RGB without compression, of which `PairedCropDataset` reads only what a
+            crop needs; two to four times the space.
         say: takes one line on what was done.
 
     Raises:
         UserError: images are unpaired, unreadable, damaged, of different sizes, or smaller than a crop (all
             of them named); other LMDBs stand in the way; another run is at work; the disk is full.
     """
-    targets = [target for split in splits for target in _targets(split, out, preset, crop)]
+    targets = [target for split in splits for target in _targets(split, out, preset, crop, raw)]
     missing = targets if force else [target for target in targets if not target.is_finished(target.final)]
     if not force:
         _refuse_to_replace([target.final for target in missing])
@@ -115,7 +118,7 @@ def create_lmdbs(
     if problems or missing or (out / PARTIAL).exists():
         with _workspace(out) as folder:
             todo = _drop_leftovers(folder, missing, force, say)
-            if not problems and crop is None:
+            if not problems and crop is None and not raw:
                 _require_space(out, sum(target.source_bytes for target in todo))
             dry = Event()
             if problems:
@@ -123,9 +126,9 @@ def create_lmdbs(
             for split in splits:
                 of_split = [target for target in todo if target.split is split]
                 if of_split:
-                    problems += _write_split(split, of_split, crop, workers, dry)
+                    problems += _write_split(split, of_split, crop, raw, workers, dry)
             if verify and not problems:
-                problems += _verify([(target, target.partial) for target in missing], crop, workers)
+                problems += _verify([(target, target.partial) for target in missing], crop or raw, workers)
             _raise_problems(problems)
             _publish(missing, folder)
     for target in missing:
@@ -134,7 +137,7 @@ def create_lmdbs(
     for target in kept:
         say(f'kept {target.final}, complete already: {target.describe()}')
     if verify:
-        if damaged := _verify([(target, target.final) for target in kept], crop, workers):
+        if damaged := _verify([(target, target.final) for target in kept], crop or raw, workers):
             listed = '\n  '.join(damaged)
             raise UserError(
                 f'LMDBs in {out} are damaged; run again with --force to replace them:\n  {listed}'
@@ -177,7 +180,7 @@ class _Target:
         return f'{record["images"]} images, {_in_words(record["data_bytes"])}'
 
 
-def _targets(split: Split, out: Path, preset: str, crop: CropGrid | None) -> list[_Target]:
+def _targets(split: Split, out: Path, preset: str, crop: CropGrid | None, raw: bool) -> list[_Target]:
     digest = hashlib.sha256()
     sizes = dict.fromkeys(SIDES, 0)
     for pair in split.pairs:
@@ -196,6 +199,7 @@ def _targets(split: Split, out: Path, preset: str, crop: CropGrid | None) -> lis
         'crop': [crop.size, crop.step] if crop else None,
         'pairs': len(split.pairs),
         'files': digest.hexdigest(),
+        **({'raw': True} if raw else {}),
     }
     return [
         _Target(
@@ -366,7 +370,7 @@ class _Prepared:
     problems: list[str] = field(default_factory=list)
 
 
-def _prepare(pair: Pair, crop: CropGrid | None, dry: Event) -> _Prepared:
+def _prepare(pair: Pair, crop: CropGrid | None, raw: bool, dry: Event) -> _Prepared:
     prepared = _Prepared()
     whole: dict[str, _Image] = {}
     for side, path in zip(SIDES, (pair.lq, pair.gt), strict=True):
@@ -382,9 +386,9 @@ def _prepare(pair: Pair, crop: CropGrid | None, dry: Event) -> _Prepared:
         prepared.problems.append(
             f'{pair.lq}: is {_size(shape)}, but its partner {pair.gt} is {_size(partner)}'
         )
-    elif crop is None:
+    elif crop is None and not raw:
         prepared.images = {side: [image] for side, image in whole.items()}
-    elif min(shape.size) < crop.size:
+    elif crop is not None and min(shape.size) < crop.size:
         prepared.problems.append(
             f'{pair.lq}: is {_size(shape)}, smaller than crops of {crop.size}x{crop.size}'
         )
@@ -393,8 +397,10 @@ def _prepare(pair: Pair, crop: CropGrid | None, dry: Event) -> _Prepared:
             pixels = _decode(whole[side].data)
             if pixels is None:
                 prepared.problems.append(f'{path}: cannot be decoded')
+            elif raw and (pixels.dtype != np.uint8 or pixels.shape[2:] != (3,)):
+                prepared.problems.append(f'{path}: is no 8-bit RGB image, which --raw asks for')
             elif not dry.is_set():
-                prepared.images[side] = list(_cut(pair.key, pixels, crop))
+                prepared.images[side] = list(_encoded(pair.key, pixels, crop, raw))
     return prepared
 
 
@@ -425,11 +431,19 @@ def _shape(pixels: NDArray[Any]) -> Shape:
     return Shape(pixels.shape[0], pixels.shape[1], 1 if pixels.ndim == 2 else pixels.shape[2])
 
 
-def _cut(key: str, pixels: NDArray[Any], crop: CropGrid) -> Iterator[_Image]:
+def _encoded(key: str, pixels: NDArray[Any], crop: CropGrid | None, raw: bool) -> Iterator[_Image]:
+    for name, part in _cut(key, pixels, crop) if crop else [(key, pixels)]:
+        if raw:
+            data = raw_image(part)
+        else:
+            data = cv2.imencode('.png', part, [cv2.IMWRITE_PNG_COMPRESSION, PNG_LEVEL])[1].tobytes()
+        yield _Image(name, data, _shape(part))
+
+
+def _cut(key: str, pixels: NDArray[Any], crop: CropGrid) -> Iterator[tuple[str, NDArray[Any]]]:
     for number, (top, left) in enumerate(crop.corners(*pixels.shape[:2]), 1):
         cut = np.ascontiguousarray(pixels[top : top + crop.size, left : left + crop.size])
-        data = cv2.imencode('.png', cut, [cv2.IMWRITE_PNG_COMPRESSION, PNG_LEVEL])[1].tobytes()
-        yield _Image(f'{key}_s{number:03d}', data, _shape(cut))
+        yield f'{key}_s{number:03d}', cut
 
 
 def _in_order(work: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
@@ -448,7 +462,7 @@ def _in_order(work: Callable[[T], R], items: Iterable[T], workers: int) -> Itera
 
 
 def _write_split(
-    split: Split, targets: Sequence[_Target], crop: CropGrid | None, workers: int, dry: Event
+    split: Split, targets: Sequence[_Target], crop: CropGrid | None, raw: bool, workers: int, dry: Event
 ) -> list[str]:
     """Write one split's LMDBs into the workspace; return what is wrong with its images.
 
@@ -456,7 +470,7 @@ def _write_split(
     """
     problems: list[str] = []
     what = f'{"checking" if dry.is_set() else "writing"} {split.name}'
-    prepare = partial(_prepare, crop=crop, dry=dry)
+    prepare = partial(_prepare, crop=crop, raw=raw, dry=dry)
     with ExitStack() as stack:
         files = (
             {}
@@ -547,11 +561,14 @@ def _sync_file(file: TextIO) -> None:
     file.close()
 
 
-def _verify(places: Sequence[tuple[_Target, Path]], crop: CropGrid | None, workers: int) -> list[str]:
-    """Decode every image of finished LMDBs; return what differs from `meta_info.txt` or from the files."""
+def _verify(places: Sequence[tuple[_Target, Path]], recoded: object, workers: int) -> list[str]:
+    """Decode every image of finished LMDBs; return what differs from `meta_info.txt` or from the files.
+
+    Bytes are compared with the files' unless the images were `recoded` (cropped or stored raw).
+    """
     problems: list[str] = []
     for target, folder in places:
-        sources = {pair.key: target.path_of(pair) for pair in target.split.pairs} if crop is None else {}
+        sources = {pair.key: target.path_of(pair) for pair in target.split.pairs} if not recoded else {}
         lines = (folder / META_INFO).read_text('ascii').splitlines()
         with closing(lmdb.open(str(folder), readonly=True, lock=False, readahead=False)) as environment:
             check = partial(_verify_image, environment, target.final.name, sources)

@@ -33,7 +33,7 @@ from dsgformer_arch.checkpoint import load_into, read_checkpoint, write_atomical
 from dsgformer_arch.errors import UserError
 from dsgformer_arch.models import lr_scheduler
 from dsgformer_arch.progress import track
-from dsgformer_arch.restore import final_output, restore
+from dsgformer_arch.restore import final_output, predict, restore
 
 AMP_TYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16}
 
@@ -55,7 +55,8 @@ class DSGformerModel(SRModel):
     - `train: channels_last`, `train: compile`: memory format; `torch.compile`.
     - `train: progressive`: `iters`, `batch_sizes`, `gt_sizes`, the patch sizes by stage (Restormer).
     - `train: *_opt`: each is a loss of LOSS_REGISTRY; all are summed.  A loss whose class says
-      `multi_output = True` is given all outputs of the network, any other one the final output.
+      `multi_output = True` is given all outputs of the network, any other one the final output; one that
+      says `needs_input = True` is given the blurred image too.
     - `val: tile`, `val: tile_overlap`, `val: amp`: see `restore`.
 
     Raises:
@@ -99,6 +100,7 @@ class DSGformerModel(SRModel):
                 )
         self.setup_optimizers()
         self.setup_schedulers()
+        self.input_offset = getattr(self.get_bare_model(self.net_g), 'input_offset', 0.0)
         # What is compiled is only the call: names in the state dict stay as they are.
         self.call = torch.compile(self.net_g) if train.get('compile') else self.net_g
 
@@ -163,7 +165,7 @@ class DSGformerModel(SRModel):
         self.lq = self.lq.contiguous(memory_format=self.memory_format)
         self.optimizer_g.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, self.amp or torch.bfloat16, enabled=self.amp is not None):
-            outputs = self.call(self.lq)
+            outputs = predict(self.call, self.lq, self.input_offset)
         losses = self.sum_losses(outputs)
         self.scaler.scale(torch.stack([*losses.values()]).sum()).backward()
         if self.opt['train'].get('grad_clip'):
@@ -191,7 +193,8 @@ class DSGformerModel(SRModel):
             prediction = outputs if getattr(loss, 'multi_output', False) else final
             if isinstance(prediction, Tensor):
                 prediction = prediction.float()
-            values[name] = loss(prediction, self.gt)
+            extra = [self.lq] if getattr(loss, 'needs_input', False) else []
+            values[name] = loss(prediction, self.gt, *extra)
         return values
 
     def shrink_batch(self, current_iter: int) -> None:

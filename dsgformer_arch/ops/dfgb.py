@@ -23,9 +23,8 @@ from torch import Tensor
 BLOCK = 8
 
 
-@lru_cache(maxsize=1)
-def _frequencies() -> tuple[tuple[int, int, bool], ...]:
-    """(u, v, sine) of each row of B; one of each pair ±(u, v), frequencies that are their own negative once."""
+def _frequencies() -> list[tuple[int, int, bool]]:
+    """(u, v, sine) of each row of B: one of each pair ±(u, v), with no sine where they are the same."""
     rows = []
     for v in range(BLOCK // 2 + 1):
         paired = v in (0, BLOCK // 2)
@@ -33,11 +32,10 @@ def _frequencies() -> tuple[tuple[int, int, bool], ...]:
             rows.append((u, v, False))
             if not (paired and u in (0, BLOCK // 2)):
                 rows.append((u, v, True))
-    return tuple(rows)
+    return rows
 
 
-@lru_cache(maxsize=1)
-def _reference_basis() -> Tensor:
+def _basis() -> Tensor:
     position = torch.arange(BLOCK, dtype=torch.float64)
     rows = []
     for u, v, sine in _frequencies():
@@ -47,29 +45,36 @@ def _reference_basis() -> Tensor:
     return torch.stack(rows)
 
 
+def _spread() -> Tensor:
+    half = BLOCK // 2 + 1
+    spread = torch.zeros(BLOCK, half, BLOCK * BLOCK, dtype=torch.float64)
+    for column, (u, v, _) in enumerate(_frequencies()):
+        spread[u, v, column] += 0.5
+        spread[-u % BLOCK if v in (0, BLOCK // 2) else u, v, column] += 0.5
+    return spread.flatten(0, 1)
+
+
+with torch.inference_mode(False):  # a tensor of inference mode could not be used in training
+    _BASIS, _SPREAD = _basis(), _spread()
+
+
 @lru_cache(maxsize=16)
 def basis(dtype: torch.dtype, device: torch.device) -> Tensor:
     """B, (64, 64): a frequency a row, a pixel of the block (row by row) a column."""
     with torch.inference_mode(False):
-        return _reference_basis().to(device, dtype)
+        return _BASIS.to(device, dtype)
 
 
 @lru_cache(maxsize=16)
-def _spread(dtype: torch.dtype, device: torch.device) -> Tensor:
+def spread(dtype: torch.dtype, device: torch.device) -> Tensor:
     """The (40, 64) matrix that takes M's entries to the diagonal m."""
-    half = BLOCK // 2 + 1
-    spread = torch.zeros(BLOCK * half, BLOCK * BLOCK, dtype=torch.float64)
-    for column, (u, v, _) in enumerate(_frequencies()):
-        negative = (-u % BLOCK, v) if v in (0, BLOCK // 2) else (u, v)
-        spread[u * half + v, column] += 0.5
-        spread[negative[0] * half + negative[1], column] += 0.5
     with torch.inference_mode(False):
-        return spread.to(device, dtype)
+        return _SPREAD.to(device, dtype)
 
 
 def diagonal(mask: Tensor) -> Tensor:
     """m of M: (C, 8, 5) to (64, C)."""
-    return (mask.flatten(1) @ _spread(mask.dtype, mask.device)).t()
+    return (mask.flatten(1) @ spread(mask.dtype, mask.device)).t()
 
 
 def filtered(U: Tensor, m: Tensor) -> Tensor:

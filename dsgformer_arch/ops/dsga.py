@@ -37,12 +37,12 @@ ACCELERATOR_STRIP_BYTES = 512 << 20
 
 @dataclass(frozen=True)
 class Weights:
-    """A block's parameters, all of one type and device, and its switches."""
+    """A block's parameters and its switches.  Of the type of the activations where no other is named."""
 
     norm_weight: Tensor
-    """(C,)"""
+    """(C,), at least float32"""
     norm_bias: Tensor
-    """(C,)"""
+    """(C,), at least float32"""
     project_in: Tensor
     """W_p, (4C, C)"""
     depthwise: Tensor
@@ -67,10 +67,11 @@ class Weights:
         """The parameters of `block` cast to `dtype`, differentiably."""
         attention = block.attention
         wide = _wide(dtype)
-        mask = block.gate.mask.to(wide) if isinstance(getattr(block.gate, 'mask', None), Tensor) else None
+        mask = getattr(block.gate, 'mask', None)
+        mask = mask.to(wide) if isinstance(mask, Tensor) else None
         return cls(
-            block.norm.weight.to(dtype),
-            block.norm.bias.to(dtype),
+            block.norm.weight.to(wide),
+            block.norm.bias.to(wide),
             block.project_in.weight.flatten(1).to(dtype),
             block.depthwise.weight.to(dtype),
             block.project_out.weight.flatten(1).to(dtype),
@@ -147,7 +148,11 @@ def projected(x: Tensor, weights: Weights) -> Tensor:
 
 def normalised(x: Tensor, weights: Weights) -> Tensor:
     """LN(x) over the channels, the last dimension."""
-    return F.layer_norm(x, x.shape[-1:], weights.norm_weight, weights.norm_bias)
+    weight, bias = weights.norm_weight, weights.norm_bias
+    if torch.is_grad_enabled() and x.device.type == 'cpu':
+        # In bfloat16 a CPU's kernel would sum the gradients of weight and bias in bfloat16 (torch 2.13).
+        return F.layer_norm(x.to(weight.dtype), x.shape[-1:], weight, bias).to(x.dtype)
+    return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype))
 
 
 def gated(P: Tensor, residual: Tensor, weights: Weights) -> Tensor:

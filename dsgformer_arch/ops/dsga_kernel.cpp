@@ -12,6 +12,7 @@
 //   dsga_restore_*  Y = X + W_p' ( gate(U) ⊙ A V ), given the c×c maps A
 // Each returns 0, or 1 if PyTorch has no such matrix product for this processor.
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
@@ -23,6 +24,9 @@
 
 #include <ATen/Parallel.h>
 #include <c10/util/BFloat16.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
@@ -68,11 +72,20 @@ inline void store(bf16* p, vec v) {
 
 inline vec splat(float a) { return a - (vec){}; }
 
-inline float sum(vec v) {
-  const auto eight = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
-                     __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
-  const auto four = __builtin_shufflevector(eight, eight, 0, 1, 2, 3) + __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
-  return (four[0] + four[2]) + (four[1] + four[3]);
+typedef float vec4 __attribute__((vector_size(16), aligned(4), may_alias));
+
+// The sums of four vectors.
+inline vec4 sums(vec a, vec b, vec c, vec d) {
+  auto fold = [](vec x, vec y) {  // of each quarter: x0+x2, y0+y2, x1+x3, y1+y3
+    return __builtin_shufflevector(x, y, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
+           __builtin_shufflevector(x, y, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+  };
+  const vec ab = fold(a, b), cd = fold(c, d);
+  const vec all = __builtin_shufflevector(ab, cd, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+                  __builtin_shufflevector(ab, cd, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  const auto half = __builtin_shufflevector(all, all, 0, 1, 2, 3, 4, 5, 6, 7) +
+                    __builtin_shufflevector(all, all, 8, 9, 10, 11, 12, 13, 14, 15);
+  return __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
 }
 
 // 1/v to float32's precision for v in 1 … 2^100.
@@ -156,19 +169,30 @@ void outer(float* G, const float* q, const float* k, int64_t c, int64_t ld, int6
 
 // ---------------------------------------------------------------- LN
 
+// LN of `pixels` neighbours; four at a time, as their sums and roots are then one instruction.
 template <class T>
-void layer_norm(T* out, const T* x, const float* weight, const float* bias, float eps, int64_t C) {
-  vec total = {};
-  for (int64_t c = 0; c < C; c += LANES) total += load(x + c);
-  const float mean = sum(total) / C;
-  vec squares = {};
-  for (int64_t c = 0; c < C; c += LANES) {
-    const vec d = load(x + c) - mean;
-    squares += d * d;
+void layer_norm(T* out, const T* x, const float* weight, const float* bias, float eps, int64_t C, int64_t pixels) {
+  for (int64_t p = 0; p < pixels; p += 4) {
+    const T* in[4];
+    for (int i = 0; i < 4; ++i) in[i] = x + std::min(p + i, pixels - 1) * C;
+    vec total[4] = {}, squares[4] = {};
+    for (int64_t c = 0; c < C; c += LANES)
+      for (int i = 0; i < 4; ++i) total[i] += load(in[i] + c);
+    const vec4 mean = sums(total[0], total[1], total[2], total[3]) / float(C);
+    for (int64_t c = 0; c < C; c += LANES)
+      for (int i = 0; i < 4; ++i) {
+        const vec d = load(in[i] + c) - mean[i];
+        squares[i] += d * d;
+      }
+    vec4 scale = sums(squares[0], squares[1], squares[2], squares[3]) / float(C) + eps;
+    for (int i = 0; i < 4; ++i) scale[i] = __builtin_sqrtf(scale[i]);
+    scale = 1.0f / scale;
+    const int64_t count = std::min<int64_t>(4, pixels - p);
+    for (int64_t c = 0; c < C; c += LANES) {
+      const vec w = load(weight + c), b = load(bias + c);
+      for (int i = 0; i < count; ++i) store(out + (p + i) * C + c, (load(in[i] + c) - mean[i]) * (scale[i] * w) + b);
+    }
   }
-  const float scale = 1.0f / __builtin_sqrtf(sum(squares) / C + eps);
-  for (int64_t c = 0; c < C; c += LANES)
-    store(out + c, (load(x + c) - mean) * scale * load(weight + c) + load(bias + c));
 }
 
 // ---------------------------------------------------------------- DFGB
@@ -412,22 +436,22 @@ class Projection {
  private:
   void normalise(int64_t begin, int64_t end) {
     const auto* x = static_cast<const T*>(d_.x);
-    T* out = normalised_.get();
-    for (int64_t r = begin; r < end; ++r)
-      for (int64_t j = task_.left - 1; j <= task_.right; ++j, out += C_) {
-        if (j < 0 || j >= d_.width)
-          std::memset(static_cast<void*>(out), 0, C_ * sizeof(T));
-        else {
-          const T* pixel = x + (r * d_.width + j) * C_;
-          if (r + BLOCK < d_.height) prefetch(pixel + BLOCK * d_.width * C_);  // the next tile's
-          layer_norm(out, pixel, d_.norm_weight, d_.norm_bias, float(d_.eps), C_);
-        }
-      }
+    const int64_t left = std::max<int64_t>(task_.left - 1, 0), right = std::min(task_.right + 1, d_.width);
+    const size_t pixel = C_ * sizeof(T);
+    for (int64_t r = begin; r < end; ++r) {
+      T* out = normalised_.get() + (r - begin) * stride_ * C_;
+      const T* in = x + (r * d_.width + left) * C_;
+      // The depthwise convolution sees zeros beyond the image; without biases, LN's zeros stay zeros till then.
+      if (left == task_.left) std::memset(static_cast<void*>(out), 0, pixel), out += C_;
+      if (right == task_.right) std::memset(static_cast<void*>(out + (right - left) * C_), 0, pixel);
+      if (r + BLOCK < d_.height) prefetch(in + BLOCK * d_.width * C_, (right - left) * pixel);  // the next tile's
+      layer_norm(out, in, d_.norm_weight, d_.norm_bias, float(d_.eps), C_, right - left);
+    }
   }
 
-  void prefetch(const T* pixel) const {
-    const auto* bytes = reinterpret_cast<const char*>(pixel);
-    for (size_t i = 0; i < C_ * sizeof(T); i += 64) __builtin_prefetch(bytes + i, 0, 2);
+  static void prefetch(const T* from, int64_t bytes) {
+    const auto* line = reinterpret_cast<const char*>(from);
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(line + i, 0, 2);
   }
 
   const Dsga& d_;
@@ -500,6 +524,16 @@ void replicate(float* U, int64_t rows, int64_t columns, int64_t width, int64_t C
     std::memcpy(U + y * width * C, U + (rows - 1) * width * C, width * C * sizeof(float));
 }
 
+// Y is often fresh memory: a page fault each 4096 bytes would cost as much as computing them.
+void use_large_pages([[maybe_unused]] void* start, [[maybe_unused]] size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = 2 << 20;
+  const auto begin = (reinterpret_cast<uintptr_t>(start) + page - 1) / page * page;
+  const auto end = (reinterpret_cast<uintptr_t>(start) + bytes) / page * page;
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // only a wish
+#endif
+}
+
 template <class T>
 bool restore(const Dsga& d) {
   const int64_t C = d.channels, c = C / d.heads;
@@ -511,6 +545,7 @@ bool restore(const Dsga& d) {
     transpose_into(B_map.get() + h * c * c, static_cast<const T*>(d.attention) + h * c * c, c, c);
   const auto* x = static_cast<const T*>(d.x);
   auto* y = static_cast<T*>(d.y);
+  use_large_pages(y, d.height * d.width * C * sizeof(T));
   return run(list, [&](int64_t, const Task& task) {
     Projection<T> P(d, B.get(), task);
     const int64_t group = C > 192 ? 16 : 32;

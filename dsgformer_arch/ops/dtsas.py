@@ -30,8 +30,9 @@ def scores(gram: Tensor, q_squares: Tensor, k_squares: Tensor, temperature: Tens
     Returns:
         (N, heads, c, c).
     """
-    q_norm = q_squares.sqrt().clamp_min(EPSILON).unsqueeze(-1)
-    k_norm = k_squares.sqrt().clamp_min(EPSILON).unsqueeze(-2)
+    # The square root has no slope at 0, so what is bounded is its argument.
+    q_norm = q_squares.clamp_min(EPSILON**2).sqrt().unsqueeze(-1)
+    k_norm = k_squares.clamp_min(EPSILON**2).sqrt().unsqueeze(-2)
     return gram / q_norm / k_norm / temperature
 
 

@@ -47,7 +47,7 @@ _LOG = logging.getLogger(__name__)
 class _Call(ctypes.Structure):
     """`struct Dsga` of the kernel."""
 
-    _fields_ = [  # noqa: RUF012 (ctypes reads a plain list)
+    _fields_ = [
         *((name, ctypes.c_int64) for name in ('height', 'width', 'channels', 'heads', 'gate')),
         ('eps', ctypes.c_double),
         *(
@@ -74,10 +74,10 @@ def restored(x: Tensor, weights: Weights) -> Tensor:
     """Y of the block, without gradients; (N, H, W, C), contiguous, as `dsga.whole` gives it."""
     channels = x.shape[-1]
     heads, width = weights.heads, channels // weights.heads
-    for_qk, for_vu = weights.project_in.split(2 * channels)
-    kernels = weights.depthwise.float().view(4 * channels, 9)
+    for_qk, for_vu = weights.project_in.contiguous().split(2 * channels)
+    kernels = weights.depthwise.float().reshape(4 * channels, 9)
     dw_qk, dw_vu = (part.t().contiguous() for part in kernels.split(2 * channels))
-    norm = {'norm_weight': weights.norm_weight.float(), 'norm_bias': weights.norm_bias.float()}
+    norm = {'norm_weight': weights.norm_weight, 'norm_bias': weights.norm_bias}
     mask = None if weights.mask is None else _kernel_mask(weights.mask)
     gate = 0 if mask is not None else 1 if weights.gelu else 2
     project_out = weights.project_out.contiguous()
@@ -123,7 +123,7 @@ def _kernel_mask(mask: Tensor) -> Tensor:
 
 
 def _call(name: str, x: Tensor, heads: int, gate: int, **tensors: Tensor | None) -> None:
-    """Run one pass of the kernel on one image x, (H, W, C); `tensors` are its other fields, all contiguous."""
+    """Run one pass of the kernel on one image x, (H, W, C); `tensors` are its other fields, contiguous."""
     height, width, channels = x.shape
     pointers = {key: tensor.data_ptr() for key, tensor in tensors.items() if tensor is not None}
     call = _Call(height, width, channels, heads, gate, NORM_EPSILON, x.data_ptr(), **pointers)
@@ -160,8 +160,8 @@ def _example(dtype: torch.dtype) -> tuple[Tensor, Weights]:
 
     C = 2 * LANES
     weights = Weights(
-        norm_weight=torch.ones(C, dtype=dtype),
-        norm_bias=torch.zeros(C, dtype=dtype),
+        norm_weight=torch.ones(C),
+        norm_bias=torch.zeros(C),
         project_in=random(4 * C, C).to(dtype),
         depthwise=random(4 * C, 1, 3, 3).to(dtype),
         project_out=random(C, C).to(dtype),
@@ -206,15 +206,9 @@ def _built() -> Path:
         f'-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}',
         f'-I{torch_folder / "include"}',
     ]
-    identity = [
-        SOURCE.read_text(),
-        *command,
-        torch.__version__,
-        _version(compiler),
-        platform.machine(),
-        _processor(),
-    ]
-    name = hashlib.sha256('\0'.join(identity).encode()).hexdigest()[:16]
+    version = _run([*compiler, '--version'])
+    identity = '\0'.join([SOURCE.read_text(), *command, version, torch.__version__, _processor()])
+    name = hashlib.sha256(identity.encode()).hexdigest()[:16]
     folder = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'dsgformer_arch'
     target = folder / f'dsga-{name}.so'
     if not target.exists():
@@ -234,10 +228,6 @@ def _run(command: list[str]) -> str:
     if done.returncode:
         raise RuntimeError(f'{command[0]} failed: {done.stderr.strip()[-2000:]}')
     return done.stdout
-
-
-def _version(compiler: list[str]) -> str:
-    return _run([*compiler, '--version'])
 
 
 def _processor() -> str:

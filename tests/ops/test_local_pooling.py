@@ -24,7 +24,8 @@ from tests.conformance.check import check
 
 FIXTURES = Path(__file__).resolve().parents[1] / 'conformance'
 
-TRAIN = 32
+TRAIN = 16
+"""Side of the training crops; windows are 24×24 at full resolution."""
 
 SYSTEMS: dict[str, Callable[[], nn.Module]] = {
     'NAFNet': lambda: NAFNet(width=4, enc_blk_nums=[1, 1], dec_blk_nums=[1, 1]),
@@ -231,7 +232,7 @@ def literally_local(network: nn.Module, base: tuple[int, int]) -> nn.Module:
 
 @pytest.mark.parametrize('name', ['Restormer', 'DRSformer'])
 @pytest.mark.parametrize(
-    ('train', 'base', 'size'), [(32, (48, 48), (64, 48)), ((40, 24), (60, 36), (24, 80))]
+    ('train', 'base', 'size'), [(16, (24, 24), (40, 24)), ((16, 24), (24, 36), (32, 56))]
 )
 def test_attention_equals_literal_windows(
     name: str, train: int | tuple[int, int], base: tuple[int, int], size: tuple[int, int]
@@ -252,7 +253,7 @@ def test_dsgformer_equals_literal_windows(attention: str) -> None:
     shrunk = {f'encoder.{i}': 2**i for i in range(4)} | {f'decoder.{i}': 4 >> i for i in range(3)}
     for name, block in literal.named_modules():
         if name.endswith('.0') and name.rpartition('.')[0] in shrunk:
-            side = 48 // shrunk[name.rpartition('.')[0]]
+            side = 24 // shrunk[name.rpartition('.')[0]]
 
             def forward(X: Tensor, block: nn.Module = block, side: int = side) -> Tensor:
                 Q, K, V, U = block.depthwise(block.project_in(block.norm(X))).chunk(4, dim=1)
@@ -260,9 +261,9 @@ def test_dsgformer_equals_literal_windows(attention: str) -> None:
                 return X + block.project_out(block.gate(U) * attended)
 
             block.forward = forward
-    x = image(64, 72)
+    x = image(32, 40)
     whole = restored(network, x)
-    local = restored(use_local_pooling(network, 32), x)
+    local = restored(use_local_pooling(network, TRAIN), x)
     assert difference(local, restored(literal, x)) < 1e-9
     assert difference(local, whole) > 1e-6
 
@@ -272,35 +273,34 @@ def test_dsgformer_equals_literal_windows(attention: str) -> None:
     [
         (
             'NAFNet',
-            {'encoders.0': 48, 'encoders.1': 24, 'middle_blks': 12, 'decoders.0': 24, 'decoders.1': 48},
+            {'encoders.0': 24, 'encoders.1': 12, 'middle_blks': 6, 'decoders.0': 12, 'decoders.1': 24},
         ),
         # Stage 1 takes quarters of the image, and its decoder halves; a window is sized by its layer's map.
         (
             'MPRNet',
-            {'stage1_encoder.encoder_level1': 24, 'stage1_encoder.encoder_level3': 6, 'shallow_feat3': 48},
+            {'stage1_encoder.encoder_level1': 12, 'stage1_encoder.encoder_level3': 3, 'shallow_feat3': 24},
         ),
-        ('MHNet', {'stage1.encoders.3': 6, 'stage1.decoders.3': 48, 'stage2.CABG4': 48, 'stage2.skff2': 48}),
+        ('MHNet', {'stage1.encoders.3': 3, 'stage1.decoders.3': 24, 'stage2.CABG4': 24, 'stage2.skff2': 24}),
     ],
 )
 def test_means_equal_literal_windows(name: str, windows: dict[str, int]) -> None:
     network = use_local_pooling(build(name), TRAIN)
-    for module_name, module in network.named_modules():
-        for prefix, side in windows.items():
-            if isinstance(module, LocalAvgPool2d) and module_name.startswith(prefix):
-                assert module.window == (side, side)
+    pools = {name: module for name, module in network.named_modules() if isinstance(module, LocalAvgPool2d)}
+    for prefix, side in windows.items():
+        assert {pool.window for name, pool in pools.items() if name.startswith(prefix)} == {(side, side)}
     literal = copy.deepcopy(network)
     for module_name, module in list(literal.named_modules()):
         if isinstance(module, LocalAvgPool2d):
             parent, _, child = module_name.rpartition('.')
             setattr(literal.get_submodule(parent), child, LiteralPool(module.window))
-    x = image(64, 80)
+    x = image(32, 48)
     assert difference(restored(network, x), restored(literal, x)) < 1e-9
     assert difference(restored(network, x), restored(build(name), x)) > 1e-6
 
 
 def test_window_of_mprnets_halves_is_not_square() -> None:
     network = use_local_pooling(build('MPRNet'), TRAIN)
-    assert network.stage1_decoder.decoder_level1[0].CA.avg_pool.window == (24, 48)
+    assert network.stage1_decoder.decoder_level1[0].CA.avg_pool.window == (12, 24)
 
 
 def test_mhnets_attention_stays_global() -> None:
@@ -328,7 +328,7 @@ def test_conforms_to_the_release(fixture: str, network: Callable[[], nn.Module])
 def test_small_images_are_restored_exactly_as_before(name: str) -> None:
     network = build(name)
     local = use_local_pooling(copy.deepcopy(network), TRAIN)
-    for size in [(48, 48), (32, 48), (16, 32)]:
+    for size in [(16, 16)] if name == 'MHNet' else [(24, 24), (16, 24)]:
         x = image(*size, batch=2)
         if name in ('Restormer', 'DSGformer'):  # other forms of the same attention
             assert difference(restored(local, x), restored(network, x)) < 1e-12
@@ -344,7 +344,7 @@ def test_state_dict_and_network_stay(name: str) -> None:
     after = network.state_dict(keep_vars=True)
     assert list(after) == list(before)
     assert all(after[key] is before[key] for key in before)
-    x = image(64, 64)
+    x = image(48, 48)
     expected = restored(network, x)
     fresh = use_local_pooling(SYSTEMS[name]().double().eval(), TRAIN)
     fresh.load_state_dict(before)
@@ -352,27 +352,27 @@ def test_state_dict_and_network_stay(name: str) -> None:
     assert torch.equal(restored(copy.deepcopy(network), x), expected)
 
 
-@pytest.mark.parametrize('name', SYSTEMS)
+@pytest.mark.parametrize('name', ['NAFNet', 'Restormer', 'DSGformer'])
 def test_called_again_it_sets_other_windows(name: str) -> None:
-    x = image(64, 80)
-    twice = use_local_pooling(use_local_pooling(build(name), 64, 96), TRAIN)
+    x = image(32, 48)
+    twice = use_local_pooling(use_local_pooling(build(name), 32, 48), TRAIN)
     once = use_local_pooling(build(name), TRAIN)
     assert torch.equal(restored(twice, x), restored(once, x))
-    whole = use_local_pooling(use_local_pooling(build(name), TRAIN), 64, 128)
+    whole = use_local_pooling(use_local_pooling(build(name), TRAIN), 32, 96)
     assert difference(restored(whole, x), restored(build(name), x)) < 1e-12
 
 
-@pytest.mark.parametrize('name', SYSTEMS)
+@pytest.mark.parametrize('name', ['NAFNet', 'Restormer', 'DSGformer'])
 def test_a_batch_is_its_images(name: str) -> None:
     network = use_local_pooling(build(name), TRAIN)
-    x = image(64, 80, batch=2)
+    x = image(32, 48, batch=2)
     assert difference(restored(network, x), torch.cat([restored(network, one) for one in x.split(1)])) < 1e-12
 
 
 @pytest.mark.parametrize('name', SYSTEMS)
 def test_autocast_and_gradients(name: str) -> None:
     network = use_local_pooling(build(name).float(), TRAIN)
-    x = image(64, 80).float()
+    x = image(32, 48).float()
     reference = restored(network, x)
     with torch.autocast('cpu', torch.bfloat16):
         assert difference(restored(network, x).float(), reference) < 0.2
@@ -381,10 +381,12 @@ def test_autocast_and_gradients(name: str) -> None:
     assert all(p.grad.isfinite().all() for p in network.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize('name', SYSTEMS)
+@pytest.mark.parametrize(
+    'name', [name if name == 'NAFNet' else pytest.param(name, marks=pytest.mark.long) for name in SYSTEMS]
+)
 def test_compiles_as_a_whole(name: str) -> None:
     network = use_local_pooling(build(name), TRAIN)
-    x = image(64, 80)
+    x = image(32, 48)
     torch.compiler.reset()
     compiled = torch.compile(network, backend='eager', fullgraph=True)
     assert difference(restored(compiled, x), restored(network, x)) < 1e-12
@@ -401,9 +403,9 @@ def test_finds_the_network_inside_a_wrapper() -> None:
             return self.network(F.pad(x, (0, -width % 8, 0, -height % 8), 'reflect'))[..., :height, :width]
 
     wrapped = use_local_pooling(Wrapper(build('Restormer')), TRAIN)
-    x = image(64, 56)
+    x = image(48, 40)
     assert torch.equal(restored(wrapped, x), restored(use_local_pooling(build('Restormer'), TRAIN), x))
-    assert restored(wrapped, image(61, 75)).shape == (1, 3, 61, 75)
+    assert restored(wrapped, image(41, 51)).shape == (1, 3, 41, 51)
 
 
 def test_training_size_that_is_no_multiple_is_padded() -> None:
