@@ -1,15 +1,15 @@
 """DSGformer and the systems it is compared with, as a plug-in of BasicSR.
 
 Importing this package repairs BasicSR where today's PyTorch breaks it
-(`compat`), and registers the networks, data sets, losses, metrics and models
-in BasicSR's registries.
+(`compat`), registers the networks, data sets, losses, metrics and models in
+BasicSR's registries, and the networks in spandrel's.
 """
 
 from dsgformer_arch import compat
 
 compat.apply()
 
-from dsgformer_arch import archs, data, losses, metrics, models  # noqa: E402
+from dsgformer_arch import archs, data, losses, metrics, models, spandrel_support  # noqa: E402
 
 __all__ = ['archs', 'compat', 'data', 'losses', 'metrics', 'models']
 __version__ = '0.1.0'

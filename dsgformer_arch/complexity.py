@@ -62,7 +62,7 @@ class Complexity:
         return self.published + self.fourier
 
 
-def count(name: str, height: int = 256, width: int | None = None, **overrides: Any) -> Complexity:
+def count(name: str, height: int = 256, width: int | None = None, /, **overrides: Any) -> Complexity:
     """Count a system's forward pass in evaluation mode, for one image, without computing it.
 
     Args:
@@ -84,7 +84,7 @@ def count(name: str, height: int = 256, width: int | None = None, **overrides: A
     return Complexity(convolutions, sum(found.values()) - convolutions - fourier, fourier)
 
 
-def multiply_adds(name: str, height: int = 256, width: int | None = None, **overrides: Any) -> int:
+def multiply_adds(name: str, height: int = 256, width: int | None = None, /, **overrides: Any) -> int:
     """`count(…).total`."""
     return count(name, height, width, **overrides).total
 

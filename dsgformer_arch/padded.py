@@ -10,11 +10,10 @@ from torch import Tensor, nn
 
 from dsgformer_arch.errors import UserError
 from dsgformer_arch.ops.padding import pad_to_multiple
+from dsgformer_arch.restore import Outputs
 
 IMAGE_CHANNELS = ('in_c', 'inp_channels', 'img_channel')
 """What the networks call the setting for the channels of their input; 3 is everyone's default."""
-
-Outputs = Tensor | list[Tensor] | tuple[Tensor, ...]
 
 
 @cache

@@ -21,13 +21,16 @@ from spandrel import (
 from torch import Tensor, nn
 
 from dsgformer_arch import zoo
-from dsgformer_arch.restore import final_output
+from dsgformer_arch.restore import final_output, predict
 
 WHOLE_IMAGE = {'DSGformer', 'MHNet', 'DRSformer', 'MBTaylorFormerV2', 'Stripformer'}
 """Networks whose attention sees the whole image: cut into tiles they compute something else."""
 
 ARCHITECTURES = ('DSGformer', 'MHNet', 'Stripformer', 'ConvIR', 'MBTaylorFormerV2', 'DRSformer')
 """Their names in ARCH_REGISTRY, which are their ids in spandrel's."""
+
+FLOAT32_ONLY = {'MBTaylorFormerV2'}
+"""Networks that bfloat16 weights spoil: this one's attention takes sums of eighth powers over all pixels."""
 
 
 class Release(Architecture[nn.Module]):
@@ -38,7 +41,9 @@ class Release(Architecture[nn.Module]):
     """
 
     def __init__(self, architecture: str) -> None:
-        super().__init__(id=architecture, detect=zoo.network_class(architecture).recognises)
+        super().__init__(
+            id=architecture, detect=lambda state: zoo.network_class(architecture).recognises(state)
+        )
 
     def load(self, state_dict: StateDict) -> ImageModelDescriptor[nn.Module]:
         """The network of a state dict, with its weights.
@@ -55,7 +60,7 @@ class Release(Architecture[nn.Module]):
             purpose='Restoration',
             tags=[],
             supports_half=False,
-            supports_bfloat16=True,
+            supports_bfloat16=self.id not in FLOAT32_ONLY,
             scale=1,
             input_channels=3,
             output_channels=3,
@@ -73,6 +78,5 @@ def register() -> None:
 
 
 def _restored(network: nn.Module, image: Tensor) -> Tensor:
-    """The final image of a network, as spandrel wants it: from [0, 1], whatever range the release works in."""
-    offset = getattr(network, 'input_offset', 0)
-    return final_output(network, network(image - offset)) + offset
+    """A network's final image in [0, 1], whatever range its release works in."""
+    return final_output(network, predict(network, image, getattr(network, 'input_offset', 0.0)))

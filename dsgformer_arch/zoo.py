@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from basicsr.utils.registry import ARCH_REGISTRY
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -40,6 +41,7 @@ __all__ = [
     'UnknownSystemError',
     'convert',
     'create',
+    'create_without_data',
     'get',
     'identify',
     'load',
@@ -105,6 +107,16 @@ def create(name: str, *, tlc: TrainSize | None = None, **overrides: Any) -> nn.M
     return _build(system.architecture, {**system.settings, **overrides}, tlc)
 
 
+def create_without_data(name: str) -> nn.Module:
+    """A system whose tensors have shapes but no data: to look at, at the cost of no memory.
+
+    Raises:
+        UnknownSystemError: no system has this name.
+    """
+    system = get(name)
+    return _without_data(system.architecture, system.settings)
+
+
 def load(
     path: str | os.PathLike[str],
     name: str | None = None,
@@ -118,7 +130,7 @@ def load(
     Args:
         path: a `.pth`, `.pt`, `.ckpt` or `.safetensors` file as releases publish it.
         name: the system that it has to be; by default the file tells (see `identify`).
-        strict: refuse a checkpoint whose names or shapes differ; otherwise load what fits.
+        strict: refuse a checkpoint whose names or shapes differ; otherwise load what fits, if anything.
         tlc: as in `create`.
         overrides: settings that leave no trace in the weights, such as ConvIR's `dilations`.
 
@@ -132,7 +144,7 @@ def load(
     architecture, settings = _described(checkpoint, name)
     network = _build(architecture, {**settings, **overrides}, tlc)
     _check_channels(network, checkpoint)
-    if strict:
+    if strict or not _shapes(network.state_dict()) & _shapes(checkpoint.state):
         _check_fit(network, checkpoint, name or architecture)
     load_into(network, checkpoint, strict=strict)
     return network
@@ -146,52 +158,37 @@ def identify(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]]:
 
     Returns:
         The system's name, or its architecture's if no named system has these sizes; and all settings
-        that rebuild it.  What leaves no trace in the weights is as in the system of the nearest sizes.
+        that rebuild it.  What leaves no trace in the weights is as the authors have it.
 
     Raises:
-        CheckpointError: the weights of no known system; the nearest and the first differing keys are named.
+        CheckpointError: the weights of no known system, in which case the nearest and the first differing
+            keys are named; or entries that tell the settings are missing.
     """
     architecture = _recognised(state)
-    name, share = nearest(state, architecture)
-    return name if share == 1 else architecture, settings_of(architecture, state, name)
+    settings = settings_of(architecture, state)
+    return _name_of(architecture, settings) or architecture, settings
 
 
-def settings_of(architecture: str, state: Mapping[str, Tensor], name: str | None = None) -> dict[str, Any]:
-    """All settings that rebuild the network of `state`.
-
-    Args:
-        architecture: whose weights these are.
-        state: a bare state dict.
-        name: the system that tells what leaves no trace in the weights; by default the nearest.
-
-    Raises:
-        CheckpointError: entries that tell the settings are missing.
-    """
+def settings_of(architecture: str, state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """All settings that rebuild the network of `state`, the weights of an architecture; as `identify`."""
     try:
         found = network_class(architecture).settings_from_state(state)
     except (KeyError, IndexError, ZeroDivisionError) as error:
         raise CheckpointError(
             f'these are weights of {architecture}, but {error} is missing or wrong; fetch the file again'
         ) from None
-    return {**get(name or nearest(state, architecture)[0]).settings, **found}
+    # What leaves no trace is the same in all systems of an architecture.
+    return {**_systems(architecture)[0].settings, **found}
 
 
-def nearest(state: Mapping[str, Tensor], architecture: str | None = None) -> tuple[str, float]:
-    """The system whose state dict is most like `state`.
-
-    Args:
-        state: a bare state dict.
-        architecture: only systems of this architecture; by default all.
+def nearest(state: Mapping[str, Tensor]) -> tuple[str, float]:
+    """The system whose state dict is most like `state`, a bare one.
 
     Returns:
         Its name, and the entries of the same name and shape that both have over those that either has.
     """
     have = _shapes(state)
-    shares = {}
-    for system in SYSTEMS:
-        if architecture in (None, system.architecture):
-            want = _shapes_of(system.name)
-            shares[system.name] = len(have & want) / len(have | want)
+    shares = {name: len(have & _shapes_of(name)) / len(have | _shapes_of(name)) for name in _BY_NAME}
     best = max(shares, key=lambda name: shares[name])
     return best, shares[best]
 
@@ -214,8 +211,10 @@ def convert(
 
     Raises:
         CheckpointError: as for `load` with `strict`; or what was written did not read back the same.
-        UserError: `target` cannot be written.
+        UserError: `target` cannot be written, or does not end with .safetensors.
     """
+    if not os.fspath(target).endswith('.safetensors'):
+        raise UserError(f'{os.fspath(target)}: call it *.safetensors, for readers go by the name')
     checkpoint = read_checkpoint(source)
     architecture, settings = _described(checkpoint, name)
     network = _without_data(architecture, settings)
@@ -234,17 +233,17 @@ def convert(
 
     try:
         write_atomically(write, target)
-    except OSError as error:
-        raise UserError(f'cannot write {os.fspath(target)}: {error.strerror or error}') from None
+    except (OSError, SafetensorError) as error:
+        raise UserError(f'cannot write {os.fspath(target)}: {error}') from None
     return system, settings
 
 
 def _build(architecture: str, settings: Mapping[str, Any], tlc: TrainSize | None) -> nn.Module:
-    known = _accepted(architecture)
+    known = _defaults(architecture)
     for key in settings:
         if key not in known:
             raise UserError(f'{architecture} has no setting {key!r}{did_you_mean(key, known)}')
-    if tlc is not None and not any(s.tlc for s in SYSTEMS if s.architecture == architecture):
+    if tlc is not None and not any(system.tlc for system in _systems(architecture)):
         pooled = ', '.join(system.name for system in SYSTEMS if system.tlc)
         raise UserError(f'{architecture} has no local pooling; leave it off, or choose one of {pooled}')
     try:
@@ -254,16 +253,34 @@ def _build(architecture: str, settings: Mapping[str, Any], tlc: TrainSize | None
     return network if tlc is None else use_local_pooling(network, tlc)
 
 
-def _accepted(architecture: str) -> set[str]:
-    """The settings that an architecture takes; some pass what they do not know to the class above."""
-    accepted: set[str] = set()
+def _defaults(architecture: str) -> dict[str, Any]:
+    """The settings that an architecture takes; some classes pass what they do not know to the one above."""
+    found: dict[str, Any] = {}
     for kind in network_class(architecture).__mro__:
         if '__init__' in vars(kind):
             parameters = inspect.signature(kind.__init__).parameters.values()
-            accepted |= {p.name for p in parameters if p.kind is not p.VAR_KEYWORD} - {'self'}
+            named = {p.name: p.default for p in parameters if p.kind is not p.VAR_KEYWORD}
+            found = {**named, **found}
             if not any(p.kind is p.VAR_KEYWORD for p in parameters):
                 break
-    return accepted
+    return {name: default for name, default in found.items() if name != 'self'}
+
+
+def _systems(architecture: str) -> list[System]:
+    return [system for system in SYSTEMS if system.architecture == architecture]
+
+
+def _name_of(architecture: str, settings: Mapping[str, Any]) -> str | None:
+    """The system with exactly these settings; those that are not given count as equal."""
+    for system in _systems(architecture):
+        own = {**_defaults(architecture), **system.settings}
+        if all(_plain(own.get(key)) == _plain(value) for key, value in settings.items()):
+            return system.name
+    return None
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _described(checkpoint: Checkpoint, name: str | None) -> tuple[str, dict[str, Any]]:
@@ -296,7 +313,7 @@ def _from_metadata(checkpoint: Checkpoint) -> tuple[str, dict[str, Any]]:
 
 def _architecture(found: str) -> str:
     """The architecture of a name that may be a system's or an architecture's."""
-    if any(system.architecture == found for system in SYSTEMS):
+    if _systems(found):
         return found
     return get(found).architecture
 
@@ -312,7 +329,7 @@ def _recognised(state: Mapping[str, Tensor]) -> str:
     name, share = nearest(state)
     raise CheckpointError(
         f'these are the weights of no system known here; the nearest is {name} with {share:.0%} of the '
-        f'entries in common: {"; ".join(mismatches(_shapes_only(name), state))}'
+        f'entries in common: {"; ".join(mismatches(create_without_data(name), state))}'
     )
 
 
@@ -340,25 +357,13 @@ def _check_fit(network: nn.Module, checkpoint: Checkpoint, wanted: str) -> None:
         )
 
 
-def _name_of(architecture: str, settings: Mapping[str, Any]) -> str | None:
-    """The system of exactly these sizes."""
-    shapes = _shapes(_without_data(architecture, settings).state_dict())
-    same = (s.name for s in SYSTEMS if s.architecture == architecture and _shapes_of(s.name) == shapes)
-    return next(same, None)
-
-
 def _shapes(state: Mapping[str, Tensor]) -> frozenset[tuple[str, torch.Size]]:
     return frozenset((key, tensor.shape) for key, tensor in state.items())
 
 
 @cache
 def _shapes_of(name: str) -> frozenset[tuple[str, torch.Size]]:
-    return _shapes(_shapes_only(name).state_dict())
-
-
-def _shapes_only(name: str) -> nn.Module:
-    system = get(name)
-    return _without_data(system.architecture, system.settings)
+    return _shapes(create_without_data(name).state_dict())
 
 
 def _without_data(architecture: str, settings: Mapping[str, Any]) -> nn.Module:

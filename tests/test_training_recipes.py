@@ -46,6 +46,8 @@ def shortened(file: Path, folder: Path, vgg: Path) -> dict[str, Any]:
         stages = train['progressive']
         stages['batch_sizes'] = [1] * len(stages['iters'])
         stages['gt_sizes'] = [SIDE] * len(stages['iters'])
+    if settings['network_g']['type'] == 'ConvIR':
+        settings['network_g']['dilations'] = [1, 2, 3]  # the release's need images of 256
     if 'contrast_opt' in train:
         train['contrast_opt']['vgg_weights'] = str(vgg)
     return settings

@@ -32,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
     quality(commands.add_parser('quality', help='PSNR, SSIM and more on a data set, under its protocol'))
     training(commands.add_parser('training', help='quality reached with the same data and budget'))
     ablation(commands.add_parser('ablation', help="the paper's table 2 on a budget"))
+    loader(commands.add_parser('loader', help='crops a second of the data loaders'))
     report(commands.add_parser('report', help='one page of all results'))
     return top
 
@@ -121,6 +122,20 @@ def ablation(command: argparse.ArgumentParser) -> None:
     command.add_argument('--model', default='dsgformer_t', help='preset to vary (default: %(default)s)')
     learning(command)
     common(command, 'ablation')
+
+
+def loader(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        '--data', required=True, metavar='PATH', help='common start of PATH_lq.lmdb and PATH_gt.lmdb'
+    )
+    command.add_argument('--patch', type=positive, default=256, help='side of crops (default: %(default)s)')
+    command.add_argument('--batch', type=positive, default=8, help='pairs (default: %(default)s)')
+    command.add_argument('--workers', type=positive, default=1, help='processes (default: %(default)s)')
+    command.add_argument('--rounds', type=positive, default=3, help='turns (default: %(default)s)')
+    command.add_argument(
+        '--seconds', type=positive, default=5, help='length of a turn (default: %(default)s)'
+    )
+    common(command, 'loader')
 
 
 def learning(command: argparse.ArgumentParser) -> None:

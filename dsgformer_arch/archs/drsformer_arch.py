@@ -17,13 +17,13 @@ For an image of H×W and C = `dim` (48: 33.66 M parameters, 32.61 M without expe
     encoder_level2                              H/2×W/2×2C
     encoder_level3                              H/4×W/4×4C
     latent                                      H/8×W/8×8C
-    decoder_level3, decoder_level2              the same two sizes, upwards, on the concatenated skips
+    decoder_level3, decoder_level2              H/4×W/4×4C, H/2×W/2×2C, on the concatenated skips
     decoder_level1, refinement (experts)        H×W×2C
     output, plus the image                      H×W×3
 
 Levels 1 to latent and back are blocks of top-k sparse attention (TKSA) and a mixed-scale feed-forward
-network (MSFN), each on a LayerNorm and with a residual.  The experts (MEFC) are eight convolutions
-side by side whose weights follow from the mean of the feature map.
+network (MSFN), each on a LayerNorm and with a residual.  The experts (MEFC) are seven depthwise
+separable convolutions and a 3×3 mean, side by side; their weights follow from the map's global mean.
 """
 
 from __future__ import annotations

@@ -14,86 +14,103 @@ from dsgformer_arch.ops.deform_conv import deform_conv2d
 _WINDOWS = {1: {3: 1}, 2: {3: 2}, 4: {3: 2, 5: 2}, 8: {3: 2, 5: 3, 7: 3}}
 FFN=2.66
 
+
+class BranchConv(nn.Conv2d):
+    def __init__(self, branches, i, o, k=1, depthwise=False, bias=False):
+        super().__init__(i*branches, o*branches, k, padding=k // 2, groups=branches * (o if depthwise else 1), bias=bias)
+        self.branches = branches
+
+    def forward(self, xs):
+        bias = [None] * self.branches if self.bias is None else self.bias.chunk(self.branches)
+        return [F.conv2d(x, w, b, padding=self.padding, groups=self.groups // self.branches) for x, w, b in zip(xs, self.weight.chunk(self.branches), bias, strict=True)]
+
+
 class PathNorm(nn.Module):
     def __init__(self, dim: int, paths: int):
         super().__init__()
         self.body = nn.ParameterDict({'weight': nn.Parameter(torch.ones(paths, dim))})
 
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.body['weight']
-        x = x.unflatten(1, weight.shape)
+    def forward(self, xs):
+        return [self.norm(x, w.view(-1, 1, 1)) for x, w in zip(xs, self.body['weight'].unbind(), strict=True)]
+
+    def norm(self, x, w):
         if x.dtype == torch.float64:
-            variance = x.var(2, keepdim=True, unbiased=False)
+            variance = x.var(1, keepdim=True, unbiased=False)
         else:
-            variance = (x - x.mean(2, keepdim=True)).square().mean(2, keepdim=True)
-        return (x / torch.sqrt(variance + 1e-5) * weight[..., None, None]).flatten(1, 2)
+            variance = (x - x.mean(1, keepdim=True)).square().mean(1, keepdim=True)
+        return x / torch.sqrt(variance + 1e-5) * w
 
 
 class FeedForward(nn.Module):
     def __init__(self, dim: int, paths: int):
         super().__init__()
-        hidden = int(dim * FFN) * paths
-        dim = dim * paths
-        self.project_in_1 = nn.Conv2d(dim, hidden, 1, groups=paths, bias=False)
-        self.project_in_2 = nn.Conv2d(dim, hidden, 1, groups=paths, bias=False)
-        self.dwconv_1 = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, bias=False)
-        self.dwconv_2 = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, bias=False)
-        self.project_out = nn.Conv2d(hidden, dim, 1, groups=paths, bias=False)
+        hidden = int(dim * FFN)
+        self.project_in_1 = BranchConv(paths, dim, hidden)
+        self.project_in_2 = BranchConv(paths, dim, hidden)
+        self.dwconv_1 = BranchConv(paths, hidden, hidden, 3, True)
+        self.dwconv_2 = BranchConv(paths, hidden, hidden, 3, True)
+        self.project_out = BranchConv(paths, hidden, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.project_out(F.gelu(self.dwconv_1(self.project_in_1(x))) * self.dwconv_2(self.project_in_2(x)))
+    def forward(self, xs):
+        a = self.dwconv_1(self.project_in_1(xs))
+        b = self.dwconv_2(self.project_in_2(xs))
+        return self.project_out([F.gelu(x) * y for x, y in zip(a, b)])
 
 
 class RefineAttention(nn.Module):
     def __init__(self, head_dim: int, heads: int, paths: int):
         super().__init__()
-        self.splits = list(_WINDOWS[heads].values())
+        self.splits = [n * head_dim for n in _WINDOWS[heads].values()]
         self.paths = paths
         self.conv_list = nn.ModuleList(
             nn.Conv2d(n * paths * head_dim, n * paths, w, padding=w // 2, groups=n * paths)
             for w, n in _WINDOWS[heads].items()
         )
 
-    def forward(self, v: Tensor) -> Tensor:
-        """(B, P, heads, c, H, W) -> (B, P, heads, 1, H, W)"""
-        maps = [
-            conv(part.flatten(1, 3)).unflatten(1, (self.paths, -1))
-            for conv, part in zip(self.conv_list, v.split(self.splits, dim=2), strict=True)
-        ]
-        return torch.cat(maps, dim=2).unsqueeze(3)
+    def forward(self, vs):
+        """(B, heads * c, H, W) -> (B, heads, H, W)"""
+        out = []
+        for i, v in enumerate(vs):
+            maps = [
+                F.conv2d(part, conv.weight.chunk(self.paths)[i], conv.bias.chunk(self.paths)[i], padding=conv.padding, groups=conv.groups // self.paths)
+                for conv, part in zip(self.conv_list, v.split(self.splits, dim=1), strict=True)
+            ]
+            out.append(torch.cat(maps, dim=1))
+        return out
 
 
 class Attention(nn.Module):
     def __init__(self, dim: int, heads: int, paths: int, focusing_factor: int):
         super().__init__()
         self.heads, self.paths, self.focusing_factor = heads, paths, focusing_factor
-        width = dim * paths
         self.temperature = nn.Parameter(torch.ones(paths, heads, 1, 1))
-        self.qkv = nn.Conv2d(width, 3 * width, 1, groups=paths, bias=False)
-        self.qkv_dwconv = nn.Conv2d(3 * width, 3 * width, 3, padding=1, groups=3 * width, bias=False)
-        self.project_out = nn.Conv2d(width, width, 1, groups=paths, bias=False)
+        self.qkv = BranchConv(paths, dim, 3*dim)
+        self.qkv_dwconv = BranchConv(paths, 3*dim, 3*dim, 3, True)
+        self.project_out = BranchConv(paths, dim, dim)
         self.refine_att = RefineAttention(dim // heads, heads, paths)
         self.scale = nn.Parameter(torch.ones(paths, heads, 1, 1))
         self.one_M = nn.Parameter(torch.ones(1), requires_grad=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        h, w = x.shape[-2:]
-        qkv = self.qkv_dwconv(self.qkv(x)).unflatten(1, (self.paths, 3, self.heads, -1))
-        v = qkv[:, :, 2]
-        local = torch.sigmoid(self.refine_att(v))
-        qk = qkv[:, :, :2].flatten(-2)
-        v = v.flatten(-2)
-        unit = qk / (torch.linalg.vector_norm(qk, dim=-2, keepdim=True) + 1e-8)
-        focus = torch.relu(qk) ** self.focusing_factor
-        focus = focus / (torch.linalg.vector_norm(focus, dim=-2, keepdim=True) + 1e-8)
-        q1, k1 = unit.unbind(2)
-        q2, k2 = focus.unbind(2)
-        scale = torch.sigmoid(self.scale)
+    def forward(self, xs):
+        qkvs = self.qkv_dwconv(self.qkv(xs))
+        local = torch.cat(self.refine_att([qkv.chunk(3, 1)[2] for qkv in qkvs]))
+        mixed = self.core(*torch.cat(qkvs).chunk(3, 1), local, len(xs[0]))
+        return self.project_out(mixed.chunk(self.paths))
+
+    def core(self, q, k, v, local, b):
+        shape = q.shape
+        q, k, v = (t.unflatten(1, (self.heads, -1)).flatten(-2) for t in (q, k, v))
+        q1, k1 = _unit(q), _unit(k)
+        q2, k2 = _unit(torch.relu(q) ** self.focusing_factor), _unit(torch.relu(k) ** self.focusing_factor)
+        scale = torch.sigmoid(self.scale).repeat_interleave(b, 0)
         num = v.sum(-1, keepdim=True) + (k1 @ v.mT).mT @ q1 + scale * ((k2 @ v.mT).mT @ q2)
-        den = h * w * self.one_M + k1.sum(-1).unsqueeze(-2) @ q1 + (scale * k2).sum(-1).unsqueeze(-2) @ q2 + 1e-8
-        out = num / den * self.temperature
-        out = out.unflatten(-1, (h, w)) + local
-        return self.project_out(out.flatten(1, 3))
+        den = q.shape[-1] * self.one_M + k1.sum(-1).unsqueeze(-2) @ q1 + (scale * k2).sum(-1).unsqueeze(-2) @ q2 + 1e-8
+        out = num / den * self.temperature.repeat_interleave(b, 0) + torch.sigmoid(local).flatten(-2).unsqueeze(-2)
+        return out.unflatten(-1, shape[-2:]).flatten(1, 2)
+
+
+def _unit(x):
+    return x / (torch.linalg.vector_norm(x, dim=-2, keepdim=True) + 1e-8)
 
 
 class Block(nn.Module):
@@ -104,9 +121,9 @@ class Block(nn.Module):
         self.norm2 = PathNorm(dim, paths)
         self.ffn = FeedForward(dim, paths)
 
-    def forward(self, x):
-        x = x + self.attn(self.norm1(x))
-        return x + self.ffn(self.norm2(x))
+    def forward(self, xs):
+        xs = [x + y for x, y in zip(xs, self.attn(self.norm1(xs)))]
+        return [x + y for x, y in zip(xs, self.ffn(self.norm2(xs)))]
 
 
 class SKFF(nn.Module):
@@ -116,11 +133,10 @@ class SKFF(nn.Module):
         self.conv_du = nn.Sequential(nn.Conv2d(dim, hidden, 1, bias=False), nn.PReLU())
         self.fcs = nn.ModuleList(nn.Conv2d(hidden, dim, 1, bias=False) for _ in range(paths))
 
-    def forward(self, x):
-        x = x.unflatten(1, (len(self.fcs), -1))
-        z = self.conv_du(x.sum(1).mean((2, 3), keepdim=True))
+    def forward(self, xs):
+        z = self.conv_du(sum(xs).mean((2, 3), keepdim=True))
         v = torch.stack([fc(z) for fc in self.fcs], 1).softmax(1)
-        return (x * v).sum(1)
+        return sum(x * a for x, a in zip(xs, v.unbind(1)))
 
 
 class DCN(nn.Module):
@@ -155,7 +171,7 @@ class Stage(nn.Module):
         self.aggregate = SKFF(dim, paths)
 
     def forward(self, xs):
-        return self.aggregate(self.mhca_blk['MHCA_layers'](torch.cat(xs, 1)))
+        return self.aggregate(self.mhca_blk['MHCA_layers'](xs))
 
 
 class PES(nn.Module):
@@ -226,6 +242,7 @@ class MBTaylorFormerV2(nn.Module):
         self.dual_pixel_task = dual_pixel_task
 
     def forward(self, img):
+        if img.dtype != torch.float64: img = img.contiguous(memory_format=torch.channels_last)
         x1 = self.patch_embed['proj'](img)
         e1 = self.encoder_level1(self.patch_embed_encoder_level1(x1))
         x = self.down1_2(e1)

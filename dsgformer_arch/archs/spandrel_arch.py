@@ -22,8 +22,8 @@ Images are (N, C, H, W) in [0, 1], the restored ones not clipped.  What one has 
   cannot trace: it compiles as a whole for inference, and with a graph break at each norm for training.
 - FFTformer takes its Fourier transforms in float32 whatever its parameters are, float64 included, and
   never uses `reduce_chan_level2`, whose parameters get no gradient.
-- IPT under bfloat16 autocast has its values in 0..255 pass through 8 bits of mantissa: the result is
-  coarser than 8-bit images are.  It runs; do not judge its quality by it.
+- IPT works on values of 0 to 255, which bfloat16 resolves to 1 from 128 up: under autocast its input
+  and its result are no finer than 8 bits.
 """
 
 from __future__ import annotations

@@ -119,7 +119,7 @@ COLUMNS = {
 
 
 def cells(record: records.Record) -> list[dict[str, str | None]]:
-    """The table's rows as text: gates in rows, scores in columns; whose numbers they are stands in each row."""
+    """The table's rows as text: gates in rows, scores in columns, and whose numbers they are in each row."""
     rows: list[dict[str, str | None]] = [
         {
             'whose': '**the paper** (RealBlur-J)', 'attention': TITLES['dtsas'], 'gate': TITLES[gate],

@@ -52,8 +52,14 @@ def run(
     Returns:
         0.
     """
-    settings = {'data': Path(data).name, 'patch': patch, 'batch': batch, 'workers': workers, 'rounds': rounds}
-    path = out.with_suffix('.json')
+    settings = {
+        'data': records.data_name(data),
+        'patch': patch,
+        'batch': batch,
+        'workers': workers,
+        'rounds': rounds,
+    }
+    path = records.beside(out, '.json')
     record = records.start('loader', settings, PROTOCOL.format(seconds=seconds, rounds=rounds), path, resume)
     if not record.rows:
         rates: dict[str, list[float]] = {name: [] for name in DATASETS}
@@ -69,9 +75,9 @@ def run(
             for name, values in rates.items()
         ]
         record.save(path)
-    out.with_suffix('.md').write_text(page(record), encoding='utf-8')
+    records.write_text(records.beside(out, '.md'), page(record))
     print(table(record))
-    print(f'wrote {path} and {out.with_suffix(".md")}', file=sys.stderr)
+    print(f'wrote {path} and {records.beside(out, ".md")}', file=sys.stderr)
     return 0
 
 
@@ -99,10 +105,13 @@ def crops_per_second(name: str, data: str, patch: int, batch: int, workers: int,
     return count / (time.perf_counter() - started)
 
 
-def table(record: records.Record) -> str:
-    """Both loaders, and how many times BasicSR's own each delivers."""
+COLUMNS = {'dataset': 'data set class', 'rate': 'pairs a second', 'ratio': 'ratio'}
+
+
+def cells(record: records.Record) -> list[dict[str, str | None]]:
+    """The table's rows as text: both loaders, and how many times BasicSR's own each delivers."""
     base = record.rows[0]['pairs_per_second']
-    rows = [
+    return [
         {
             'dataset': row['dataset'],
             'rate': f'{row["pairs_per_second"]:.1f} ({row["lowest"]:.1f} to {row["highest"]:.1f})',
@@ -110,13 +119,21 @@ def table(record: records.Record) -> str:
         }
         for row in record.rows
     ]
-    return records.markdown_table({'dataset': 'data set', 'rate': 'pairs a second', 'ratio': 'ratio'}, rows)
+
+
+def table(record: records.Record) -> str:
+    """Both loaders as a Markdown table."""
+    return records.markdown_table(COLUMNS, cells(record))
+
+
+def note(record: records.Record) -> str:
+    """What a reader of the table has to know."""
+    s = record.settings
+    return (
+        f'Crops of {s["patch"]}×{s["patch"]} from `{s["data"]}`, batch {s["batch"]}, workers: {s["workers"]}.'
+    )
 
 
 def page(record: records.Record) -> str:
     """The Markdown page of a run."""
-    s = record.settings
-    note = (
-        f'Crops of {s["patch"]}×{s["patch"]} from `{s["data"]}`, batch {s["batch"]}, workers: {s["workers"]}.'
-    )
-    return records.markdown_page('Data loaders', record, [note, table(record)])
+    return records.markdown_page('Data loaders', record, [note(record), table(record)])

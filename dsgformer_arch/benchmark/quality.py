@@ -137,10 +137,10 @@ def run(
     pairs = image_pairs.find(data, protocol).first(limit)
     columns = [*rules.columns, *metrics]
     settings = {
-        'models': list(models), 'data': records.data_name(data), 'data_sha256': pairs.check(), 'protocol': protocol,
-        'weights': {name: identity(path) for name, path in weights}, 'precision': precision, 'tile': tile,
-        'tlc': tlc, 'metrics': list(metrics), 'images': len(pairs.keys), 'save_images': save_images,
-        'device': device,
+        'models': list(models), 'data': records.data_name(data), 'data_sha256': pairs.check(),
+        'protocol': protocol, 'weights': {name: identity(path) for name, path in weights},
+        'precision': precision, 'tile': tile, 'tlc': tlc, 'metrics': list(metrics),
+        'images': len(pairs.keys), 'save_images': save_images, 'device': device,
     }  # fmt: skip
     path = records.beside(out, '.json')
     record = records.start('quality', settings, describe(rules, precision, tile, tlc), path, resume)

@@ -23,7 +23,9 @@ from typing import Any
 
 import torch
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from dsgformer_arch.checkpoint import write_atomically
 from dsgformer_arch.errors import UserError
@@ -150,6 +152,13 @@ def canvas(width: float, height: float, columns: int = 1) -> tuple[Figure, list[
     """
     figure = Figure(figsize=(width, height), layout='constrained')
     return figure, [*figure.subplots(1, columns, sharey=True, squeeze=False)[0]]
+
+
+def logarithmic(axis: Axis) -> None:
+    """Ticks of a logarithmic axis as plain numbers: 1, 2, 5, 10, …"""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter('{x:g}')
+    axis.set_minor_formatter(NullFormatter())
 
 
 def save_figure(figure: Figure, path: Path) -> None:

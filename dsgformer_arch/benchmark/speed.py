@@ -437,6 +437,8 @@ def plot(axis: Axes, record: records.Record) -> None:
                 [pixels(row) / 1e6 for row in mine], [row['latency_ms'] for row in mine], 'o-', label=name
             )
         axis.set(xscale='log', yscale='log', xlabel='megapixels', ylabel='latency, ms')
+        records.logarithmic(axis.xaxis)
+        records.logarithmic(axis.yaxis)
         axis.legend(frameon=False, fontsize='small')
         axis.grid(alpha=0.3)
     else:
@@ -445,6 +447,7 @@ def plot(axis: Axes, record: records.Record) -> None:
         axis.set_yticks(range(len(rows)), labels(rows))
         axis.bar_label(bars, fmt='{:.3g}', padding=3)
         axis.set(xscale='log', xlabel=f'latency, ms ({record.settings["precision"]})')
+        records.logarithmic(axis.xaxis)
         axis.margins(x=0.15)
         axis.grid(axis='x', alpha=0.3)
     axis.spines[['top', 'right']].set_visible(False)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import math
 import statistics
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -125,15 +127,18 @@ WIDTHS = (
 )  # fmt: skip
 """What releases call the settings that hold numbers of channels; all of a system's are scaled together."""
 
-NARROWEST, WIDEST, STEP = 2, 128, 2
+NARROWEST, WIDEST = 2, 128
 """Widths that `--match` tries for the first level of a system."""
+
+FARTHEST = 2.0
+"""How many times a scaled system's multiply-adds may be the reference's, or the other way round."""
 
 
 def matched(name: str, reference: str) -> dict[str, Any]:
     """The overrides of a system's widths that bring its multiply-adds nearest to the reference's.
 
     Raises:
-        UserError: the system has no widths to scale, or none that works.
+        UserError: the system has no widths to scale, or none of them comes near.
     """
     if name == reference:
         return {}
@@ -141,21 +146,31 @@ def matched(name: str, reference: str) -> dict[str, Any]:
     target = multiply_adds(reference, MATCH_SIZE, MATCH_SIZE)
     first = next(iter(widths.values()))
     lead = first if isinstance(first, int) else first[0]
-    best: tuple[float, dict[str, Any]] | None = None
-    for width in range(NARROWEST, WIDEST + 1, STEP):
+    nearest, best = math.inf, {}
+    for width in range(NARROWEST, WIDEST + 1):
         overrides = {key: scaled(value, width / lead) for key, value in widths.items()}
-        try:
-            found = multiply_adds(name, MATCH_SIZE, MATCH_SIZE, **overrides)
-        except (UserError, RuntimeError, ValueError, ZeroDivisionError):
-            continue  # a width that heads or groups do not divide
-        distance = abs(found / target - 1)
-        if best is None or distance < best[0]:
-            best = (distance, overrides)
-        elif found > 2 * target:
+        ratio = spent(name, overrides) / target
+        distance = abs(math.log(ratio))
+        if distance < nearest:
+            nearest, best = distance, overrides
+        if 1 < ratio < math.inf:
             break
-    if best is None:
-        raise UserError(f'--match: no width of {name} works; leave it out')
-    return best[1]
+    if nearest > math.log(FARTHEST):
+        raise UserError(
+            f'--match: no width of {name} comes near the {target / 1e9:.1f} G multiply-adds of {reference}; '
+            'leave it out'
+        )
+    return best
+
+
+def spent(name: str, overrides: dict[str, Any]) -> float:
+    """Multiply-adds of a system with these widths; infinite where they make no network."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings('error', 'Initializing zero-element')  # a layer without channels
+            return multiply_adds(name, MATCH_SIZE, MATCH_SIZE, **overrides)
+    except (UserError, UserWarning, RuntimeError, ValueError, ZeroDivisionError):
+        return math.inf
 
 
 def widths_of(name: str) -> dict[str, int | Sequence[int]]:

@@ -113,7 +113,9 @@ def root_folder(file: str, argument: str | None, key: str | None = None) -> str:
         start = os.getcwd() if argument else folder
         root = os.path.normpath(os.path.join(start, os.path.expanduser(str(argument or key))))
         if not os.path.isdir(root):
-            raise UserError(f'the root folder {root} does not exist; make it, or name another one with --root')
+            raise UserError(
+                f'the root folder {root} does not exist; make it, or name another one with --root'
+            )
         return root
     return os.path.dirname(folder) if os.path.basename(folder) == 'options' else folder
 

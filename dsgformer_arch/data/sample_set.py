@@ -36,7 +36,7 @@ TRAINING_PHOTOGRAPHS = ('chelsea', 'ihc', 'motorcycle_left', 'motorcycle_right')
 HELD_OUT_PHOTOGRAPHS = ('astronaut', 'coffee')
 TRAINING_TAKES = 12
 """How often each training photograph is blurred, each time with another camera path."""
-PATH_LENGTHS = (8.0, 24.0)
+PATH_LENGTHS = (6.0, 18.0)
 """Shortest and longest camera path in pixels."""
 SHOT_NOISE, READ_NOISE = 1e-4, 1e-6
 """About 1 of the 255 levels (standard deviation) at mid-grey; see `motion_blur.blurred_pair`."""

@@ -1,4 +1,4 @@
-"""The losses that BasicSR lacks.  Each module `*_loss.py` registers its own in LOSS_REGISTRY when imported."""
+"""The losses that BasicSR lacks.  Each `*_loss.py` registers its own in LOSS_REGISTRY when imported."""
 
 import importlib
 import pkgutil

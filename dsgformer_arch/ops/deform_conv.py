@@ -103,15 +103,20 @@ def deform_conv2d_gathered(
 
     output = input.new_zeros(batch * out_height * out_width, groups, out_channels // groups)
     for tap, (move, kernel) in enumerate(zip(moves.unbind(), weight.flatten(2).unbind(2), strict=True)):
-        y = move[0] + (grid_y + tap // kernel_w * dilation[0])
-        x = move[1] + (grid_x + tap % kernel_w * dilation[1])
-        sample = _bilinear(image, y, x, None if masks is None else masks[tap]).view(-1, groups, group_channels)
+        down, right = move.unbind()
+        y = down + (grid_y + tap // kernel_w * dilation[0])
+        x = right + (grid_x + tap % kernel_w * dilation[1])
+        sample = _bilinear(image, y, x, None if masks is None else masks[tap]).view(
+            -1, groups, group_channels
+        )
         kernel = kernel.view(groups, -1, group_channels)
         if group_channels == 1:
             output.addcmul_(sample, kernel.squeeze(-1))
         else:
             output += torch.einsum('pgi,goi->pgo', sample, kernel)
-    output = output.view(batch, out_height, out_width, out_channels).permute(0, 3, 1, 2).contiguous()
+    output = output.view(batch, out_height, out_width, out_channels).permute(0, 3, 1, 2)
+    if not input.is_contiguous(memory_format=torch.channels_last):
+        output = output.contiguous()
     return output if bias is None else output + bias.view(-1, 1, 1)
 
 
@@ -146,7 +151,9 @@ def _bilinear(image: Tensor, y: Tensor, x: Tensor, mask: Tensor | None) -> Tenso
     row, column = (corner.nan_to_num().long() + 1 for corner in (top, left))
     first = torch.arange(batch, device=y.device).view(-1, 1, 1, 1) * rows
     pixel = ((first + row) * columns + column) * groups + torch.arange(groups, device=y.device)
-    corners = torch.stack((pixel, pixel + groups, pixel + columns * groups, pixel + (columns + 1) * groups), dim=-1)
+    corners = torch.stack(
+        (pixel, pixel + groups, pixel + columns * groups, pixel + (columns + 1) * groups), dim=-1
+    )
     return F.embedding_bag(
         corners.view(-1, 4),
         image.view(-1, channels // groups),

@@ -58,31 +58,33 @@ with torch.inference_mode(False):  # a tensor of inference mode could not be use
     _BASIS, _SPREAD = _basis(), _spread()
 
 
+def _constant(value: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    # A compiler folds the conversion of a constant by itself.
+    return value.to(device, dtype) if torch.compiler.is_compiling() else _converted(value, dtype, device)
+
+
 @lru_cache(maxsize=16)
+def _converted(value: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return value.to(device, dtype)
+
+
 def basis(dtype: torch.dtype, device: torch.device) -> Tensor:
     """B, (64, 64): a frequency a row, a pixel of the block (row by row) a column."""
-    with torch.inference_mode(False):
-        return _BASIS.to(device, dtype)
-
-
-@lru_cache(maxsize=16)
-def spread(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The (40, 64) matrix that takes M's entries to the diagonal m."""
-    with torch.inference_mode(False):
-        return _SPREAD.to(device, dtype)
+    return _constant(_BASIS, dtype, device)
 
 
 def diagonal(mask: Tensor) -> Tensor:
     """m of M: (C, 8, 5) to (64, C)."""
-    return (mask.flatten(1) @ spread(mask.dtype, mask.device)).t()
+    return (mask.flatten(1) @ _constant(_SPREAD, mask.dtype, mask.device)).t()
 
 
-def filtered(U: Tensor, m: Tensor) -> Tensor:
+def filtered(U: Tensor, mask: Tensor) -> Tensor:
     """P⁻¹( F⁻¹( M ⊙ F( P(U) ) ) ), channels last.
 
     Args:
         U: (N, H, W, C); a height or width that is no multiple of 8 is padded by repeating the border.
-        m: `diagonal(M)` in the type of U, (64, C).
+        mask: M, (C, 8, 5).
 
     Returns:
         (N, H, W, C), not always contiguous.
@@ -91,7 +93,7 @@ def filtered(U: Tensor, m: Tensor) -> Tensor:
     if h % BLOCK or w % BLOCK:
         U = F.pad(U.permute(0, 3, 1, 2), (0, -w % BLOCK, 0, -h % BLOCK), mode='replicate').permute(0, 2, 3, 1)
     rows, columns = U.shape[1] // BLOCK, U.shape[2] // BLOCK
-    B = basis(U.dtype, U.device)
+    B, m = basis(U.dtype, U.device), diagonal(mask).to(U.dtype)
     blocks = U.reshape(n, rows, BLOCK, columns, BLOCK, c).transpose(2, 3).reshape(-1, BLOCK * BLOCK, c)
     blocks = B.t() @ (m * (B @ blocks))
     blocks = blocks.reshape(n, rows, columns, BLOCK, BLOCK, c).transpose(2, 3)

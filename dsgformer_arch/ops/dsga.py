@@ -55,8 +55,6 @@ class Weights:
     """W_n, (N,), at least float32; None without T_k"""
     mask: Tensor | None
     """M of DFGB, (C, 8, 5), at least float32; None for the other gates"""
-    filter: Tensor | None
-    """m of DFGB, (64, C)"""
     heads: int
     top_k: tuple[int, ...]
     score: str
@@ -78,7 +76,6 @@ class Weights:
             attention.temperature.to(wide),
             attention.weights.to(wide) if attention.top_k else None,
             mask,
-            None if mask is None else dfgb.diagonal(mask).to(dtype),
             attention.heads,
             attention.top_k,
             attention.score,
@@ -213,8 +210,8 @@ def gated_product(VU: Tensor, attention: Tensor, weights: Weights) -> Tensor:
 
 def gate(U: Tensor, weights: Weights) -> Tensor:
     """DFGB(U), or the gate that stands in for it in the ablation; (N, H, W, C) to the same."""
-    if weights.filter is not None:
-        U = dfgb.filtered(U, weights.filter)
+    if weights.mask is not None:
+        U = dfgb.filtered(U, weights.mask)
     return F.gelu(U) if weights.gelu else U
 
 

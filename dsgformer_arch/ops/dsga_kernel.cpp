@@ -7,13 +7,12 @@
 // are oneDNN's small ones ("brgemm"), which PyTorch exports; everything else
 // is written on vectors of 16 channels.
 //
-// Compiled on demand by native.py.  Two entry points for each type, one a pass:
-//   dsga_scores_*   Q Kᵀ of each head and the rows' sums of squares
-//   dsga_restore_*  Y = X + W_p' ( gate(U) ⊙ A V ), given the c×c maps A
-// Each returns 0, or 1 if PyTorch has no such matrix product for this processor.
+// Compiled on demand by native.py.  One entry point a type, dsga_float32 and dsga_bfloat16, returns 0, or 1 if
+// PyTorch has no such matrix product for this processor.
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -45,6 +44,8 @@ using bf16 = at::BFloat16;
 constexpr int64_t LANES = 16;
 constexpr int64_t BLOCK = 8;
 constexpr int64_t HALF = BLOCK / 2 + 1;
+constexpr float NORM_EPSILON = 1e-5f;    // LN's
+constexpr float LEAST_SQUARES = 1e-24f;  // of a row of Q or K
 
 typedef float vec __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint32_t vec_u __attribute__((vector_size(64), aligned(4), may_alias));
@@ -171,7 +172,7 @@ void outer(float* G, const float* q, const float* k, int64_t c, int64_t ld, int6
 
 // LN of `pixels` neighbours; four at a time, as their sums and roots are then one instruction.
 template <class T>
-void layer_norm(T* out, const T* x, const float* weight, const float* bias, float eps, int64_t C, int64_t pixels) {
+void layer_norm(T* out, const T* x, const float* weight, const float* bias, int64_t C, int64_t pixels) {
   for (int64_t p = 0; p < pixels; p += 4) {
     const T* in[4];
     for (int i = 0; i < 4; ++i) in[i] = x + std::min(p + i, pixels - 1) * C;
@@ -184,7 +185,7 @@ void layer_norm(T* out, const T* x, const float* weight, const float* bias, floa
         const vec d = load(in[i] + c) - mean[i];
         squares[i] += d * d;
       }
-    vec4 scale = sums(squares[0], squares[1], squares[2], squares[3]) / float(C) + eps;
+    vec4 scale = sums(squares[0], squares[1], squares[2], squares[3]) / float(C) + NORM_EPSILON;
     for (int i = 0; i < 4; ++i) scale[i] = __builtin_sqrtf(scale[i]);
     scale = 1.0f / scale;
     const int64_t count = std::min<int64_t>(4, pixels - p);
@@ -314,26 +315,26 @@ void filter_block(float* U, int64_t row, int64_t ld, const float* mask, int64_t 
 // ---------------------------------------------------------------- tiles
 
 enum Gate : int64_t { DFGB = 0, GELU = 1, IDENTITY = 2 };
+enum Score : int64_t { RELU2 = 0, RELU = 1, SOFTMAX = 2 };
 
 }  // namespace
 
 extern "C" {
 
-// One image and one block's parameters; native.py mirrors this.
+// One image and one block's parameters, T where no type stands; native.py mirrors this.
 struct Dsga {
-  int64_t height, width, channels, heads, gate;
-  double eps;
-  const void* x;            // (height, width, C)
-  void* y;                  // (height, width, C); restore only
-  const float* norm_weight; // (C,)
-  const float* norm_bias;   // (C,)
-  const void* project_in;   // (2C, C): of Q and K, or of V and U
-  const float* depthwise;   // (9, 2C)
-  const void* attention;    // (heads, c, c); restore only
-  const void* project_out;  // (C, C); restore only
-  const float* mask;        // (8, 5, C), see filter_block; restore only
-  float* gram;              // (heads, c, c); scores only
-  float* squares;           // (2C,); scores only
+  int64_t height, width, channels, heads, gate, score, thresholds;
+  const void* x;             // (height, width, C)
+  void* y;                   // (height, width, C)
+  const float* norm_weight;  // (C,)
+  const float* norm_bias;    // (C,)
+  const void* project_in;    // (4C, C)
+  const void* depthwise;     // (4C, 9)
+  const void* project_out;   // (C, C)
+  const float* temperature;  // (heads,)
+  const float* weights;      // W_n, (thresholds,)
+  const int64_t* top_k;      // k_n, (thresholds,)
+  const float* mask;         // M, (C, 8, 5); for gate DFGB
 };
 }
 
@@ -383,12 +384,35 @@ bool run(const std::vector<Task>& list, const Work& work) {
   return sound;
 }
 
+template <class T>
+Buffer<T> packed(const T* W, int64_t N, int64_t K) {
+  auto B = buffer<T>(N * K);
+  transpose_into(B.get(), W, N, K);
+  return B;
+}
+
+// The parameters that make Q and K (index 0) or V and U (index 1).
+template <class T>
+struct Half {
+  Buffer<T> project_in;     // (C, 2C), packed
+  Buffer<float> depthwise;  // (9, 2C)
+
+  Half(const Dsga& d, int64_t index)
+      : project_in(packed(static_cast<const T*>(d.project_in) + index * 2 * d.channels * d.channels, 2 * d.channels,
+                          d.channels)),
+        depthwise(buffer<float>(9 * 2 * d.channels)) {
+    const auto* kernels = static_cast<const T*>(d.depthwise) + index * 2 * d.channels * 9;
+    for (int64_t c = 0; c < 2 * d.channels; ++c)
+      for (int64_t i = 0; i < 9; ++i) depthwise[i * 2 * d.channels + c] = float(kernels[c * 9 + i]);
+  }
+};
+
 // W_p LN(x) of a tile and the rows above and below it, and W_d of that.
 template <class T>
 class Projection {
  public:
-  Projection(const Dsga& d, const T* packed, const Task& task)
-      : d_(d), packed_(packed), task_(task), C_(d.channels), stride_(task.right - task.left + 2),
+  Projection(const Dsga& d, const Half<T>& half, const Task& task)
+      : d_(d), half_(half), task_(task), C_(d.channels), stride_(task.right - task.left + 2),
         normalised_(buffer<T>(10 * stride_ * C_)), projected_(buffer<float>(10 * stride_ * 2 * C_)) {}
 
   // Makes the rows top-1 … top+8 ready; `top` goes down the task in steps of 8.
@@ -405,8 +429,8 @@ class Projection {
     if (end < top + 9) std::memset(P + (end - top + 1) * row, 0, (top + 9 - end) * row * sizeof(float));
     if (begin >= end) return;
     normalise(begin, end);
-    product<T>((end - begin) * stride_, 2 * C_, C_, normalised_.get(), C_, packed_, 2 * C_,
-               P + (begin - top + 1) * row, 2 * C_);
+    product<T>((end - begin) * stride_, 2 * C_, C_, normalised_.get(), C_, half_.project_in.get(),
+               2 * C_, P + (begin - top + 1) * row, 2 * C_);
   }
 
   // W_d of channels c … c+15 at the 3×3 pixels from row y (0 … 7) of the tile and column j.
@@ -419,7 +443,7 @@ class Projection {
     const int64_t ld = 2 * C_, row = stride_ * ld;
     for (int64_t c = from; c < from + count; c += LANES) {
       vec w[9];
-      for (int i = 0; i < 9; ++i) w[i] = load(d_.depthwise + i * ld + c);
+      for (int i = 0; i < 9; ++i) w[i] = load(half_.depthwise.get() + i * ld + c);
       for (int64_t y = 0; y < rows; ++y) {
         const float* p = at(y, j0) + c;
         Out* o = out + y * out_row + c - from;
@@ -445,7 +469,7 @@ class Projection {
       if (left == task_.left) std::memset(static_cast<void*>(out), 0, pixel), out += C_;
       if (right == task_.right) std::memset(static_cast<void*>(out + (right - left) * C_), 0, pixel);
       if (r + BLOCK < d_.height) prefetch(in + BLOCK * d_.width * C_, (right - left) * pixel);  // the next tile's
-      layer_norm(out, in, d_.norm_weight, d_.norm_bias, float(d_.eps), C_, right - left);
+      layer_norm(out, in, d_.norm_weight, d_.norm_bias, C_, right - left);
     }
   }
 
@@ -455,33 +479,25 @@ class Projection {
   }
 
   const Dsga& d_;
-  const T* packed_;
+  const Half<T>& half_;
   const Task& task_;
   const int64_t C_, stride_;
   Buffer<T> normalised_;
   Buffer<float> projected_;
 };
 
+// Q Kᵀ of each head, (heads, c, c), then the rows' sums of squares, those of Q and those of K, (2C,).
 template <class T>
-Buffer<T> packed(const void* weights, int64_t N, int64_t K) {
-  auto B = buffer<T>(N * K);
-  const auto* W = static_cast<const T*>(weights);
-  transpose_into(B.get(), W, N, K);
-  return B;
-}
-
-template <class T>
-bool scores(const Dsga& d) {
-  const int64_t C = d.channels, c = C / d.heads;
+bool gram(const Dsga& d, float* result) {
+  const int64_t C = d.channels, c = C / d.heads, size = C * c + 2 * C;
   const auto list = tasks(d.height, d.width, tile_width(C));
-  const auto B = packed<T>(d.project_in, 2 * C, C);
+  const Half<T> half(d, 0);
   // One sum a task, added in order: the result does not depend on which thread was faster.
-  const int64_t size = C * c + 2 * C;
   std::vector<float> sums(list.size() * size, 0.0f);
   const bool sound = run(list, [&](int64_t index, const Task& task) {
-    float* gram = sums.data() + index * size;
-    float* squares = gram + C * c;
-    Projection<T> P(d, B.get(), task);
+    float* products = sums.data() + index * size;
+    float* squares = products + C * c;
+    Projection<T> P(d, half, task);
     const int64_t group = 16;
     auto QK = buffer<float>(BLOCK * group * 2 * C);
     for (int64_t top = task.top; top < task.bottom; top += BLOCK) {
@@ -500,19 +516,79 @@ bool scores(const Dsga& d) {
           store(squares + k, total);
         }
         for (int64_t h = 0; h < d.heads; ++h)
-          outer(gram + h * c * c, QK.get() + h * c, QK.get() + C + h * c, c, 2 * C, pixels);
+          outer(products + h * c * c, QK.get() + h * c, QK.get() + C + h * c, c, 2 * C, pixels);
       }
     }
     at::native::cpublas::brgemm_release(std::is_same_v<T, bf16>);
   });
-  std::memset(d.gram, 0, C * c * sizeof(float));
-  std::memset(d.squares, 0, 2 * C * sizeof(float));
-  for (size_t t = 0; t < list.size(); ++t) {
-    const float* gram = sums.data() + t * size;
-    for (int64_t i = 0; i < C * c; ++i) d.gram[i] += gram[i];
-    for (int64_t i = 0; i < 2 * C; ++i) d.squares[i] += gram[C * c + i];
-  }
+  std::fill_n(result, size, 0.0f);
+  for (size_t t = 0; t < list.size(); ++t)
+    for (int64_t i = 0; i < size; ++i) result[i] += sums[t * size + i];
   return sound;
+}
+
+// A row of Σ_n W_n φ(T_{k_n}(A)), in place.  T_k keeps an entry that fewer than k others exceed.
+void sparse_row(float* A, float* scratch, const Dsga& d, int64_t c) {
+  float* step = scratch;
+  float* positive = scratch + c;
+  const float largest = *std::max_element(A, A + c);
+  float whole = 0;
+  for (int64_t j = 0; j < c; ++j) {
+    const float relu = A[j] < 0 ? 0 : A[j];
+    positive[j] = d.score == SOFTMAX ? std::exp(A[j] - largest) : d.score == RELU2 ? relu * relu : relu;
+    whole += positive[j];
+  }
+  if (d.thresholds == 0) {
+    for (int64_t j = 0; j < c; ++j) A[j] = d.score == SOFTMAX ? positive[j] / whole : positive[j];
+    return;
+  }
+  for (int64_t j = 0; j < c; j += LANES) {
+    const vec own = load(A + j);
+    vec_i above = {};
+    for (int64_t i = 0; i < c; ++i) above -= A[i] > own;
+    store(step + j, __builtin_convertvector(above, vec));
+  }
+  std::vector<float> share(d.weights, d.weights + d.thresholds);
+  if (d.score == SOFTMAX)
+    for (int64_t n = 0; n < d.thresholds; ++n) {
+      float kept = 0;
+      for (int64_t j = 0; j < c; ++j) kept += step[j] < d.top_k[n] ? positive[j] : 0;
+      share[n] /= kept;
+    }
+  for (int64_t j = 0; j < c; ++j) {
+    float total = 0;
+    for (int64_t n = 0; n < d.thresholds; ++n) total += step[j] < d.top_k[n] ? share[n] : 0;
+    A[j] = positive[j] * total;
+  }
+}
+
+// The maps of the heads from `gram`, in place.
+void sparse_maps(const Dsga& d, float* gram) {
+  const int64_t C = d.channels, c = C / d.heads;
+  const float* q_squares = gram + C * c;
+  const float* k_squares = q_squares + C;
+  at::parallel_for(0, C, 64, [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(2 * c);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t head = i / c;
+      const float scale = std::sqrt(std::max(q_squares[i], LEAST_SQUARES)) * d.temperature[head];
+      for (int64_t j = 0; j < c; ++j)
+        gram[i * c + j] /= scale * std::sqrt(std::max(k_squares[head * c + j], LEAST_SQUARES));
+      sparse_row(gram + i * c, scratch.data(), d, c);
+    }
+  });
+}
+
+// M as filter_block takes it: `irfft2` leaves the mean of ±u in the columns 0 and 4, and divides by 64.
+Buffer<float> filter_mask(const float* M, int64_t C) {
+  auto mask = buffer<float>(BLOCK * HALF * C);
+  for (int64_t c = 0; c < C; ++c)
+    for (int64_t u = 0; u < BLOCK; ++u)
+      for (int64_t v = 0; v < HALF; ++v) {
+        const int64_t negative = v % 4 == 0 ? (BLOCK - u) % BLOCK : u;
+        mask[(u * HALF + v) * C + c] = (M[(c * BLOCK + u) * HALF + v] + M[(c * BLOCK + negative) * HALF + v]) / 128;
+      }
+  return mask;
 }
 
 // Repeats the last of `columns` columns and `rows` rows of an 8-row group of `width` columns into the rest of it.
@@ -534,20 +610,22 @@ void use_large_pages([[maybe_unused]] void* start, [[maybe_unused]] size_t bytes
 #endif
 }
 
+// Y, given the maps.
 template <class T>
-bool restore(const Dsga& d) {
+bool restore(const Dsga& d, const float* maps) {
   const int64_t C = d.channels, c = C / d.heads;
   const auto list = tasks(d.height, d.width, tile_width(C));
-  const auto B = packed<T>(d.project_in, 2 * C, C);
-  const auto B_out = packed<T>(d.project_out, C, C);
+  const Half<T> half(d, 1);
+  const auto B_out = packed(static_cast<const T*>(d.project_out), C, C);
+  const std::vector<T> rounded(maps, maps + C * c);
   auto B_map = buffer<T>(C * c);
-  for (int64_t h = 0; h < d.heads; ++h)
-    transpose_into(B_map.get() + h * c * c, static_cast<const T*>(d.attention) + h * c * c, c, c);
+  for (int64_t h = 0; h < d.heads; ++h) transpose_into(B_map.get() + h * c * c, rounded.data() + h * c * c, c, c);
+  const auto mask = d.gate == DFGB ? filter_mask(d.mask, C) : Buffer<float>();
   const auto* x = static_cast<const T*>(d.x);
   auto* y = static_cast<T*>(d.y);
   use_large_pages(y, d.height * d.width * C * sizeof(T));
   return run(list, [&](int64_t, const Task& task) {
-    Projection<T> P(d, B.get(), task);
+    Projection<T> P(d, half, task);
     const int64_t group = C > 192 ? 16 : 32;
     auto U = buffer<float>(BLOCK * group * C);
     auto AV = buffer<float>(BLOCK * group * C);
@@ -564,7 +642,7 @@ bool restore(const Dsga& d) {
         if (d.gate == DFGB) {
           replicate(U.get(), rows, columns, width, C);
           for (int64_t b = 0; b < width; b += BLOCK)
-            for (int64_t k = 0; k < C; k += LANES) filter_block(U.get() + b * C + k, width * C, C, d.mask + k, C);
+            for (int64_t k = 0; k < C; k += LANES) filter_block(U.get() + b * C + k, width * C, C, mask.get() + k, C);
         }
         const int64_t pixels = (rows - 1) * width + columns;
         for (int64_t h = 0; h < d.heads; ++h)
@@ -585,11 +663,18 @@ bool restore(const Dsga& d) {
   });
 }
 
+template <class T>
+bool block(const Dsga& d) {
+  const int64_t C = d.channels;
+  auto maps = buffer<float>(C * C / d.heads + 2 * C);
+  if (!gram<T>(d, maps.get())) return false;
+  sparse_maps(d, maps.get());
+  return restore<T>(d, maps.get());
+}
+
 }  // namespace
 
 extern "C" {
-int dsga_scores_float32(const Dsga* d) { return !scores<float>(*d); }
-int dsga_scores_bfloat16(const Dsga* d) { return !scores<bf16>(*d); }
-int dsga_restore_float32(const Dsga* d) { return !restore<float>(*d); }
-int dsga_restore_bfloat16(const Dsga* d) { return !restore<bf16>(*d); }
+int dsga_float32(const Dsga* d) { return !block<float>(*d); }
+int dsga_bfloat16(const Dsga* d) { return !block<bf16>(*d); }
 }

@@ -14,6 +14,9 @@ a crop and in a test the whole image.  Here both see a window of the crop's orde
 
 A window is `base_size / train_size` times the size that the feature map has in training, so a layer
 at half the resolution has windows of half the size.
+
+TLC has no release for DRSformer and DSGformer; theirs is made from the two rules above.  DRSformer's
+experts are then weighted for each pixel, and DSGformer's blocks run in their literal form.
 """
 
 from __future__ import annotations
@@ -173,9 +176,9 @@ class Windowed:
 
 
 class MDTA(Attention):
-    """Restormer's channel attention as spandrel has it, with the part that is global apart.
+    """Restormer's channel attention with the part that is global apart, which spandrel's class has not.
 
-    For existing modules, whose class it takes the place of.
+    Existing modules are given this class.
     """
 
     def forward(self, x: Tensor) -> Tensor:

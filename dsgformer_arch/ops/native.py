@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from dsgformer_arch.ops import dtsas
 from dsgformer_arch.ops.switch import path
 
 if TYPE_CHECKING:
@@ -35,28 +34,27 @@ SOURCE = Path(__file__).with_name('dsga_kernel.cpp')
 
 TYPES = (torch.float32, torch.bfloat16)
 
-NORM_EPSILON = 1e-5
-"""What `torch.nn.functional.layer_norm` adds to the variance."""
-
 LANES = 16
 """The kernel's vectors hold 16 channels; a head's width must be a multiple."""
 
 _LOG = logging.getLogger(__name__)
 
 
+_POINTERS = (
+    *('x', 'y', 'norm_weight', 'norm_bias', 'project_in', 'depthwise', 'project_out'),
+    *('temperature', 'weights', 'top_k', 'mask'),
+)
+
+
 class _Call(ctypes.Structure):
     """`struct Dsga` of the kernel."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ('height', 'width', 'channels', 'heads', 'gate')),
-        ('eps', ctypes.c_double),
         *(
-            (name, ctypes.c_void_p)
-            for name in (
-                *('x', 'y', 'norm_weight', 'norm_bias', 'project_in', 'depthwise'),
-                *('attention', 'project_out', 'mask', 'gram', 'squares'),
-            )
+            (name, ctypes.c_int64)
+            for name in ('height', 'width', 'channels', 'heads', 'gate', 'score', 'thresholds')
         ),
+        *((name, ctypes.c_void_p) for name in _POINTERS),
     ]
 
 
@@ -72,63 +70,33 @@ def suits(x: Tensor, residual: Tensor, weights: Weights) -> bool:
 
 def restored(x: Tensor, weights: Weights) -> Tensor:
     """Y of the block, without gradients; (N, H, W, C), contiguous, as `dsga.whole` gives it."""
-    channels = x.shape[-1]
-    heads, width = weights.heads, channels // weights.heads
-    for_qk, for_vu = weights.project_in.contiguous().split(2 * channels)
-    kernels = weights.depthwise.float().reshape(4 * channels, 9)
-    dw_qk, dw_vu = (part.t().contiguous() for part in kernels.split(2 * channels))
-    norm = {'norm_weight': weights.norm_weight, 'norm_bias': weights.norm_bias}
-    mask = None if weights.mask is None else _kernel_mask(weights.mask)
-    gate = 0 if mask is not None else 1 if weights.gelu else 2
-    project_out = weights.project_out.contiguous()
+    _, height, width, channels = x.shape
     y = torch.empty_like(x)
-    for image, target in zip(x, y, strict=True):
-        gram = torch.empty(heads, width, width)
-        squares = torch.empty(2, heads, width)
-        _call(
-            'scores',
-            image,
-            heads,
-            gate,
-            project_in=for_qk,
-            depthwise=dw_qk,
-            gram=gram,
-            squares=squares,
-            **norm,
-        )
-        A = dtsas.scores(gram, squares[0], squares[1], weights.temperature)
-        attention = dtsas.sparse_map(A, weights.step, weights.top_k, weights.score).to(x.dtype).contiguous()
-        _call(
-            'restore',
-            image,
-            heads,
-            gate,
-            y=target,
-            project_in=for_vu,
-            depthwise=dw_vu,
-            attention=attention,
-            project_out=project_out,
-            mask=mask,
-            **norm,
-        )
+    parameters = {
+        'norm_weight': weights.norm_weight,
+        'norm_bias': weights.norm_bias,
+        'project_in': weights.project_in,
+        'depthwise': weights.depthwise.reshape(4 * channels, 9),
+        'project_out': weights.project_out,
+        'temperature': weights.temperature,
+        'weights': weights.step,
+        'top_k': torch.tensor(weights.top_k),
+        'mask': weights.mask,
+    }
+    held = {name: value.contiguous() for name, value in parameters.items() if value is not None}
+    gate = 0 if weights.mask is not None else 1 if weights.gelu else 2
+    call = _Call(
+        *(height, width, channels, weights.heads, gate),
+        ('relu2', 'relu', 'softmax').index(weights.score),
+        len(weights.top_k),
+        **{name: value.data_ptr() for name, value in held.items()},
+    )
+    entry = getattr(library(), f'dsga_{str(x.dtype).removeprefix("torch.")}')
+    for image, restored_image in zip(x, y, strict=True):
+        call.x, call.y = image.data_ptr(), restored_image.data_ptr()
+        if entry(ctypes.byref(call)):
+            raise RuntimeError('oneDNN has no small matrix product for this processor')
     return y
-
-
-def _kernel_mask(mask: Tensor) -> Tensor:
-    """M as the kernel takes it, (8, 5, C): equal at ±u in the columns 0 and 4 as `irfft2` has it, over 64."""
-    mirrored = mask.roll(-1, 1).flip(1)  # M[-u mod 8, v]
-    mean = (mask + mirrored) / 2
-    mask = torch.cat((mean[..., :1], mask[..., 1:4], mean[..., 4:]), dim=-1)
-    return (mask / 64).permute(1, 2, 0).contiguous()
-
-
-def _call(name: str, x: Tensor, heads: int, gate: int, **tensors: Tensor | None) -> None:
-    """Run one pass of the kernel on one image x, (H, W, C); `tensors` are its other fields, contiguous."""
-    height, width, channels = x.shape
-    pointers = {key: tensor.data_ptr() for key, tensor in tensors.items() if tensor is not None}
-    call = _Call(height, width, channels, heads, gate, NORM_EPSILON, x.data_ptr(), **pointers)
-    if getattr(library(), f'dsga_{name}_{str(x.dtype).removeprefix("torch.")}')(ctypes.byref(call)):
-        raise RuntimeError('oneDNN has no small matrix product for this processor')
 
 
 @lru_cache(maxsize=len(TYPES))
@@ -168,7 +136,6 @@ def _example(dtype: torch.dtype) -> tuple[Tensor, Weights]:
         temperature=torch.ones(2, 1, 1),
         step=None,
         mask=None,
-        filter=None,
         heads=2,
         top_k=(),
         score='relu2',

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dsgformer_arch.archs.spandrel_arch import IPT, FFTformer, MPRNet, NAFNet, Restormer
 from dsgformer_arch.errors import UserError
+from dsgformer_arch.restore import restore
 from tests.conformance.check import check
 
 FIXTURES = Path(__file__).resolve().parents[1] / 'conformance'
@@ -201,7 +202,9 @@ def test_precisions_and_layouts(name: str) -> None:
     assert torch.allclose(half, y, atol=0.06)
 
 
-@pytest.mark.parametrize('name', NETWORKS)
+@pytest.mark.parametrize(
+    'name', [name if name == 'NAFNet' else pytest.param(name, marks=pytest.mark.long) for name in NETWORKS]
+)
 def test_compiles(name: str) -> None:
     network = small(name).train()
     x = image(network)
@@ -315,6 +318,13 @@ def test_ipt_refuses_what_it_cannot_restore() -> None:
         IPT(**{**SMALL['IPT'], 'scale': [2]})
     with pytest.raises(UserError, match='at least 12×12, not 12×11'):
         small('IPT')(torch.rand(1, 3, 12, 11))
+
+
+@pytest.mark.parametrize('size', [(16, 16), (17, 50), (48, 31)])
+def test_ipt_restores_images_smaller_than_a_patch(size: tuple[int, int]) -> None:
+    network = IPT(n_feats=8, num_heads=4, num_layers=1).eval()
+    x = torch.rand(1, 3, *size)
+    assert restore(network, x).shape == x.shape
 
 
 @pytest.mark.long

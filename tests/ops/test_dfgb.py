@@ -17,8 +17,7 @@ def _gate(channels: int) -> DFGB:
 
 
 def _filtered(gate: DFGB, U: torch.Tensor) -> torch.Tensor:
-    m = dfgb.diagonal(gate.mask).to(U.dtype)
-    return F.gelu(dfgb.filtered(U.permute(0, 2, 3, 1), m)).permute(0, 3, 1, 2)
+    return F.gelu(dfgb.filtered(U.permute(0, 2, 3, 1), gate.mask)).permute(0, 3, 1, 2)
 
 
 def test_basis_is_orthonormal() -> None:

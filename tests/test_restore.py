@@ -1,0 +1,105 @@
+"""One image in, one image out: padding, final output, tiles, shifted inputs."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dsgformer_arch.restore import final_output, predict, restore, tile_starts
+
+
+class Blur(nn.Module):
+    """A 3×3 box filter that insists on sides that are multiples of 8."""
+
+    pad_multiple = 8
+    min_size = 16
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 3, 3, padding=1, groups=3, bias=False)
+        nn.init.constant_(self.layer.weight, 1 / 9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[-1] % 8 == 0
+        assert min(x.shape[-2:]) >= 16
+        return self.layer(x)
+
+
+class Shifted(Blur):
+    """The same on images in [-0.5, 0.5], with two outputs of which the first counts."""
+
+    input_offset = 0.5
+    final_output = 0
+
+    def forward(self, x: Tensor) -> list[Tensor]:  # type: ignore[override]
+        assert x.min() < 0
+        return [super().forward(x), x]
+
+
+@pytest.mark.parametrize('size', [(16, 16), (17, 40), (5, 70)])
+def test_any_size(size: tuple[int, int]) -> None:
+    x = torch.rand(2, 3, *size)
+    y = restore(Blur(), x)
+    assert y.shape == x.shape
+    inner = nn.functional.avg_pool2d(x, 3, 1)
+    torch.testing.assert_close(y[..., 1:-1, 1:-1], inner)
+
+
+def test_shifted_network_gives_what_the_plain_one_gives() -> None:
+    x = torch.rand(1, 3, 24, 16)
+    inside = (..., slice(1, -1), slice(1, -1))  # zero padding means another colour to a shifted network
+    torch.testing.assert_close(restore(Shifted(), x)[inside], restore(Blur(), x)[inside])
+
+
+def test_predict_shifts_every_output_back() -> None:
+    a, b = predict(lambda x: [2 * x, x], torch.full((1,), 0.75), 0.5)
+    assert (a.item(), b.item()) == (1.0, 0.75)
+
+
+def test_final_output() -> None:
+    first, last = torch.zeros(1), torch.ones(1)
+    assert final_output(nn.Identity(), first) is first
+    assert final_output(nn.Identity(), [first, last]) is last
+    assert final_output(Shifted(), [first, last]) is first
+
+
+def test_tiles_without_context_equal_the_whole() -> None:
+    x = torch.rand(2, 3, 70, 100)
+    torch.testing.assert_close(restore(nn.Identity(), x, tile=32, tile_overlap=16), x)
+    torch.testing.assert_close(restore(nn.Identity(), x, tile=32, tile_overlap=0), x)
+
+
+def test_tiles_are_blended_towards_their_middle() -> None:
+    """Where tiles overlap, what a tile knows badly (its border) counts least."""
+    x = torch.rand(1, 3, 64, 96)
+    whole = restore(Blur(), x)
+    tiled, cut = (restore(Blur(), x, tile=40, tile_overlap=overlap) for overlap in (16, 0))
+    inside = (..., slice(1, -1), slice(1, -1))
+    error, error_cut = ((whole - y)[inside].abs().max() for y in (tiled, cut))
+    assert error < 0.25 * error_cut
+    assert (whole - tiled)[inside].abs().median() < 1e-6
+
+
+@pytest.mark.parametrize(('size', 'tile', 'overlap'), [(100, 40, 8), (41, 40, 8), (40, 40, 0), (97, 10, 9)])
+def test_tiles_cover_everything_and_overlap(size: int, tile: int, overlap: int) -> None:
+    starts = tile_starts(size, tile, overlap)
+    assert starts[0] == 0
+    assert starts[-1] + tile == max(size, tile)
+    for a, b in itertools.pairwise(starts):
+        assert a < b <= a + tile - overlap
+
+
+def test_mode_and_precision_are_restored() -> None:
+    network = Blur().train()
+    y = restore(network, torch.rand(1, 3, 16, 16), precision='bf16')
+    assert network.training
+    assert y.dtype == torch.float32
+    assert restore(Blur().double(), torch.rand(1, 3, 16, 16).double()).dtype == torch.float64
+
+
+def test_bad_overlap_is_refused() -> None:
+    with pytest.raises(ValueError, match='tile_overlap'):
+        restore(Blur(), torch.rand(1, 3, 64, 64), tile=16, tile_overlap=16)

@@ -1,0 +1,43 @@
+"""Turn any checkpoint of a system into a safetensors file that says which system it is.
+
+    python tools/convert_checkpoint.py deblurring.pth restormer_gopro.safetensors
+
+The file holds the weights only, so that reading it cannot run code; its metadata hold the system's name
+and settings.  It is read back and compared before it gets its name.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from dsgformer_arch import zoo
+from dsgformer_arch.errors import guarded
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(
+        description='Write a checkpoint as safetensors with the name and the settings of its system.'
+    )
+    result.add_argument(
+        'source', metavar='IN', type=Path, help='a .pth, .pt, .ckpt or .safetensors file, as published'
+    )
+    result.add_argument('target', metavar='OUT', type=Path, help='the .safetensors file to write')
+    result.add_argument(
+        '--system',
+        metavar='NAME',
+        help='the system that it has to be (default: recognise it); one of ' + ', '.join(zoo.names()),
+    )
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parser().parse_args(arguments)
+    system, settings = zoo.convert(args.source, args.target, args.system)
+    told = ', '.join(f'{key}={value}' for key, value in settings.items())
+    print(f'{args.target}: {system} ({told})')
+
+
+if __name__ == '__main__':
+    raise SystemExit(guarded(main))
