@@ -11,5 +11,7 @@ compat.apply()
 
 from dsgformer_arch import archs, data, losses, metrics, models, spandrel_support  # noqa: E402
 
+spandrel_support.register()
+
 __all__ = ['archs', 'compat', 'data', 'losses', 'metrics', 'models']
 __version__ = '0.1.0'

@@ -89,7 +89,7 @@ def deform_conv2d_gathered(
     and vectorised, and it never stores the rows between reading and summing.
     Going tap by tap, what is held at once does not grow with the kernel.
     """
-    batch, channels, height, width = input.shape
+    batch, channels = input.shape[:2]
     out_channels, group_channels, kernel_h, kernel_w = weight.shape
     out_height, out_width = offset.shape[-2:]
     groups = channels // group_channels

@@ -52,12 +52,14 @@ def sample(tmp_path: Path) -> Path:
 
 def weights(folder: Path, *names: str) -> list[tuple[str, Path]]:
     """A checkpoint of random weights for each system."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     found = []
     for name in names:
         torch.manual_seed(1)
         path = folder / f'{name}.pth'
-        torch.save({'params': zoo.create(name).state_dict()}, path)
+        state = zoo.create(name).state_dict()
+        # Whole branches of fresh networks are multiplied by 0.
+        torch.save({'params': {key: t + 0.05 * torch.randn_like(t) for key, t in state.items()}}, path)
         found.append((name, path))
     return found
 

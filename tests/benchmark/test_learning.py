@@ -159,7 +159,7 @@ def test_reading(sample: Path, tmp_path: Path) -> None:
     data = learning.read(sample, 40)
     assert (len(data.train[0]), len(data.test[0])) == (3, 2)
     np.testing.assert_array_equal(data.train[0][1], photograph(1, 40, 48)[..., ::-1])
-    with pytest.raises(UserError, match='--patch is 41, but .* training images of 40 pixels'):
+    with pytest.raises(UserError, match=r'--patch is 41, but .* training images of 40 pixels'):
         learning.read(sample, 41)
     with pytest.raises(UserError, match='no finished LMDB'):
         learning.read(tmp_path, 16)

@@ -105,7 +105,7 @@ def test_what_cannot_be_matched_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
         return 10**9
 
     monkeypatch.setattr(training, 'multiply_adds', never)
-    with pytest.raises(UserError, match='no width of tiny_nafnet comes near the 1.0 G'):
+    with pytest.raises(UserError, match=r'no width of tiny_nafnet comes near the 1\.0 G'):
         training.matched('tiny_nafnet', 'tiny')
 
 
