@@ -81,7 +81,9 @@ def row(system: System) -> tuple[str, ...]:
         macs += f' + {spent.fourier / 1e9:.1f} G'
     if system.release_excess:
         macs += f' (release: {(spent.published + system.release_excess) / 1e9:.1f} G)'
-    paper = f'{system.authors.split(" ")[0]} et al., {system.venue} {system.year}'
+    first = system.authors.split(' ')[0]
+    others = ' et al.' if ',' in system.authors else ''
+    paper = f'{first}{others}, {system.venue} {system.year}'.replace(',  ', ', ')
     return (
         f'`{system.name}`',
         f'[{paper}]({system.url})' if system.url else paper,
