@@ -316,7 +316,12 @@ def data_uri(path: Path) -> tuple[str, int, int]:
 def svg(plot: Callable[[Axes], None], height: float, label: str) -> str:
     """A figure as SVG whose text is text and takes the page's colour."""
     inks = ('text.color', 'axes.edgecolor', 'axes.labelcolor', 'xtick.color', 'ytick.color', 'grid.color')
-    style: Any = {'svg.fonttype': 'none', 'font.size': 9, **dict.fromkeys(inks, INK)}
+    style: Any = {
+        'svg.fonttype': 'none',
+        'svg.hashsalt': 'dsgformer',
+        'font.size': 9,
+        **dict.fromkeys(inks, INK),
+    }
     with mpl.rc_context(style):
         figure = Figure(figsize=(FIGURE_WIDTH, height), layout='constrained')
         plot(figure.subplots())

@@ -323,7 +323,19 @@ def peak_memory_here(task: dict[str, Any]) -> dict[str, Any]:
         return {'peak_memory_mib': None, 'memory_note': row['error']}
     if device.type == 'cuda':
         return {'peak_memory_mib': torch.cuda.max_memory_allocated(device) / 2**20}
-    return {'peak_memory_mib': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10}
+    return {'peak_memory_mib': resident_peak_mib()}
+
+
+def resident_peak_mib() -> float:
+    """The largest resident size of this process.
+
+    Linux counts a parent's peak into `ru_maxrss` of what it starts, so the process's own record is read.
+    """
+    try:
+        status = Path('/proc/self/status').read_text()
+        return next(int(line.split()[1]) for line in status.splitlines() if line.startswith('VmHWM')) / 2**10
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 # Presentation.

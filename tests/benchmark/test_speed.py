@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import nn
 
 from dsgformer_arch import zoo
 from dsgformer_arch.benchmark import speed
+from dsgformer_arch.benchmark.speed import resident_peak_mib
 from dsgformer_arch.complexity import multiply_adds
 from dsgformer_arch.errors import UserError
 from tests.benchmark.conftest import Greedy, make, speed_row
@@ -229,3 +232,16 @@ def test_the_table_names_what_tells_rows_apart() -> None:
     assert speed.labels([speed_row('a', 1.0), speed_row('b', 1.0)]) == ['a', 'b']
     line = speed.table(make('speed')).splitlines()[-1]
     assert '| restormer | 256x256 | fp32 | 2.00 M | 3.0 G | 500.0 ms | 10 % | 2.50 |' in line
+
+
+def test_resident_peak_is_this_processs_own() -> None:
+    """A child of a large process does not report its parent's peak."""
+    ballast = bytearray(600 << 20)
+    program = 'from dsgformer_arch.benchmark.speed import resident_peak_mib as peak; a = peak(); '
+    program += 'b = bytearray(64 << 20); print(a, peak())'
+    done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, check=True)
+    before, after = map(float, done.stdout.split()[-2:])
+    own = resident_peak_mib()
+    assert len(ballast) == 600 << 20
+    assert before < own - 100
+    assert 48 < after - before < 128
