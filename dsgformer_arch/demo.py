@@ -7,32 +7,27 @@ itself, and writes `before_after.png` and `report.json`.
 from __future__ import annotations
 
 import json
-import os
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
-import torch
 from basicsr.data import build_dataset
 from basicsr.metrics import calculate_psnr, calculate_ssim
 from basicsr.utils import tensor2img
-from basicsr.version import __version__ as basicsr_version
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-import dsgformer_arch
 from dsgformer_arch import options
-from dsgformer_arch.checkpoint import write_atomically
+from dsgformer_arch.benchmark.record import environment, save_figure, write_text
 from dsgformer_arch.errors import UserError
 from dsgformer_arch.progress import track
 
 Image = NDArray[np.uint8]
 
-CROP_WIDTH, CROP_HEIGHT = 240, 180
+CROP_WIDTH, CROP_HEIGHT = 184, 138
 
 
 @dataclass(frozen=True)
@@ -82,17 +77,10 @@ def show(train_file: Path, test_file: Path, out: Path) -> dict[str, Any]:
             {'image': restoration.name, **values}
             for restoration, values in zip(restorations, measured, strict=True)
         ],
-        'versions': _versions(),
-        'hardware': _hardware(),
-        'date': datetime.now(timezone.utc).isoformat(timespec='seconds'),
+        'environment': environment(),
     }
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        write_atomically(lambda path: _draw(restorations, measured, path), out / 'before_after.png')
-        text = json.dumps(report, indent=2) + '\n'
-        write_atomically(lambda path: Path(path).write_text(text, 'utf-8'), out / 'report.json')
-    except OSError as error:
-        raise UserError(f'cannot write to {out} ({error.strerror}); make room or name another') from error
+    save_figure(_draw(restorations, measured), out / 'before_after.png')
+    write_text(out / 'report.json', json.dumps(report, indent=2) + '\n')
     return report
 
 
@@ -137,45 +125,12 @@ def _restorations(test_file: Path) -> list[Restoration]:
     return restorations
 
 
-# --- where they ran -----------------------------------------------------------------------------------------
-
-
-def _versions() -> dict[str, str]:
-    return {
-        'python': platform.python_version(),
-        'dsgformer_arch': dsgformer_arch.__version__,
-        'basicsr': basicsr_version,
-        'torch': torch.__version__,
-        'numpy': np.__version__,
-        'opencv': cv2.__version__,
-    }
-
-
-def _hardware() -> dict[str, Any]:
-    return {
-        'processor': _processor(),
-        'cores': len(os.sched_getaffinity(0)),
-        'gpu': torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path('/proc/cpuinfo').read_text('utf-8').splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 # --- the picture --------------------------------------------------------------------------------------------
 
 
-def _draw(restorations: Sequence[Restoration], measured: Sequence[dict[str, float]], path: str) -> None:
+def _draw(restorations: Sequence[Restoration], measured: Sequence[dict[str, float]]) -> Figure:
     """One row for each photograph: the same detail blurred, restored and sharp, with its values below."""
-    from matplotlib.figure import Figure  # needs no display, unlike pyplot
-
-    figure = Figure(figsize=(12, 3.55 * len(restorations)), dpi=120, layout='constrained')
+    figure = Figure(figsize=(9.2, 2.75 * len(restorations)), layout='constrained')
     grid = figure.subplots(len(restorations), 3, squeeze=False)
     for axes, restoration, values in zip(grid, restorations, measured, strict=True):
         window = _detail(restoration.sharp)
@@ -189,11 +144,11 @@ def _draw(restorations: Sequence[Restoration], measured: Sequence[dict[str, floa
         for axis, image, label in zip(axes, images, labels, strict=True):
             axis.imshow(image[window], interpolation='bicubic')
             axis.set(xticks=[], yticks=[])
-            axis.set_xlabel(label, fontsize=12)
+            axis.set_xlabel(label, fontsize=9)
             axis.spines[:].set_visible(False)
     for axis, title in zip(grid[0], ('blurred', 'restored', 'sharp'), strict=True):
-        axis.set_title(title, fontsize=14)
-    figure.savefig(path, format='png')
+        axis.set_title(title, fontsize=11)
+    return figure
 
 
 def _detail(sharp: Image) -> tuple[slice, slice]:

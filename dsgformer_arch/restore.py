@@ -48,6 +48,17 @@ def predict(call: Callable[[Tensor], Outputs], image: Tensor, offset: float = 0.
     return [output + offset for output in outputs]
 
 
+def order_memory(network: nn.Module, memory_format: torch.memory_format) -> nn.Module:
+    """Put a network's kernels in a memory order, in place.
+
+    `nn.Module.to(memory_format=…)` stops at parameters of five dimensions, as FFTformer has them.
+    """
+    for parameter in network.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=memory_format)
+    return network
+
+
 @contextlib.contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
     """Evaluation mode and no gradients inside, the former mode afterwards."""

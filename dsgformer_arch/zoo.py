@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import json
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -19,7 +18,6 @@ from basicsr.utils.registry import ARCH_REGISTRY
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dsgformer_arch.checkpoint import (
     Checkpoint,
@@ -368,10 +366,11 @@ def _shapes_of(name: str) -> frozenset[tuple[str, torch.Size]]:
 
 def _without_data(architecture: str, settings: Mapping[str, Any]) -> nn.Module:
     """The network without data: it has names and shapes, and costs neither time nor memory."""
-    with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
-        # IPT copies its layers, and to copy a tensor without data asks where its data are.
-        warnings.filterwarnings('ignore', 'Accessing the data pointer')
-        return _build(architecture, settings, None)
+    try:
+        with torch.device('meta'):
+            return _build(architecture, settings, None)
+    except RuntimeError:  # IPT computes with its tensors while it is built
+        return _build(architecture, settings, None).to('meta')
 
 
 def _equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:

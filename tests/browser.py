@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import select
@@ -131,16 +132,20 @@ def browser(profile: Path) -> Iterator[Tab]:
     """A browser with one empty tab; `profile` is a folder of its own."""
     program = executable()
     assert program is not None
-    # Chromium reads commands from descriptor 3 and answers on descriptor 4.
     (command_out, command_in), (answer_out, answer_in) = os.pipe(), os.pipe()
+
+    def connect() -> None:
+        # Chromium reads commands from descriptor 3 and answers on descriptor 4.
+        ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (command_out, answer_in)]
+        for end, number in zip(ends, (3, 4), strict=True):
+            os.dup2(end, number)
+
     arguments = [
         '--headless=new', '--remote-debugging-pipe', '--no-sandbox', '--disable-gpu', '--no-first-run',
         '--disable-dev-shm-usage', f'--user-data-dir={profile}',
     ]  # fmt: skip
-    shell = ['sh', '-c', f'exec "$0" "$@" 3<&{command_out} 4>&{answer_in}', program, *arguments]
-    process = subprocess.Popen(
-        shell, pass_fds=(command_out, answer_in), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    silent: dict[str, Any] = dict.fromkeys(('stdin', 'stdout', 'stderr'), subprocess.DEVNULL)
+    process = subprocess.Popen([program, *arguments], preexec_fn=connect, pass_fds=(3, 4), **silent)
     os.close(command_out)
     os.close(answer_in)
     try:

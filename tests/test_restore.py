@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dsgformer_arch.restore import final_output, predict, restore, tile_starts
+from dsgformer_arch.restore import final_output, order_memory, predict, restore, tile_starts
 
 
 class Blur(nn.Module):
@@ -103,3 +103,13 @@ def test_mode_and_precision_are_restored() -> None:
 def test_bad_overlap_is_refused() -> None:
     with pytest.raises(ValueError, match='tile_overlap'):
         restore(Blur(), torch.rand(1, 3, 64, 64), tile=16, tile_overlap=16)
+
+
+def test_memory_order_takes_kernels_and_leaves_the_rest() -> None:
+    network = nn.Conv2d(4, 4, 3)
+    network.register_parameter('blocks', nn.Parameter(torch.rand(2, 1, 1, 8, 5)))
+    values = [parameter.clone() for parameter in network.parameters()]
+    order_memory(network, torch.channels_last)
+    assert network.weight.is_contiguous(memory_format=torch.channels_last)
+    for parameter, value in zip(network.parameters(), values, strict=True):
+        assert torch.equal(parameter, value)

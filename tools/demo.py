@@ -22,10 +22,9 @@ def parser() -> argparse.ArgumentParser:
         'that holds experiments/ and results/.'
     )
     result.add_argument(
-        'out',
-        metavar='OUT',
+        '--out',
+        metavar='DIR',
         type=Path,
-        nargs='?',
         default=Path('results/demo'),
         help='the folder to write to (default: %(default)s)',
     )

@@ -34,6 +34,7 @@ from basicsr.utils.registry import ARCH_REGISTRY
 from spandrel.util import get_seq_len
 from torch import Tensor, nn
 
+from dsgformer_arch.errors import UserError
 from dsgformer_arch.ops.deform_conv import deform_conv2d
 
 Branches = list[Tensor]
@@ -155,6 +156,8 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, heads: int, paths: int, focusing_factor: int) -> None:
         super().__init__()
+        if heads not in WINDOWS or dim % heads:
+            raise UserError(f'heads: {heads} of {dim} channels cannot be; take 1, 2, 4 or 8 that divide dim')
         self.heads = heads
         self.focusing_factor = focusing_factor
         self.temperature = nn.Parameter(torch.ones(paths, heads, 1, 1))
@@ -167,10 +170,14 @@ class Attention(nn.Module):
 
     def forward(self, branches: Branches) -> Branches:
         qkv = self.qkv_dwconv(self.qkv(branches))
-        position = self.refine_att([x.chunk(3, dim=1)[2] for x in qkv])
-        q, k, v = torch.cat(qkv).chunk(3, dim=1)
-        attended = self.attend(q, k, v, torch.cat(position), branches[0].shape[0])
-        return self.project_out(list(attended.chunk(len(branches))))
+        position = torch.cat(self.refine_att([x.chunk(3, dim=1)[2] for x in qkv]))
+        joined = torch.cat(qkv)
+        # An eighth power and a sum over all pixels leave the range of float16.
+        working = torch.promote_types(joined.dtype, torch.float32)
+        with torch.autocast(joined.device.type, enabled=False):
+            q, k, v = joined.to(working).chunk(3, dim=1)
+            attended = self.attend(q, k, v, position.to(working), branches[0].shape[0])
+        return self.project_out(list(attended.to(joined.dtype).chunk(len(branches))))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor, batch: int) -> Tensor:
         """The attention of all branches, one after another in the batch.
@@ -422,7 +429,7 @@ class MBTaylorFormerV2(nn.Module):
         """Whether `state` is a state dict of this network."""
         needed = {
             'patch_embed_encoder_level1.patch_embeds.0.patch_conv.dcn.weight',
-            'encoder_level1.mhca_blk.MHCA_layers.0.attn.refine_att.conv_list.0.weight',
+            'encoder_level1.mhca_blk.MHCA_layers.0.attn.one_M',
             'refinement.aggregate.conv_du.0.weight',
             'output.0.weight',
         }

@@ -22,7 +22,7 @@ from dsgformer_arch.benchmark.pairs import from_lmdbs
 from dsgformer_arch.errors import UserError
 from dsgformer_arch.metrics.protocols import protocol, to_uint8
 from dsgformer_arch.metrics.registration import Image
-from dsgformer_arch.restore import final_output, predict, restore
+from dsgformer_arch.restore import final_output, order_memory, predict, restore
 
 PROTOCOL = """\
 The same data, order, crops, flips and quarter turns for every system of a seed; L1 loss on the final \
@@ -152,7 +152,7 @@ def train(
         `iteration`, `seconds`, `psnr`, `ssim`, `loss` (mean since the point before).
     """
     torch.manual_seed(seed)
-    network = ordered(build().to(device), torch.channels_last).train()
+    network = order_memory(build().to(device), torch.channels_last).train()
     offset = getattr(network, 'input_offset', 0.0)
     optimizer = torch.optim.AdamW(network.parameters(), recipe.lr, weight_decay=1e-4)
     stream = batches(data.train, recipe, seed)
@@ -189,11 +189,6 @@ def train(
         'seconds': seconds,
         'curve': curve,
     }
-
-
-def ordered(network: nn.Module, order: torch.memory_format) -> nn.Module:
-    """The network with its kernels in a memory order, such as `torch.channels_last`."""
-    return network.to(memory_format=order)  # type: ignore[call-overload]
 
 
 def validate(network: nn.Module, data: Data, device: torch.device) -> dict[str, float]:

@@ -28,10 +28,9 @@ from torch import Tensor, nn
 from dsgformer_arch import zoo
 from dsgformer_arch.benchmark import machine
 from dsgformer_arch.benchmark import record as records
-from dsgformer_arch.benchmark.learning import ordered
 from dsgformer_arch.complexity import multiply_adds
 from dsgformer_arch.progress import track
-from dsgformer_arch.restore import PRECISIONS, final_output, predict, restore
+from dsgformer_arch.restore import PRECISIONS, final_output, order_memory, predict, restore
 
 PROTOCOL = """\
 Latency: median over {rounds} turns, each of which measures every system once, after one untimed call; \
@@ -226,14 +225,14 @@ def prepare(
     shape = (batch, 3, variant.height, variant.width)
     image = torch.rand(shape, generator=generator).to(device).contiguous(memory_format=order)
     if train:
-        return training_step(ordered(network, order), image, variant)
+        return training_step(order_memory(network, order), image, variant)
     target = compiled(network) if variant.compiled else network
 
     def call() -> None:
         restore(target, image, precision=variant.precision)
 
     def ordered_call() -> None:
-        ordered(network, order)
+        order_memory(network, order)
         call()
 
     return ordered_call

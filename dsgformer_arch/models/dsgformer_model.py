@@ -33,7 +33,7 @@ from dsgformer_arch.checkpoint import load_into, read_checkpoint, write_atomical
 from dsgformer_arch.errors import UserError
 from dsgformer_arch.models import lr_scheduler
 from dsgformer_arch.progress import track
-from dsgformer_arch.restore import final_output, predict, restore
+from dsgformer_arch.restore import final_output, order_memory, predict, restore
 
 AMP_TYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16}
 
@@ -82,7 +82,7 @@ class DSGformerModel(SRModel):
         self.amp = AMP_TYPES.get(train.get('amp'))
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp is torch.float16)
         self.memory_format = torch.channels_last if train.get('channels_last') else torch.contiguous_format
-        self.net_g.to(memory_format=self.memory_format)
+        order_memory(self.net_g, self.memory_format)
         self.ema_decay = train.get('ema_decay', 0)
         if self.ema_decay > 0:
             self.net_g_ema = build_network(self.opt['network_g']).to(self.device)

@@ -50,13 +50,13 @@ def deform_conv2d(
         mask: factor of every tap's sample, (B, G·kh·kw, H_out, W_out), or none.
 
     Returns:
-        (B, C_out, H_out, W_out) in the data type of `input`.
+        (B, C_out, H_out, W_out) in the data type of `input`, channels last where `input` is.
 
     Raises:
         ValueError: if the shapes do not fit each other.
     """
     stride, padding, dilation = _pair(stride), _pair(padding), _pair(dilation)
-    _check_shapes(input, offset, weight, stride, padding, dilation, mask)
+    _check_shapes(input, offset, weight, bias, stride, padding, dilation, mask)
     working = torch.promote_types(input.dtype, torch.float32)
     form = torchvision_deform_conv2d if TORCHVISION_LOADS else deform_conv2d_gathered
     output = form(
@@ -69,6 +69,8 @@ def deform_conv2d(
         dilation,
         None if mask is None else mask.to(working),
     )
+    if input.is_contiguous(memory_format=torch.channels_last):
+        output = output.contiguous(memory_format=torch.channels_last)  # torchvision's operator forgets it
     return output.to(input.dtype)
 
 
@@ -170,9 +172,32 @@ def _check_shapes(
     input: Tensor,
     offset: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     stride: tuple[int, int],
     padding: tuple[int, int],
     dilation: tuple[int, int],
     mask: Tensor | None,
 ) -> None:
-    pass
+    """Refuse tensors that do not make a deformable convolution, with a `ValueError` that names the sizes."""
+    batch, channels, *sides = input.shape
+    out_channels, group_channels, *kernel = weight.shape
+    if channels % group_channels or out_channels % (channels // group_channels):
+        raise ValueError(
+            f'a kernel of shape {tuple(weight.shape)} does not divide {channels} channels into groups'
+        )
+    if bias is not None and bias.shape != (out_channels,):
+        raise ValueError(f'the bias has shape {tuple(bias.shape)}, not ({out_channels},)')
+
+    height, width = (
+        (side + 2 * p - d * (k - 1) - 1) // s + 1
+        for side, p, d, k, s in zip(sides, padding, dilation, kernel, stride, strict=True)
+    )
+    taps = kernel[0] * kernel[1]
+    groups = max(offset.shape[1] // (2 * taps), 1)
+    if channels % groups:
+        raise ValueError(f'{groups} offset groups do not divide {channels} channels')
+    for name, tensor, depth in (('offset', offset, 2 * taps * groups), ('mask', mask, taps * groups)):
+        if tensor is not None and tensor.shape != (batch, depth, height, width):
+            raise ValueError(
+                f'the {name} has shape {tuple(tensor.shape)}, not ({batch}, {depth}, {height}, {width})'
+            )
