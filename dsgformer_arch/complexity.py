@@ -12,6 +12,7 @@ the same with matrix products.
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -74,10 +76,13 @@ def count(name: str, height: int = 256, width: int | None = None, /, **overrides
     Raises:
         UserError: as `zoo.create`.
     """
-    network = zoo.create(name, **overrides).eval().to('meta')
-    image = torch.empty(1, 3, height, width or height, device='meta')
-    with torch.no_grad(), ops.use('plain'), _Counter() as counter:
-        network(image)
+    with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
+        # IPT copies its layers, and to copy a tensor without data asks where its data are.
+        warnings.filterwarnings('ignore', 'Accessing the data pointer')
+        network = zoo.create(name, **overrides).eval()
+        image = torch.empty(1, 3, height, width or height)
+        with torch.no_grad(), ops.use('plain'), _Counter() as counter:
+            network(image)
     found = counter.multiply_adds
     convolutions = sum(number for kind, number in found.items() if kind in CONVOLUTIONS)
     fourier = sum(number for kind, number in found.items() if kind in FOURIER)
@@ -104,9 +109,16 @@ class _Counter(TorchDispatchMode):
         kind = func.overloadpacket
         if kind in FOURIER:
             self.multiply_adds[kind] += FOURIER[kind](args[0], output, args[1])
+        elif kind is aten._scaled_dot_product_flash_attention_for_cpu:  # the registry has other devices' only
+            self.multiply_adds[kind] += _attention(*args[:3])
         elif kind in flop_registry:
             self.multiply_adds[kind] += flop_registry[kind](*args, **kwargs, out_val=output) // 2
         return output
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor) -> int:
+    """Both products, for tensors of shape (N, heads, tokens, channels)."""
+    return query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
 
 
 def _real_transform(real: Tensor, dims: list[int]) -> int:

@@ -29,9 +29,6 @@ WHOLE_IMAGE = {'DSGformer', 'MHNet', 'DRSformer', 'MBTaylorFormerV2', 'Stripform
 ARCHITECTURES = ('DSGformer', 'MHNet', 'Stripformer', 'ConvIR', 'MBTaylorFormerV2', 'DRSformer')
 """Their names in ARCH_REGISTRY, which are their ids in spandrel's."""
 
-FLOAT32_ONLY = {'MBTaylorFormerV2'}
-"""Networks that bfloat16 weights spoil: this one's attention takes sums of eighth powers over all pixels."""
-
 
 class Release(Architecture[nn.Module]):
     """One of our networks as spandrel knows networks.
@@ -60,7 +57,7 @@ class Release(Architecture[nn.Module]):
             purpose='Restoration',
             tags=[],
             supports_half=False,
-            supports_bfloat16=self.id not in FLOAT32_ONLY,
+            supports_bfloat16=True,
             scale=1,
             input_channels=3,
             output_channels=3,

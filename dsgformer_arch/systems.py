@@ -255,6 +255,7 @@ NAFNET64 = System(
     parameters=67_888_835,
     tlc=True,
     reported=(Reported('GoPro', 33.69, 0.967, 'table 7, with local pooling', 'the paper'),),
+    compiles='inference whole; training with a break at each norm, whose gradient is written by hand',
 )
 
 DRSFORMER = System(
@@ -299,6 +300,7 @@ FFTFORMER = System(
         Reported('RealBlur-R', 40.11, 0.973, '', MLWNET),
         Reported('RealBlur-J', 32.62, 0.933, '', MLWNET),
     ),
+    bf16='autocast; its Fourier transforms stay in float32',
 )
 
 IPT = System(
@@ -313,6 +315,7 @@ IPT = System(
     release='https://github.com/huawei-noah/Pretrained-IPT',
     licence='Apache 2.0',
     parameters=115_312_707,
+    bf16='runs, but its values of 0 to 255 keep only 8 bits',
 )
 
 SYSTEMS: tuple[System, ...] = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,3 +25,16 @@ def _fresh_logger() -> Iterator[None]:
         handler.close()
         logger.removeHandler(handler)
     initialized_logger.clear()
+
+
+@pytest.fixture
+def vgg_weights(tmp_path: Path) -> Path:
+    """A VGG-19 file of random weights: the real one takes a download."""
+    from torchvision.models import vgg19
+
+    torch.manual_seed(0)
+    path = tmp_path / 'vgg19.pth'
+    torch.save(vgg19(weights=None).features[:12].state_dict(), path)
+    state = torch.load(path, weights_only=True)
+    torch.save({f'features.{name}': tensor for name, tensor in state.items()}, path)
+    return path

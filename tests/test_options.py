@@ -26,7 +26,9 @@ def finished_lmdb(path: Path) -> None:
 
 
 @pytest.mark.parametrize('file', FILES, ids=lambda file: file.stem)
-def test_option_file_is_sound(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_option_file_is_sound(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vgg_weights: Path
+) -> None:
     """It passes the check, with the data that it names in place, and builds what it names."""
     from basicsr.archs import build_network
     from basicsr.data import build_dataset
@@ -56,6 +58,8 @@ def test_option_file_is_sound(file: Path, tmp_path: Path, monkeypatch: pytest.Mo
     settings['path']['pretrain_network_g'] = None
     if is_train:
         settings['train']['compile'] = False
+        if 'contrast_opt' in settings['train']:
+            settings['train']['contrast_opt']['vgg_weights'] = str(vgg_weights)
     network = build_network(settings['network_g'])
     if sum(parameter.numel() for parameter in network.parameters()) > SMALL_ENOUGH:
         return

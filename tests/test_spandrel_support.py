@@ -87,7 +87,7 @@ def test_of_several_outputs_a_call_gives_the_final_one() -> None:
     assert model(image).shape == image.shape
 
 
-@pytest.mark.parametrize('name', [name for name in OURS if name not in ('convir_s', 'mb_taylorformer_v2_b')])
+@pytest.mark.parametrize('name', [name for name in OURS if name != 'convir_s'])
 def test_bfloat16_models_restore_nearly_the_same(name: str) -> None:
     state = dict(small(name).state_dict())
     image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -95,8 +95,3 @@ def test_bfloat16_models_restore_nearly_the_same(name: str) -> None:
     found = opened(state).bfloat16()(image.bfloat16())
     assert found.dtype == torch.bfloat16
     assert (found - expected).abs().mean() < 0.02
-
-
-def test_a_network_that_bfloat16_spoils_refuses_it() -> None:
-    with pytest.raises(spandrel.UnsupportedDtypeError):
-        opened(dict(small('mb_taylorformer_v2_b').state_dict())).bfloat16()

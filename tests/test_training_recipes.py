@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torchvision.models import vgg19
 
 from dsgformer_arch import options
 from dsgformer_arch.models.dsgformer_model import DSGformerModel
@@ -15,17 +14,6 @@ from tests.trees import ROOT, photograph
 
 FILES = sorted((ROOT / 'options').glob('train_*.yml'))
 SIDE = 64
-
-
-@pytest.fixture
-def vgg_weights(tmp_path: Path) -> Path:
-    """A VGG-19 file of random weights: the real one takes a download."""
-    torch.manual_seed(0)
-    path = tmp_path / 'vgg19.pth'
-    torch.save(vgg19(weights=None).features[:12].state_dict(), path)
-    state = torch.load(path, weights_only=True)
-    torch.save({f'features.{name}': tensor for name, tensor in state.items()}, path)
-    return path
 
 
 def shortened(file: Path, folder: Path, vgg: Path) -> dict[str, Any]:

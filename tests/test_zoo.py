@@ -67,7 +67,7 @@ def test_each_system_has_its_parameters_and_its_source(name: str) -> None:
     network = zoo.create_without_data(name)
     assert sum(p.numel() for p in network.parameters() if p.requires_grad) == system.parameters
     assert isinstance(network, ARCH_REGISTRY.get(system.architecture))
-    assert all((system.title, system.authors, system.venue, system.release, system.licence))
+    assert all((system.title, system.authors, system.year, system.release, system.licence))
     assert system.task in ('deblurring', 'deraining')
     assert all(entry.source and 20 < entry.psnr < 50 for entry in system.reported)
     assert len({entry.dataset for entry in system.reported}) == len(system.reported)

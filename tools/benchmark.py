@@ -11,9 +11,13 @@ benchmark.py report   results/benchmark
 from __future__ import annotations
 
 import argparse
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+
+from dsgformer_arch import zoo
 from dsgformer_arch.errors import UserError, guarded
 
 RESULTS = Path('results') / 'benchmark'
@@ -157,8 +161,6 @@ def report(command: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from importlib import import_module  # importing torch takes seconds; --help need not wait for it
-
     if find_spec('matplotlib') is None:
         raise UserError('the figures are drawn with matplotlib; install it with: pip install matplotlib')
     settings = vars(arguments)
@@ -166,15 +168,11 @@ def run(arguments: argparse.Namespace) -> int:
     module = import_module(f'dsgformer_arch.benchmark.{command}')
     threads = settings.pop('threads', None)
     if threads:
-        import torch
-
         torch.set_num_threads(threads)
     return module.run(**settings)
 
 
 def names(text: str) -> list[str]:
-    from dsgformer_arch import zoo
-
     if text == 'all':
         return list(zoo.names())
     return [zoo.get(name).name for name in words(text)]
@@ -185,8 +183,6 @@ def words(text: str) -> list[str]:
 
 
 def assignment(text: str) -> tuple[str, Path]:
-    from dsgformer_arch import zoo
-
     name, _, path = text.partition('=')
     if not path:
         raise argparse.ArgumentTypeError(f'{text!r} names no file; write NAME=PATH')

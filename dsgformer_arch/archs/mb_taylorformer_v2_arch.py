@@ -353,6 +353,9 @@ class MBTaylorFormerV2(nn.Module):
         num_path: branches by level.
         offset_clamp: how far, in pixels, a tap may move; None for any distance.
         focusing_factor: p, the power that stands for the Taylor remainder.
+
+    Raises:
+        UserError: `dim` and `heads` do not fit each other, or the network.
     """
 
     pad_multiple = 8
@@ -381,6 +384,10 @@ class MBTaylorFormerV2(nn.Module):
 
         # Every stage is an embedding into branches and what runs on them, named as in the release.
         d0, d1, d2, d3 = dim
+        if d1 != 2 * d0 or any(width % 4 for width in dim[1:]):
+            raise UserError(
+                f'dim: {list(dim)} cannot be; the second is twice the first, the others multiples of 4'
+            )
         self.patch_embed = nn.ModuleDict({'proj': nn.Conv2d(inp_channels, d0, 3, padding=1, bias=False)})
         self.patch_embed_encoder_level1, self.encoder_level1 = embedding(0, d0), stage(0, d0)
         self.down1_2 = downsample(d0, d1)

@@ -179,10 +179,12 @@ def plot(axis: Axes, record: records.Record, attention: str) -> None:
             axis.plot([i - 0.3, i + 0.3], [statistics.mean(values)] * 2, color=colour, lw=2, label=label)
             axis.plot([i] * len(values), values, 'o', color=colour, ms=4)
     axis.axhline(record.extra['blurred']['psnr'], color='grey', linestyle=':', label='blurred')
+    everything = [row['psnr'] for row in record.rows if 'psnr' in row] + [record.extra['blurred']['psnr']]
+    margin = 0.05 * (max(everything) - min(everything)) + 0.01
+    axis.set_ylim(min(everything) - margin, max(everything) + margin)
     axis.set_xticks([1, 4, 7], [TITLES[gate] for gate in GATES])
-    axis.set_title(f'{TITLES[attention]} (this run)')
-    axis.set_ylabel('PSNR, dB')
-    axis.legend(frameon=False, fontsize='small')
+    axis.set(xlabel=f'{TITLES[attention]}, this run', ylabel='PSNR, dB')
+    axis.legend(frameon=False, fontsize='small', ncols=4, loc='lower left', bbox_to_anchor=(0, 1))
     axis.grid(axis='y', alpha=0.3)
     axis.spines[['top', 'right']].set_visible(False)
 

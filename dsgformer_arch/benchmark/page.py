@@ -97,6 +97,7 @@ class Table:
         caption: what the table shows.
         tinted: columns to set apart.
         words: columns of sentences, not numbers.
+        names: columns of single words.
         own: the first cells of rows to emphasise.
     """
 
@@ -104,7 +105,8 @@ class Table:
     rows: Sequence[Mapping[str, str | None]]
     caption: str
     tinted: frozenset[str] = frozenset()
-    words: frozenset[str] = frozenset({'note', 'source', 'attention', 'gate'})
+    words: frozenset[str] = frozenset({'note'})
+    names: frozenset[str] = frozenset({'attention', 'gate', 'mode', 'size'})
     own: frozenset[str] = frozenset()
 
     def html(self) -> str:
@@ -131,8 +133,36 @@ class Table:
         return f'<tr{own}><th scope="row">{inline(name)}</th>{cells}</tr>'
 
     def _classes(self, key: str) -> str:
-        found = [name for name, keys in (('tinted', self.tinted), ('words', self.words)) if key in keys]
+        sets = {'tinted': self.tinted, 'words': self.words, 'names': self.names}
+        found = [name for name, keys in sets.items() if key in keys]
         return f' class="{" ".join(found)}"' if found else ''
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A numbered list."""
+
+    lines: Sequence[str]
+
+    def html(self) -> str:
+        return f'<ol>{"".join(f"<li>{inline(line)}</li>" for line in self.lines)}</ol>'
+
+    def markdown(self) -> str:
+        return '\n'.join(f'{number}. {line}' for number, line in enumerate(self.lines, 1))
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Two elements side by side where there is room."""
+
+    left: Element
+    right: Element
+
+    def html(self) -> str:
+        return f'<div class="beside"><div>{self.left.html()}</div><div>{self.right.html()}</div></div>'
+
+    def markdown(self) -> str:
+        return '\n\n'.join(part for part in (self.left.markdown(), self.right.markdown()) if part)
 
 
 @dataclass(frozen=True)

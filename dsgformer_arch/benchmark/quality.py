@@ -461,7 +461,8 @@ def table(record: records.Record) -> str:
 def title(record: records.Record) -> str:
     """What was measured, as a heading."""
     s = record.settings
-    return f'Quality on {s["data"]} ({s["images"]} images), protocol {s["protocol"]}'
+    count = f'{s["images"]} image{"" if s["images"] == 1 else "s"}'
+    return f'Quality on {s["data"]} ({count}), protocol {s["protocol"]}'
 
 
 def weights_text(record: records.Record) -> str:

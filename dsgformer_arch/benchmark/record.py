@@ -155,8 +155,9 @@ def canvas(width: float, height: float, columns: int = 1) -> tuple[Figure, list[
 
 
 def logarithmic(axis: Axis) -> None:
-    """Ticks of a logarithmic axis as plain numbers: 1, 2, 5, 10, …"""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    """Ticks of a logarithmic axis, already drawn on, as plain numbers: 1, 2, 5, 10, 20, …"""
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 60 * low else (1, 3)))
     axis.set_major_formatter('{x:g}')
     axis.set_minor_formatter(NullFormatter())
 

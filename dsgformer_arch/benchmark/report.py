@@ -16,10 +16,12 @@ from dsgformer_arch import zoo
 from dsgformer_arch.benchmark import ablation, loader, quality, speed, training
 from dsgformer_arch.benchmark import record as records
 from dsgformer_arch.benchmark.page import (
+    Beside,
     Comparison,
     Drawing,
     Element,
     Facts,
+    Listing,
     Page,
     Section,
     Table,
@@ -165,8 +167,8 @@ def facts(record: records.Record) -> Facts:
 # Table 1.
 
 
-def reported(name: str) -> Any:
-    """What a system's paper reports on GoPro, a `zoo.Reported`, or None."""
+def reported(name: str) -> zoo.Reported | None:
+    """What a system's paper reports on GoPro, if it does."""
     return next((found for found in zoo.get(name).reported if found.dataset == GOPRO), None)
 
 
@@ -191,7 +193,7 @@ def measured_on_gopro(results: Sequence[Result]) -> dict[str, tuple[dict[str, An
 TABLE_ONE = {
     'model': 'system', 'reported_psnr': 'PSNR reported', 'reported_ssim': 'SSIM reported',
     'psnr': 'PSNR measured here', 'ssim': 'SSIM measured here', 'parameters': 'parameters',
-    'macs': 'multiply-adds, 256×256', 'note': 'measured how', 'source': 'reported in',
+    'macs': 'multiply-adds, 256×256', 'source': 'reported in', 'note': 'measured how',
 }  # fmt: skip
 
 
@@ -204,6 +206,7 @@ def table_one(results: Sequence[Result]) -> Section:
         for row in result.record.rows
         if row['size'] == TABLE_SIZE
     }
+    sources: list[str] = []
     rows = []
     for name in [*zoo.names(), quality.BLURRED]:
         said = reported(name) if name != quality.BLURRED else None
@@ -217,7 +220,8 @@ def table_one(results: Sequence[Result]) -> Section:
         if said is not None:
             row['reported_psnr'] = f'{said.psnr:.2f}'
             row['reported_ssim'] = f'{said.ssim:.3f}' if said.ssim is not None else None
-            row['source'] = ', '.join(part for part in (said.source, said.table) if part)
+            sources.append(source(name, said))
+            row['source'] = f'[{len(sources)}]'
         if name in measured:
             row |= _measured_cells(*measured[name])
         rows.append(row)
@@ -227,7 +231,15 @@ def table_one(results: Sequence[Result]) -> Section:
     )
     tinted = frozenset({'psnr', 'ssim'})
     table = Table(TABLE_ONE, rows, caption, tinted=tinted, own=frozenset({OWN}))
-    return Section('Table 1: GoPro, reported and measured', [table], 'Table 1')
+    return Section('Table 1: GoPro, reported and measured', [table, Listing(sources)], 'Table 1')
+
+
+def source(name: str, said: zoo.Reported) -> str:
+    """Which paper a system is from, and where its reported number was read."""
+    system = zoo.get(name)
+    paper = f'[{system.title}]({system.url})' if system.url else system.title
+    where = ', '.join(part for part in (said.source, said.table) if part)
+    return f'{name}: {paper}, {system.year}; {where}'
 
 
 def _measured_cells(row: Mapping[str, Any], record: records.Record) -> dict[str, str | None]:
@@ -297,8 +309,10 @@ def pareto_sections(speeds: Sequence[Result], results: Sequence[Result]) -> Iter
         heads = {'model': 'system', 'latency': 'latency', 'psnr': 'PSNR on GoPro', 'whose': 'PSNR is'}
         what = f'{record.settings["device"]}, {record.settings["precision"]}'
         elements: list[Element] = [
-            Drawing([partial(plot_points, found=found)], caption, height=4.2),
-            Table(heads, rows, f'The same in numbers: {what}.', own=frozenset({OWN})),
+            Beside(
+                Drawing([partial(plot_points, found=found)], caption, height=4.2),
+                Table(heads, rows, f'The same in numbers: {what}.', own=frozenset({OWN})),
+            ),
             facts(record),
         ]
         yield Section(f'Quality against latency: {what}', elements, f'Pareto, {what}')
@@ -313,8 +327,8 @@ def plot_points(axis: Axes, found: Sequence[Point]) -> None:
         face = colour if point.measured else 'none'
         axis.plot(point.latency_ms, point.psnr, 'o', color=colour, markerfacecolor=face, ms=7, mew=1.6)
     axis.set(xscale='log', xlabel='latency, ms', ylabel='PSNR on GoPro, dB')
-    records.logarithmic(axis.xaxis)
     axis.margins(x=0.25, y=0.12)
+    records.logarithmic(axis.xaxis)
     for point, place in zip(found, _label_places(found), strict=True):
         axis.annotate(
             point.name, (point.latency_ms, point.psnr), xytext=(8, place), textcoords='offset points',
@@ -385,19 +399,26 @@ def speed_section(result: Result) -> Section:
     """One run of `speed`."""
     record = result.record
     timed = sum(bool(row.get('latency_ms')) for row in record.rows)
+    cells = speed.cells(record)
+    alike = {key for key in ('size', 'mode') if len({cell[key] for cell in cells}) == 1}
+    columns = {key: head for key, head in speed.COLUMNS.items() if key not in alike}
     caption = (
         f'Ratio: how many times as long as {record.settings["models"][0]} at the same size. Spread: (largest '
         '- smallest) / median.'
     )
-    elements: list[Element] = [Table(speed.COLUMNS, speed.cells(record), caption, own=frozenset({OWN}))]
+    elements: list[Element] = [Table(columns, cells, caption, own=frozenset({OWN}))]
     if timed:
         height = 3.4 if 'growth' in record.extra else 0.8 + 0.22 * timed
-        elements.append(Drawing([partial(speed.plot, record=record)], 'Latency, shorter is better.', height))
-    if speed.growth_cells(record):
-        grown = 'Exponents of growth with the number of pixels; 1 is linear.'
-        elements.append(Table(speed.GROWTH_COLUMNS, speed.growth_cells(record), grown))
-    title = speed.title(record)
-    return Section(title, [*elements, facts(record)], title)
+        drawing = Drawing([partial(speed.plot, record=record)], 'Latency, shorter is better.', height)
+        elements.append(drawing)
+        if speed.growth_cells(record):
+            grown = 'Exponents of growth with the number of pixels; 1 is linear.'
+            exponents = Table(speed.GROWTH_COLUMNS, speed.growth_cells(record), grown)
+            elements[-1] = Beside(drawing, exponents)
+    s = record.settings
+    kind = 'Training step' if s['train'] else 'Speed'
+    short = f'{kind}, {s["device"]}, {s["precision"]}{", by size" * ("growth" in record.extra)}'
+    return Section(speed.title(record), [*elements, facts(record)], short)
 
 
 def training_section(result: Result) -> Section:

@@ -391,7 +391,7 @@ def cells(record: records.Record) -> list[dict[str, str | None]]:
         memory = row.get('peak_memory_mib')
         rows.append({
             'model': row['model'],
-            'size': row['size'],
+            'size': row['size'].replace('x', '×'),
             'mode': mode(row),
             'parameters': f'{row["parameters"] / 1e6:.2f} M',
             'macs': f'{row["multiply_adds"] / 1e9:.1f} G',
@@ -456,10 +456,10 @@ def plot(axis: Axes, record: records.Record) -> None:
         rows.sort(key=lambda row: -row['latency_ms'])
         bars = axis.barh(range(len(rows)), [row['latency_ms'] for row in rows], color='#4878a8')
         axis.set_yticks(range(len(rows)), labels(rows))
-        axis.bar_label(bars, fmt='{:.3g}', padding=3)
+        axis.bar_label(bars, [short(row['latency_ms']) for row in rows], padding=3)
         axis.set(xscale='log', xlabel=f'latency, ms ({record.settings["precision"]})')
-        records.logarithmic(axis.xaxis)
         axis.margins(x=0.15)
+        records.logarithmic(axis.xaxis)
         axis.grid(axis='x', alpha=0.3)
     axis.spines[['top', 'right']].set_visible(False)
 
@@ -477,6 +477,11 @@ def labels(rows: Sequence[dict[str, Any]]) -> list[str]:
 def mode(row: dict[str, Any]) -> str:
     """Precision, memory order and compilation of a row."""
     return row['precision'] + ', channels-last' * row['channels_last'] + ', compiled' * row['compile']
+
+
+def short(number: float) -> str:
+    """Three digits, but never fewer than stand before the point."""
+    return f'{number:.3g}' if number < 100 else f'{number:.0f}'
 
 
 def pixels(row: dict[str, Any]) -> int:

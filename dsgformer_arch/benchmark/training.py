@@ -281,7 +281,7 @@ def plot(axis: Axes, record: records.Record, key: str) -> None:
         )
     axis.axhline(record.extra['blurred']['psnr'], color='grey', linestyle=':', label='blurred')
     axis.set(xlabel=AXES[key], ylabel='PSNR on held-out images, dB')
-    axis.legend(frameon=False, fontsize='small')
+    axis.legend(frameon=False, fontsize='small', ncols=3, loc='lower left', bbox_to_anchor=(0, 1))
     axis.grid(alpha=0.3)
     axis.spines[['top', 'right']].set_visible(False)
 

@@ -17,6 +17,7 @@ from dsgformer_arch.archs.mb_taylorformer_v2_arch import (
     MBTaylorFormerV2,
     SelectiveFusion,
 )
+from dsgformer_arch.errors import UserError
 from tests.conformance.check import check, fill_state_dict, make_input
 
 FIXTURES = Path(__file__).parents[1] / 'conformance'
@@ -56,7 +57,8 @@ def test_conforms_to_the_release(fixture: str) -> None:
 
 def test_attention_is_the_formula() -> None:
     """Pixel by pixel, in one branch: Taylor's expansion of softmax with its remainder."""
-    attention = fill_state_dict(Attention(6, 2, 1, 8).double(), 0, 1.0)
+    attention = Attention(6, 2, 1, 8).double()
+    fill_state_dict(attention, 0, 1.0)
     q, k, v = (make_input(seed, 4, 5).repeat(1, 2, 1, 1) - 0.4 for seed in (1, 2, 3))
     position = make_input(4, 4, 5)[:, :2]
     result = attention.attend(q, k, v, position, 1).view(2, 3, 20)
@@ -76,6 +78,33 @@ def test_attention_is_the_formula() -> None:
                 total = total + weight * vh[:, other]
             expected = total / weights * temperature[h].item() + torch.sigmoid(position.view(2, 20)[h, pixel])
             torch.testing.assert_close(result[h, :, pixel], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_attention_stays_within_half_precision() -> None:
+    """Eighth powers of queries near 8 are beyond float16, what comes of them is not."""
+    torch.manual_seed(0)
+    attention = Attention(8, 2, 2, 8)
+    branches = [40 * torch.randn(1, 8, 6, 7) for _ in range(2)]
+    expected = attention(branches)
+    with torch.autocast('cpu', torch.float16):
+        found = attention(branches)
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == torch.float16
+        assert (a - b).norm() < 0.05 * b.norm()
+
+
+@pytest.mark.parametrize(
+    ('changes', 'culprit'),
+    [
+        ({'heads': (1, 2, 3, 4)}, 'heads'),
+        ({'heads': (1, 2, 2, 8), 'dim': (8, 16, 24, 36)}, 'heads'),
+        ({'dim': (8, 24, 24, 32)}, 'dim'),
+        ({'dim': (8, 16, 24, 34)}, 'dim'),
+    ],
+)
+def test_widths_that_cannot_be_are_refused(changes: dict[str, Any], culprit: str) -> None:
+    with pytest.raises(UserError, match=f'^{culprit}:'):
+        MBTaylorFormerV2(**{**SMALL, **changes})
 
 
 def test_branches_do_not_mix() -> None:

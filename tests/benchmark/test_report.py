@@ -3,6 +3,7 @@ from __future__ import annotations
 import base64
 import html.parser
 import re
+from itertools import dropwhile, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,8 @@ def with_examples(folder: Path) -> Any:
     return record
 
 
-@pytest.fixture
-def results(tmp_path: Path) -> Path:
+def write_results(folder: Path) -> Path:
     """A folder with a result of each kind."""
-    folder = tmp_path / 'results'
     with_examples(folder).save(folder / 'quality.json')
     for kind in ('speed', 'training', 'ablation'):
         make(kind).save(folder / f'{kind}.json')
@@ -58,22 +57,26 @@ def results(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def made(results: Path, tmp_path: Path) -> Path:
-    assert report.run([str(results)], tmp_path / 'report') == 0
-    return tmp_path / 'report.html'
+def results(tmp_path: Path) -> Path:
+    return write_results(tmp_path / 'results')
+
+
+@pytest.fixture(scope='module')
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of such results."""
+    folder = tmp_path_factory.mktemp('report')
+    assert report.run([str(write_results(folder / 'results'))], folder / 'report') == 0
+    return folder / 'report.html'
 
 
 def table_of(markdown: str, head: str) -> list[dict[str, str]]:
     """The rows of the first Markdown table below a heading."""
     lines = markdown.split(f'## {head}', 1)[1].split('\n')
-    lines = [line for line in lines if line.startswith('|')]
-    cells = [[cell.strip() for cell in line.strip('|').split('|')] for line in lines]
-    rows = []
-    for row in cells[2:]:
-        if len(row) != len(cells[0]) or row == cells[0]:
-            break
-        rows.append(dict(zip(cells[0], row, strict=True)))
-    return rows
+    table = takewhile(
+        lambda line: line.startswith('|'), dropwhile(lambda line: not line.startswith('|'), lines)
+    )
+    heads, _, *rows = ([cell.strip() for cell in line[1:-1].split('|')] for line in table)
+    return [dict(zip(heads, row, strict=True)) for row in rows]
 
 
 def table_one(*records: Any) -> dict[str, dict[str, str]]:
@@ -89,9 +92,12 @@ def test_reported_numbers_are_the_zoos_and_nothing_measured_is_made_up() -> None
     }
     assert rows.keys() == expected.keys()
     assert len(rows) >= 6
+    listed = report.table_one([report.Result(Path('x'), make('training'))]).markdown()
+    for i, (name, found) in enumerate(expected.items(), 1):
+        assert re.search(rf'^{i}\. {name}: .*{re.escape(found.source)}', listed, re.MULTILINE)
     for name, row in rows.items():
         assert row['PSNR reported'] == f'{expected[name].psnr:.2f}'
-        assert expected[name].source in row['reported in']
+        assert re.fullmatch(r'\[\d+\]', row['reported in'])
         assert row['PSNR measured here'] == row['SSIM measured here'] == row['measured how'] == ''
 
 
@@ -221,9 +227,8 @@ class Outline(html.parser.HTMLParser):
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         found = dict(attributes)
         self.ids += [value for key, value in attributes if key == 'id' and value]
-        self.addresses += [
-            value for key, value in attributes if key in ('src', 'href', 'xlink:href') and value
-        ]
+        if tag != 'a' or (found['href'] or '').startswith('#'):  # a link asks for nothing by itself
+            self.addresses += [found[key] or '' for key in ('src', 'href', 'xlink:href') if key in found]
         names = found.keys() & {'alt', 'aria-label'}
         if (tag in ('img', 'input') or (tag == 'svg')) and not names:
             self.nameless.append(tag)

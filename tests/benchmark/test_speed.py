@@ -45,7 +45,7 @@ def test_a_row_has_everything_that_was_asked_for(tmp_path: Path) -> None:
         assert row['latency_ms'] > 0
         assert row['spread'] >= 0
         assert row['megapixels_per_second'] == pytest.approx(32 * 48 / row['latency_ms'] / 1e3)
-    assert '| tiny_nafnet | 32x48 | fp32 |' in out.with_suffix('.md').read_text()
+    assert '| tiny_nafnet | 32×48 | fp32 |' in out.with_suffix('.md').read_text()
     assert cv2.imread(str(out.with_suffix('.png'))) is not None
 
 
@@ -231,7 +231,7 @@ def test_the_table_names_what_tells_rows_apart() -> None:
     assert speed.labels(rows) == ['a 256x256 fp32', 'a 512x512 fp32, channels-last']
     assert speed.labels([speed_row('a', 1.0), speed_row('b', 1.0)]) == ['a', 'b']
     line = speed.table(make('speed')).splitlines()[-1]
-    assert '| restormer | 256x256 | fp32 | 2.00 M | 3.0 G | 500.0 ms | 10 % | 2.50 |' in line
+    assert '| restormer | 256×256 | fp32 | 2.00 M | 3.0 G | 500.0 ms | 10 % | 2.50 |' in line
 
 
 def test_resident_peak_is_this_processs_own() -> None:

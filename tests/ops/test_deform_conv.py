@@ -115,10 +115,10 @@ def test_gradients(case: dict[str, Any]) -> None:
     inputs += [] if mask is None else [mask[:1].clone()]
     inputs = [t.requires_grad_() for t in inputs]
 
-    def run(*tensors: Tensor) -> Tensor:
+    def run(*tensors: Any) -> Tensor:
         return deform_conv2d_gathered(*tensors[:4], *geometry, *tensors[4:])
 
-    assert torch.autograd.gradcheck(run, inputs, eps=1e-6, atol=1e-5)
+    assert torch.autograd.gradcheck(run, inputs, eps=1e-6, atol=1e-5, fast_mode=True)
 
 
 def test_zero_offsets_are_an_ordinary_convolution() -> None:
@@ -138,7 +138,7 @@ def test_far_offsets_read_zeros() -> None:
 def test_equals_torchvision(case: dict[str, Any]) -> None:
     if not deform_conv.TORCHVISION_LOADS:
         pytest.skip("torchvision's compiled operators do not load beside this build of torch")
-    values = [v.requires_grad_() if isinstance(v, Tensor) else v for v in arguments(**case)]
+    values: list[Any] = [v.requires_grad_() if isinstance(v, Tensor) else v for v in arguments(**case)]
     results, gradients = [], []
     for form in (deform_conv2d_gathered, deform_conv.torchvision_deform_conv2d):
         y = form(*values)
@@ -149,11 +149,63 @@ def test_equals_torchvision(case: dict[str, Any]) -> None:
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ('name', 'shape'),
+    [
+        ('offset', (2, 18, 6, 4)),  # not the size of the output
+        ('offset', (2, 16, 6, 5)),  # not two numbers a tap
+        ('offset', (2, 54, 6, 5)),  # three offset groups of four channels
+        ('weight', (4, 3, 3, 3)),  # three channels a group of four
+        ('weight', (3, 2, 3, 3)),  # three outputs of two groups
+        ('bias', (3,)),
+        ('mask', (2, 8, 6, 5)),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(name: str, shape: tuple[int, ...]) -> None:
+    shapes = {'input': (2, 4, 6, 5), 'offset': (2, 18, 6, 5), 'weight': (4, 4, 3, 3)}
+    tensors: dict[str, Any] = {key: random(*size) for key, size in shapes.items()}
+    assert deform_conv2d(**tensors, padding=1).shape == (2, 4, 6, 5)
+    with pytest.raises(ValueError, match=name if name != 'weight' else 'kernel'):
+        deform_conv2d(**{**tensors, name: random(*shape)}, padding=1)
+
+
+def test_a_nan_offset_spoils_its_own_pixel_only() -> None:
+    image, weight = random(1, 2, 5, 5), random(2, 1, 3, 3, seed=1)
+    offset = random(1, 18, 5, 5, seed=2)
+    offset[0, 7, 2, 3] = math.nan
+    y = deform_conv2d_gathered(image, offset, weight, padding=(1, 1))
+    expected = torch.zeros(1, 2, 5, 5, dtype=torch.bool)
+    expected[..., 2, 3] = True
+    assert torch.equal(y.isnan(), expected)
+
+
+def test_keeps_the_memory_format() -> None:
+    image, offset, weight, *_ = arguments(groups=4)
+    last = image.contiguous(memory_format=torch.channels_last)
+    y, y_last = (deform_conv2d(x, offset, weight, padding=1) for x in (image, last))
+    assert y.is_contiguous()
+    assert y_last.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(y, y_last)
+
+
+def test_exports_for_any_size() -> None:
+    class Layer(torch.nn.Module):
+        def forward(self, image: Tensor, offset: Tensor, weight: Tensor) -> Tensor:
+            return deform_conv2d(image, offset, weight, padding=1)
+
+    side = torch.export.Dim('side', min=4, max=64)
+    sizes = {2: side, 3: side}
+    small = (random(1, 4, 6, 6), random(1, 18, 6, 6, seed=1), random(4, 1, 3, 3, seed=2))
+    exported = torch.export.export(Layer(), small, dynamic_shapes=(sizes, sizes, None)).module()
+    large = (random(1, 4, 9, 9), random(1, 18, 9, 9, seed=1), small[2])
+    torch.testing.assert_close(exported(*large), Layer()(*large))
+
+
 def test_bfloat16_keeps_exact_coordinates() -> None:
     """Offsets are not rounded to bfloat16's 8 bits where autocast is on."""
     image, offset, weight, bias, *_ = arguments()
-    single = [t.float() for t in (image, offset, weight, bias)]
+    a, b, c, d = (t.float() for t in (image, offset, weight, bias))
     with torch.autocast('cpu', torch.bfloat16):
-        y = deform_conv2d(*single, padding=1)
+        y = deform_conv2d(a, b, c, d, padding=1)
     expected = deform_conv2d(image, offset, weight, bias, padding=1)
     assert (y.double() - expected).abs().max() < 0.05 * expected.abs().max()

@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from dsgformer_arch import zoo
+from dsgformer_arch.benchmark import ablation, quality, report, speed, training
+from tests.benchmark.conftest import make
+from tests.trees import write_pairs
+
+QUALITY = ['quality', '--models', 'nafnet32', '--data', 'x', '--protocol', 'gopro']
+SCRIPT = Path(__file__).resolve().parents[2] / 'tools' / 'benchmark.py'
+
+
+def load() -> ModuleType:
+    spec = importlib.util.spec_from_file_location('benchmark', SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def status(*arguments: object) -> int:
+    """The status that the command exits with."""
+    try:
+        return int(load().main([str(argument) for argument in arguments]))
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the subcommands are called with, in place of their work."""
+    found: dict[str, Any] = {}
+
+    def record(**settings: Any) -> int:
+        found.update(settings)
+        return 0
+
+    for module in (speed, quality, training, ablation, report):
+        monkeypatch.setattr(module, 'run', record)
+    return found
+
+
+def test_the_options_of_speed_arrive(called: dict[str, Any]) -> None:
+    code = status(
+        'speed', '--models', 'dsgformer_t, restormer', '--size', 64, '--size', '72x128', '--precision',
+        'bf16', '--channels-last', '--batch', 2, '--train', '--out', 'a/b.json',
+    )  # fmt: skip
+    assert code == 0
+    assert called['models'] == ['dsgformer_t', 'restormer']
+    assert called['size'] == [(64, 64), (72, 128)]
+    assert (called['precision'], called['batch'], called['train']) == ('bf16', 2, True)
+    assert (called['channels_last'], called['compile'], called['best']) == (True, False, False)
+    assert called['out'] == Path('a/b')
+
+
+def test_all_models(called: dict[str, Any]) -> None:
+    status('speed', '--models', 'all')
+    assert called['models'] == zoo.names()
+
+
+def test_the_options_of_quality_arrive(called: dict[str, Any]) -> None:
+    status(
+        'quality', '--models', 'dsgformer,nafnet32', '--weights', 'dsgformer=a=b.pth', 'nafnet32=c.pth',
+        '--data', 'x', '--protocol', 'gopro', '--metrics', 'lpips,niqe', '--tile', 256, '--resume',
+    )  # fmt: skip
+    assert called['weights'] == [('dsgformer', Path('a=b.pth')), ('nafnet32', Path('c.pth'))]
+    assert (called['metrics'], called['tile'], called['tlc'], called['resume']) == (
+        ['lpips', 'niqe'], 256, None, True,
+    )  # fmt: skip
+
+
+def test_the_options_of_training_and_ablation_arrive(called: dict[str, Any]) -> None:
+    status('training', '--models', 'dsgformer_t', '--data', 'x', '--seconds', 9, '--seeds', 3)
+    assert (called['seconds'], called['iterations'], called['seeds']) == (9, None, 3)
+    called.clear()
+    status('ablation', '--data', 'x', '--patch', 32)
+    assert (called['iterations'], called['model'], called['patch']) == (300, 'dsgformer_t', 32)
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'said'),
+    [
+        (['speed', '--models', 'restormr'], 'restormer'),
+        (['speed', '--models', 'nafnet32', '--size', '15'], "'15' is no size"),
+        (['speed', '--models', 'nafnet32', '--size', '3x4x5'], "'3x4x5' is no size"),
+        (['speed', '--models', 'nafnet32', '--rounds', '0'], '0 is no whole number from 1 up'),
+        (['speed', '--models', 'nafnet32', '--rounds', 'x'], 'x is no whole number from 1 up'),
+        ([*QUALITY, '--weights', 'a'], 'NAME=PATH'),
+        (QUALITY, 'nafnet32 has no weights'),
+        (['training', '--models', 'nafnet32', '--data', 'x'], '--iterations'),
+        (['training', '--models', 'nafnet32', '--data', 'x', '--iterations', '2'], 'no finished LMDB'),
+        (['ablation', '--data', 'x', '--device', 'cuda:99'], '--device cuda:99'),
+        (['report', 'nothing.json'], 'cannot read nothing.json'),
+        (['faster'], 'invalid choice'),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_sentence_and_status_2(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert status(*arguments) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert 'Traceback' not in error
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_without_matplotlib_it_says_so_before_any_work(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = load()
+    monkeypatch.setattr(module, 'find_spec', lambda name: None)
+    with pytest.raises(SystemExit) as stop:
+        module.main(['report'])
+    assert stop.value.code == 2
+    assert 'pip install matplotlib' in capsys.readouterr().err
+
+
+def test_quality_and_report_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setenv('DSGFORMER_EAGER', '1')
+    write_pairs(tmp_path, 'test', 1)
+    torch.save(zoo.create('dsgformer_t').state_dict(), tmp_path / 'net.pth')
+    out = tmp_path / 'results' / 'quality'
+    code = status(
+        'quality', '--models', 'dsgformer_t', '--weights', f'dsgformer_t={tmp_path / "net.pth"}', '--data',
+        tmp_path / 'test', '--protocol', 'rain', '--out', out,
+    )  # fmt: skip
+    assert code == 0
+    rows = json.loads(out.with_suffix('.json').read_text())['rows']
+    assert [row['model'] for row in rows] == ['blurred', 'dsgformer_t']
+    make('speed').save(tmp_path / 'results' / 'speed.json')
+    assert status('report', tmp_path / 'results', '--out', tmp_path / 'page.html') == 0
+    assert 'protocol rain' in (tmp_path / 'page.html').read_text()
+    assert 'Speed of restoring' in (tmp_path / 'page.md').read_text()
