@@ -155,6 +155,11 @@ def sections(results: Sequence[Result]) -> list[Section]:
     ]
 
 
+def filled(columns: Mapping[str, str], cells: Sequence[Mapping[str, str | None]]) -> dict[str, str]:
+    """The columns that have a value in some row."""
+    return {key: head for key, head in columns.items() if any(cell.get(key) for cell in cells)}
+
+
 def facts(record: records.Record) -> Facts:
     """How a record's numbers were made."""
     return Facts(
@@ -359,10 +364,11 @@ def _label_places(found: Sequence[Point]) -> list[float]:
 def quality_section(result: Result) -> Section:
     """One run of `quality`."""
     record = result.record
-    columns = quality.columns_of(record)
+    cells = quality.cells(record)
+    columns = filled(quality.columns_of(record), cells)
     data = record.settings['data']
     caption = f'Means over the images of {data}; PSNR in dB. {quality.weights_text(record)}'
-    elements: list[Element] = [Table(columns, quality.cells(record), caption, own=frozenset({OWN}))]
+    elements: list[Element] = [Table(columns, cells, caption, own=frozenset({OWN}))]
     restored = sum(row.get('gain') is not None for row in record.rows)
     if restored and record.settings['images'] > 1:
         spread = (
@@ -401,7 +407,7 @@ def speed_section(result: Result) -> Section:
     timed = sum(bool(row.get('latency_ms')) for row in record.rows)
     cells = speed.cells(record)
     alike = {key for key in ('size', 'mode') if len({cell[key] for cell in cells}) == 1}
-    columns = {key: head for key, head in speed.COLUMNS.items() if key not in alike}
+    columns = filled({key: head for key, head in speed.COLUMNS.items() if key not in alike}, cells)
     caption = (
         f'Ratio: how many times as long as {record.settings["models"][0]} at the same size. Spread: (largest '
         '- smallest) / median.'
