@@ -282,12 +282,13 @@ def _plain(value: Any) -> Any:
 
 
 def _described(checkpoint: Checkpoint, name: str | None) -> tuple[str, dict[str, Any]]:
-    """Architecture and settings by `name`, else by the file's metadata, else by the weights."""
+    """Architecture and settings by the file's metadata, else by `name`, else by the weights."""
+    told = checkpoint.metadata
+    if {'system', 'settings'} <= told.keys() and name in (None, told['system']):
+        return _from_metadata(checkpoint)
     if name is not None:
         system = get(name)
         return system.architecture, dict(system.settings)
-    if 'system' in checkpoint.metadata and 'settings' in checkpoint.metadata:
-        return _from_metadata(checkpoint)
     try:
         found, settings = identify(checkpoint.state)
     except CheckpointError as error:

@@ -336,9 +336,13 @@ def test_settings_in_the_metadata_come_before_the_nearest_system_s(tmp_path: Pat
     from safetensors.torch import save_file
 
     settings = {**zoo.identify(network.state_dict())[1], 'score': 'softmax'}
-    metadata = {'system': 'DSGformer', 'settings': json.dumps(settings)}
-    save_file(network.state_dict(), target, metadata)
-    assert same(zoo.load(target), network)
+    for name in ('DSGformer', 'dsgformer'):
+        metadata = {'system': name, 'settings': json.dumps(settings)}
+        save_file(network.state_dict(), target, metadata)
+        assert same(zoo.load(target), network)
+    assert same(zoo.load(target, 'dsgformer'), network)
+    with pytest.raises(CheckpointError, match='does not fit restormer'):
+        zoo.load(target, 'restormer')
 
 
 @pytest.mark.parametrize(
