@@ -23,9 +23,9 @@ runs by default is a faster form of the same numbers (`dsgformer_arch.ops`);
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -197,7 +197,6 @@ class DSGA(nn.Module):
 class Features(NamedTuple):
     """What the encoder hands on, each (N, channels, height, width)."""
 
-    H: Tensor
     E1: Tensor
     E2: Tensor
     E3: Tensor
@@ -256,27 +255,35 @@ class DSGformer(nn.Module):
     def forward(self, B: Tensor) -> Tensor:
         height, width = B.shape[-2:]
         x = pad_to_multiple(B, self.pad_multiple, self.min_size)
-        D = self.decode(self.encode(x))
-        return (self.tail(D) + x)[..., :height, :width]
+        if ops.fast(x):
+            x = x.contiguous(memory_format=torch.channels_last)
+        S = ops.steps.tail(self.tail, self.decode(self.encode(x)), x)
+        if not torch.compiler.is_compiling():
+            ops.memory.kept.trim()
+        return S[..., :height, :width]
 
     def encode(self, B: Tensor) -> Features:
-        """H and E1–E4 of an image whose sides are multiples of 8."""
-        H = self.head(B)
-        levels, x = [], H
-        for i, blocks in enumerate(self.encoder):
-            x = blocks(x)
+        """E1–E4 of an image whose sides are multiples of 8."""
+        x = ops.steps.head(self.head, B)  # H
+        levels = []
+        for i, blocks in enumerate(cast(Iterable[nn.Sequential], self.encoder)):
+            # Not blocks(x), which would hold the level's input till its end.
+            for block in blocks:
+                x = block(x)
             if i < len(self.down):
-                x = self.down[i](x)
+                x = ops.steps.down(cast(nn.Conv2d, self.down[i]), x)
             levels.append(x)
-        return Features(H, *levels)
+        return Features(*levels)
 
     def decode(self, features: Features) -> Tensor:
         """D, of shape (N, 2C, height, width)."""
-        _, E1, E2, E3, E4 = features
+        E1, E2, E3, E4 = features
         x = E4 + E3
-        for up, blocks, skip in zip(self.up, self.decoder, (E2, E1, None), strict=True):
-            x = up(x) if skip is None else up(x) + skip
-            x = blocks(x)
+        decoder = cast(Iterable[nn.Sequential], self.decoder)
+        for up, blocks, skip in zip(self.up, decoder, (E2, E1, None), strict=True):
+            x = ops.steps.up(cast(nn.Sequential, up), x, skip)
+            for block in blocks:
+                x = block(x)
         return x
 
     @classmethod

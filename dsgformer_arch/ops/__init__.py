@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dsgformer_arch.ops import dsga
+from dsgformer_arch.ops import dsga, memory, steps
 from dsgformer_arch.ops.switch import Path, path, use
 
-__all__ = ['Path', 'dsga', 'fast', 'path', 'use']
+__all__ = ['Path', 'dsga', 'fast', 'memory', 'path', 'steps', 'use']
 
 
 def fast(X: Tensor) -> bool:

@@ -101,6 +101,9 @@ def forward(block: DSGA, X: Tensor) -> Tensor:
     Returns:
         (N, C, H, W), channels-last.
     """
+    if native.computes_in(X, X.shape[1] // block.attention.heads) == X.dtype:
+        y = native.restored(X.permute(0, 2, 3, 1).contiguous(), Weights.of(block, torch.float32))
+        return y.permute(0, 3, 1, 2)
     device = X.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else X.dtype
     with torch.autocast(device, enabled=False):
@@ -111,8 +114,6 @@ def forward(block: DSGA, X: Tensor) -> Tensor:
             y = whole(x, residual, weights)
         elif torch.is_grad_enabled():
             y = recomputing(x, residual, weights, block.recompute)
-        elif native.suits(x, residual, weights):
-            y = native.restored(x, weights)
         elif strip_rows(x) >= x.shape[1]:
             y = whole(x, residual, weights)
         else:

@@ -1,4 +1,5 @@
-// The block DSGA on a CPU, float32 or bfloat16, without gradients: the arithmetic of `in_strips` in dsga.py.
+// The block DSGA on a CPU, float32 or bfloat16, without gradients: the arithmetic of `in_strips` in dsga.py;
+// and the steps outside the levels, those of steps.py.
 //
 // An image is cut into columns of tiles, 8 rows high, that a thread walks down.
 // Nothing wider than the image's C channels leaves the cache: of a tile, LN,
@@ -8,7 +9,7 @@
 // is written on vectors of 16 channels.
 //
 // Compiled on demand by native.py.  One entry point a type, dsga_float32 and dsga_bfloat16, returns 0, or 1 if
-// PyTorch has no such matrix product for this processor.
+// PyTorch has no such matrix product for this processor; likewise head_, down_, up_ and tail_.
 
 #include <algorithm>
 #include <atomic>
@@ -114,25 +115,62 @@ Buffer<T> buffer(int64_t count) {
 
 // ---------------------------------------------------------------- matrix products
 
-// B[k][n] = W[n][k], in oneDNN's order of pairs of k for bfloat16.
+// Half a stage of a 16×16 transposition: the rows of x and y change places where bit `D` of the column is set.
+template <int D>
+inline void exchange(vec& x, vec& y) {
+  const vec low = x, high = y;
+  if constexpr (D == 8) {
+    x = __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+    y = __builtin_shufflevector(low, high, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  } else if constexpr (D == 4) {
+    x = __builtin_shufflevector(low, high, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
+    y = __builtin_shufflevector(low, high, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+  } else if constexpr (D == 2) {
+    x = __builtin_shufflevector(low, high, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+    y = __builtin_shufflevector(low, high, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  } else {
+    x = __builtin_shufflevector(low, high, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);
+    y = __builtin_shufflevector(low, high, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+  }
+}
+
+template <int D>
+inline void exchange_rows(vec rows[16]) {
+  for (int i = 0; i < 16; ++i)
+    if (!(i & D)) exchange<D>(rows[i], rows[i | D]);
+}
+
+inline void transpose(vec rows[16]) {
+  exchange_rows<8>(rows);
+  exchange_rows<4>(rows);
+  exchange_rows<2>(rows);
+  exchange_rows<1>(rows);
+}
+
+// B[k][n] = W[n][k] in T; for bfloat16 in oneDNN's order, pairs of k side by side.  N and K are multiples of LANES.
 template <class T>
-void transpose_into(T* B, const T* W, int64_t rows_n, int64_t K) {
-  using Unit = std::conditional_t<std::is_same_v<T, float>, uint32_t, uint32_t>;
-  const int64_t pair = sizeof(Unit) / sizeof(T);
-  const auto* source = reinterpret_cast<const Unit*>(W);
-  auto* target = reinterpret_cast<Unit*>(B);
-  const int64_t units = K / pair;
-  for (int64_t n0 = 0; n0 < rows_n; n0 += LANES)
-    for (int64_t k0 = 0; k0 < units; k0 += LANES)
-      for (int64_t k = k0; k < std::min(k0 + LANES, units); ++k)
-        for (int64_t n = n0; n < std::min(n0 + LANES, rows_n); ++n) target[k * rows_n + n] = source[n * units + k];
+void transpose_into(T* B, const float* W, int64_t N, int64_t K) {
+  constexpr int64_t PAIR = sizeof(float) / sizeof(T);
+  at::parallel_for(0, N / LANES, std::max<int64_t>(1, (1 << 15) / (LANES * K)), [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin * LANES; n < end * LANES; n += LANES)
+      for (int64_t k = 0; k < K; k += LANES * PAIR) {
+        vec rows[16] = {};
+        const int64_t units = std::min(LANES, (K - k) / PAIR);
+        for (int64_t i = 0; i < LANES; ++i) {
+          const float* from = W + (n + i) * K + k;
+          for (int64_t j = 0; j < units * PAIR; j += LANES) store(reinterpret_cast<T*>(&rows[i]) + j, load(from + j));
+        }
+        transpose(rows);
+        for (int64_t u = 0; u < units; ++u) store(reinterpret_cast<float*>(B) + (k / PAIR + u) * N + n, rows[u]);
+      }
+  });
 }
 
 // C = A B, or C += A B; B from transpose_into.
 template <class T>
 void product(int64_t M, int64_t N, int64_t K, const T* A, int64_t lda, const T* B, int64_t ldb, float* C,
-             int64_t ldc) {
-  at::native::cpublas::brgemm(M, N, K, lda, ldb, ldc, false, A, B, C, std::is_same_v<T, bf16>);
+             int64_t ldc, bool add = false) {
+  at::native::cpublas::brgemm(M, N, K, lda, ldb, ldc, add, A, B, C, std::is_same_v<T, bf16>);
 }
 
 // G[i][j] += Σ_p q[p][i] k[p][j] for ROWS values of i and 16·COLUMNS of j, in registers.
@@ -321,16 +359,16 @@ enum Score : int64_t { RELU2 = 0, RELU = 1, SOFTMAX = 2 };
 
 extern "C" {
 
-// One image and one block's parameters, T where no type stands; native.py mirrors this.
+// One image, of type T, and one block's parameters, of float whatever T is; native.py mirrors this.
 struct Dsga {
   int64_t height, width, channels, heads, gate, score, thresholds;
   const void* x;             // (height, width, C)
   void* y;                   // (height, width, C)
   const float* norm_weight;  // (C,)
   const float* norm_bias;    // (C,)
-  const void* project_in;    // (4C, C)
-  const void* depthwise;     // (4C, 9)
-  const void* project_out;   // (C, C)
+  const float* project_in;   // (4C, C)
+  const float* depthwise;    // (4C, 9)
+  const float* project_out;  // (C, C)
   const float* temperature;  // (heads,)
   const float* weights;      // W_n, (thresholds,)
   const int64_t* top_k;      // k_n, (thresholds,)
@@ -367,16 +405,17 @@ int64_t tile_width(int64_t channels) {
   return std::max<int64_t>(32, fitting / BLOCK * BLOCK);
 }
 
-// Runs `work(task index, task)` for every task; false if a matrix product is missing.
-template <class Work>
-bool run(const std::vector<Task>& list, const Work& work) {
+// Runs `work(i)` for i from 0 to count - 1, in any order; false if a matrix product is missing.
+template <class T, class Work>
+bool run(int64_t count, const Work& work) {
   std::atomic<int64_t> next{0};
   std::atomic<bool> sound{true};
-  const int64_t threads = std::min<int64_t>(at::get_num_threads(), list.size());
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), count);
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (; begin < end; ++begin)
       try {
-        for (int64_t i; (i = next++) < int64_t(list.size());) work(i, list[i]);
+        for (int64_t i; (i = next++) < count;) work(i);
+        at::native::cpublas::brgemm_release(std::is_same_v<T, bf16>);
       } catch (...) {
         sound = false;
       }
@@ -385,7 +424,7 @@ bool run(const std::vector<Task>& list, const Work& work) {
 }
 
 template <class T>
-Buffer<T> packed(const T* W, int64_t N, int64_t K) {
+Buffer<T> packed(const float* W, int64_t N, int64_t K) {
   auto B = buffer<T>(N * K);
   transpose_into(B.get(), W, N, K);
   return B;
@@ -398,12 +437,11 @@ struct Half {
   Buffer<float> depthwise;  // (9, 2C)
 
   Half(const Dsga& d, int64_t index)
-      : project_in(packed(static_cast<const T*>(d.project_in) + index * 2 * d.channels * d.channels, 2 * d.channels,
-                          d.channels)),
+      : project_in(packed<T>(d.project_in + index * 2 * d.channels * d.channels, 2 * d.channels, d.channels)),
         depthwise(buffer<float>(9 * 2 * d.channels)) {
-    const auto* kernels = static_cast<const T*>(d.depthwise) + index * 2 * d.channels * 9;
+    const float* kernels = d.depthwise + index * 2 * d.channels * 9;
     for (int64_t c = 0; c < 2 * d.channels; ++c)
-      for (int64_t i = 0; i < 9; ++i) depthwise[i * 2 * d.channels + c] = float(kernels[c * 9 + i]);
+      for (int64_t i = 0; i < 9; ++i) depthwise[i * 2 * d.channels + c] = kernels[c * 9 + i];
   }
 };
 
@@ -494,7 +532,8 @@ bool gram(const Dsga& d, float* result) {
   const Half<T> half(d, 0);
   // One sum a task, added in order: the result does not depend on which thread was faster.
   std::vector<float> sums(list.size() * size, 0.0f);
-  const bool sound = run(list, [&](int64_t index, const Task& task) {
+  const bool sound = run<T>(list.size(), [&](int64_t index) {
+    const Task& task = list[index];
     float* products = sums.data() + index * size;
     float* squares = products + C * c;
     Projection<T> P(d, half, task);
@@ -519,7 +558,6 @@ bool gram(const Dsga& d, float* result) {
           outer(products + h * c * c, QK.get() + h * c, QK.get() + C + h * c, c, 2 * C, pixels);
       }
     }
-    at::native::cpublas::brgemm_release(std::is_same_v<T, bf16>);
   });
   std::fill_n(result, size, 0.0f);
   for (size_t t = 0; t < list.size(); ++t)
@@ -616,15 +654,15 @@ bool restore(const Dsga& d, const float* maps) {
   const int64_t C = d.channels, c = C / d.heads;
   const auto list = tasks(d.height, d.width, tile_width(C));
   const Half<T> half(d, 1);
-  const auto B_out = packed(static_cast<const T*>(d.project_out), C, C);
-  const std::vector<T> rounded(maps, maps + C * c);
+  const auto B_out = packed<T>(d.project_out, C, C);
   auto B_map = buffer<T>(C * c);
-  for (int64_t h = 0; h < d.heads; ++h) transpose_into(B_map.get() + h * c * c, rounded.data() + h * c * c, c, c);
+  for (int64_t h = 0; h < d.heads; ++h) transpose_into(B_map.get() + h * c * c, maps + h * c * c, c, c);
   const auto mask = d.gate == DFGB ? filter_mask(d.mask, C) : Buffer<float>();
   const auto* x = static_cast<const T*>(d.x);
   auto* y = static_cast<T*>(d.y);
   use_large_pages(y, d.height * d.width * C * sizeof(T));
-  return run(list, [&](int64_t, const Task& task) {
+  return run<T>(list.size(), [&](int64_t index) {
+    const Task& task = list[index];
     Projection<T> P(d, half, task);
     const int64_t group = C > 192 ? 16 : 32;
     auto U = buffer<float>(BLOCK * group * C);
@@ -659,7 +697,6 @@ bool restore(const Dsga& d, const float* maps) {
         }
       }
     }
-    at::native::cpublas::brgemm_release(std::is_same_v<T, bf16>);
   });
 }
 
@@ -674,7 +711,158 @@ bool block(const Dsga& d) {
 
 }  // namespace
 
+// ---------------------------------------------------------------- outside the levels
+
 extern "C" {
+
+// One image and one step outside the levels; images of type T where no other stands.  native.py mirrors this.
+struct Step {
+  int64_t height, width;  // of the coarser image
+  int64_t fine, coarse;   // channels of the finer and of the coarser image; head and tail: of x and of y
+  const void* x;          // down: (2 height, 2 width, fine); up: (height, width, coarse); else (height, width, fine)
+  const float* weight;    // down: (2, coarse, 2 fine); up: (2, 2 fine, coarse);
+                          // head: (coarse, 9 fine); tail: (9 coarse, fine), both filled up to whole vectors
+  const float* bias;      // down, head, tail: (coarse,)
+  const void* skip;       // up: (2 height, 2 width, fine), or null; tail: (height, width, coarse), float
+  void* y;                // up: (2 height, 2 width, fine); else (height, width, coarse), for the tail float
+};
+}
+
+namespace {
+
+constexpr int64_t ROW_PIXELS = 64;  // in one product
+
+// The numbers of a 3×3 neighbourhood, filled up to whole vectors.
+int64_t neighbourhood(int64_t channels) { return (9 * channels + LANES - 1) / LANES * LANES; }
+
+// y = sums + bias, (pixels, N).
+template <class T>
+void store_biased(T* y, const float* sums, const float* bias, int64_t pixels, int64_t N) {
+  for (int64_t p = 0; p < pixels; ++p)
+    for (int64_t c = 0; c < N; c += LANES) store(y + p * N + c, load(sums + p * N + c) + load(bias + c));
+}
+
+// A 3×3 convolution of few channels, as a product of the neighbourhoods of a row's pixels.
+template <class T>
+bool head(const Step& s) {
+  const int64_t K = neighbourhood(s.fine), N = s.coarse, row_values = s.width * s.fine;
+  const auto B = packed<T>(s.weight, N, K);
+  const auto* x = static_cast<const T*>(s.x);
+  use_large_pages(s.y, s.height * s.width * N * sizeof(T));
+  return run<T>(s.height, [&](int64_t row) {
+    auto sums = buffer<float>(ROW_PIXELS * N);
+    auto A = buffer<T>(ROW_PIXELS * K);
+    auto rows = buffer<T>(3 * (row_values + 2 * s.fine));  // with a pixel of zeros on either side
+    const int64_t stride = row_values + 2 * s.fine;
+    std::memset(static_cast<void*>(A.get()), 0, ROW_PIXELS * K * sizeof(T));
+    std::memset(static_cast<void*>(rows.get()), 0, 3 * stride * sizeof(T));
+    for (int64_t i = 0; i < 3; ++i)
+      if (const int64_t from = row + i - 1; 0 <= from && from < s.height)
+        std::memcpy(static_cast<void*>(rows.get() + i * stride + s.fine), x + from * row_values, row_values * sizeof(T));
+    for (int64_t j = 0; j < s.width; j += ROW_PIXELS) {
+      const int64_t pixels = std::min(ROW_PIXELS, s.width - j);
+      for (int64_t p = 0; p < pixels; ++p)
+        for (int64_t i = 0; i < 3; ++i)
+          std::memcpy(static_cast<void*>(A.get() + p * K + i * 3 * s.fine), rows.get() + i * stride + (j + p) * s.fine,
+                      3 * s.fine * sizeof(T));
+      product<T>(pixels, N, K, A.get(), K, B.get(), N, sums.get(), N);
+      store_biased(static_cast<T*>(s.y) + (row * s.width + j) * N, sums.get(), s.bias, pixels, N);
+    }
+  });
+}
+
+// A row of the finer image is a matrix of pairs of pixels, (width, 2 fine).
+template <class T>
+bool downsample(const Step& s) {
+  const int64_t K = 2 * s.fine, N = s.coarse;
+  const Buffer<T> B[2] = {packed<T>(s.weight, N, K), packed<T>(s.weight + N * K, N, K)};
+  use_large_pages(s.y, s.height * s.width * N * sizeof(T));
+  return run<T>(s.height, [&](int64_t row) {
+    auto sums = buffer<float>(ROW_PIXELS * N);
+    const auto* upper = static_cast<const T*>(s.x) + 2 * row * s.width * K;
+    auto* y = static_cast<T*>(s.y) + row * s.width * N;
+    for (int64_t j = 0; j < s.width; j += ROW_PIXELS) {
+      const int64_t pixels = std::min(ROW_PIXELS, s.width - j);
+      product<T>(pixels, N, K, upper + j * K, K, B[0].get(), N, sums.get(), N);
+      product<T>(pixels, N, K, upper + (s.width + j) * K, K, B[1].get(), N, sums.get(), N, true);
+      store_biased(y + j * N, sums.get(), s.bias, pixels, N);
+    }
+  });
+}
+
+template <class T>
+bool upsample(const Step& s) {
+  const int64_t K = s.coarse, N = 2 * s.fine;
+  const Buffer<T> B[2] = {packed<T>(s.weight, N, K), packed<T>(s.weight + N * K, N, K)};
+  use_large_pages(s.y, 2 * s.height * s.width * N * sizeof(T));
+  return run<T>(s.height, [&](int64_t row) {
+    auto sums = buffer<float>(ROW_PIXELS * N);
+    const auto* x = static_cast<const T*>(s.x) + row * s.width * K;
+    for (int64_t j = 0; j < s.width; j += ROW_PIXELS) {
+      const int64_t pixels = std::min(ROW_PIXELS, s.width - j);
+      for (int64_t i = 0; i < 2; ++i) {
+        product<T>(pixels, N, K, x + j * K, K, B[i].get(), N, sums.get(), N);
+        const int64_t offset = ((2 * row + i) * s.width + j) * N;
+        auto* y = static_cast<T*>(s.y) + offset;
+        const auto* skip = static_cast<const T*>(s.skip);
+        for (int64_t k = 0; k < pixels * N; k += LANES) {
+          const vec sum = load(sums.get() + k);
+          store(y + k, skip ? sum + load(skip + offset + k) : sum);
+        }
+      }
+    }
+  });
+}
+
+constexpr int64_t TAIL_ROWS = 16;  // of a task: each repeats the products of two rows of its neighbours
+
+// A 3×3 convolution to 3 channels: what a pixel gives to each of its 9 neighbours is one product, then they are summed.
+template <class T>
+bool tail(const Step& s) {
+  const int64_t K = s.fine, N = neighbourhood(3), stride = (s.width + 2) * N;
+  const auto B = packed<T>(s.weight, N, K);
+  const auto* x = static_cast<const T*>(s.x);
+  const auto* skip = static_cast<const float*>(s.skip);
+  return run<T>((s.height + TAIL_ROWS - 1) / TAIL_ROWS, [&](int64_t index) {
+    const int64_t top = index * TAIL_ROWS, bottom = std::min(top + TAIL_ROWS, s.height);
+    auto given = buffer<float>(3 * stride);  // rows by turns, with a pixel of zeros on either side
+    std::memset(given.get(), 0, 3 * stride * sizeof(float));
+    auto advance = [&](int64_t row) {
+      float* out = given.get() + (row + 3) % 3 * stride;
+      if (row < 0 || row >= s.height) return void(std::memset(out, 0, stride * sizeof(float)));
+      for (int64_t j = 0; j < s.width; j += ROW_PIXELS)
+        product<T>(std::min(ROW_PIXELS, s.width - j), N, K, x + (row * s.width + j) * K, K, B.get(), N,
+                   out + (j + 1) * N, N);
+    };
+    advance(top - 1);
+    advance(top);
+    const vec4 bias = {s.bias[0], s.bias[1], s.bias[2], 0};
+    for (int64_t row = top; row < bottom; ++row) {
+      advance(row + 1);
+      for (int64_t j = 0; j < s.width; ++j) {
+        vec4 sum = bias;
+        for (int64_t u = 0; u < 3; ++u)
+          for (int64_t v = 0; v < 3; ++v)
+            sum += *reinterpret_cast<const vec4*>(given.get() + (row + u + 2) % 3 * stride + (j + v) * N +
+                                                  (u * 3 + v) * 3);
+        const int64_t pixel = (row * s.width + j) * 3;
+        for (int64_t c = 0; c < 3; ++c) static_cast<float*>(s.y)[pixel + c] = sum[c] + skip[pixel + c];
+      }
+    }
+  });
+}
+
+}  // namespace
+
+extern "C" {
+int tail_float32(const Step* s) { return !tail<float>(*s); }
+int tail_bfloat16(const Step* s) { return !tail<bf16>(*s); }
+int head_float32(const Step* s) { return !head<float>(*s); }
+int head_bfloat16(const Step* s) { return !head<bf16>(*s); }
+int down_float32(const Step* s) { return !downsample<float>(*s); }
+int down_bfloat16(const Step* s) { return !downsample<bf16>(*s); }
+int up_float32(const Step* s) { return !upsample<float>(*s); }
+int up_bfloat16(const Step* s) { return !upsample<bf16>(*s); }
 int dsga_float32(const Dsga* d) { return !block<float>(*d); }
 int dsga_bfloat16(const Dsga* d) { return !block<bf16>(*d); }
 }

@@ -1,4 +1,4 @@
-"""Compiles and calls `dsga_kernel.cpp`, the block for a CPU in one piece.
+"""Compiles and calls `dsga_kernel.cpp`: the block for a CPU in one piece, and the steps outside the levels.
 
 The user's C++ compiler builds it the first time that it is needed (a few
 seconds), into the user's cache folder; later runs load what is there.  Without
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from dsgformer_arch.ops import memory
 from dsgformer_arch.ops.switch import path
 
 if TYPE_CHECKING:
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
 SOURCE = Path(__file__).with_name('dsga_kernel.cpp')
 
 TYPES = (torch.float32, torch.bfloat16)
+
+SCORES = ('relu2', 'relu', 'softmax')
+"""The kernel's enumeration of φ."""
 
 LANES = 16
 """The kernel's vectors hold 16 channels; a head's width must be a multiple."""
@@ -58,45 +62,162 @@ class _Call(ctypes.Structure):
     ]
 
 
-def suits(x: Tensor, residual: Tensor, weights: Weights) -> bool:
-    """Whether the kernel takes this call: its types and widths, on a CPU, and a kernel that works."""
-    if path() != 'fast' or x.device.type != 'cpu' or x.dtype not in TYPES or residual.dtype != x.dtype:
-        return False
+class _Step(ctypes.Structure):
+    """`struct Step` of the kernel."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ('height', 'width', 'fine', 'coarse')),
+        *((name, ctypes.c_void_p) for name in ('x', 'weight', 'bias', 'skip', 'y')),
+    ]
+
+
+def computes_in(x: Tensor, *widths: int) -> torch.dtype | None:
+    """The type in which the kernel takes products of `x` of such widths: autocast's, or that of x.
+
+    Returns:
+        None where the kernel cannot run: it takes numbers on a CPU, without gradients.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return None
+    if path() != 'fast' or x.device.type != 'cpu' or any(width % LANES for width in widths):
+        return None
     # Under a dispatch mode (fake tensors, counting of operations) tensors hold no numbers or must be seen.
     if type(x) is not Tensor or is_in_torch_dispatch_mode():
-        return False
-    return x.shape[-1] // weights.heads % LANES == 0 and _works(x.dtype)
+        return None
+    dtype = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else x.dtype
+    return dtype if dtype in TYPES and _works(dtype) else None
 
 
 def restored(x: Tensor, weights: Weights) -> Tensor:
-    """Y of the block, without gradients; (N, H, W, C), contiguous, as `dsga.whole` gives it."""
+    """Y of the block, without gradients.
+
+    Args:
+        x: (N, H, W, C), contiguous.
+        weights: in float32, whatever the type of x.
+
+    Returns:
+        (N, H, W, C), contiguous, as `dsga.whole` gives it.
+    """
     _, height, width, channels = x.shape
-    y = torch.empty_like(x)
+    y = memory.kept.empty(x.shape, x.dtype)
     parameters = {
         'norm_weight': weights.norm_weight,
         'norm_bias': weights.norm_bias,
         'project_in': weights.project_in,
-        'depthwise': weights.depthwise.reshape(4 * channels, 9),
+        'depthwise': weights.depthwise,
         'project_out': weights.project_out,
         'temperature': weights.temperature,
         'weights': weights.step,
-        'top_k': torch.tensor(weights.top_k),
         'mask': weights.mask,
     }
     held = {name: value.contiguous() for name, value in parameters.items() if value is not None}
+    top_k = (ctypes.c_int64 * len(weights.top_k))(*weights.top_k)
     gate = 0 if weights.mask is not None else 1 if weights.gelu else 2
     call = _Call(
         *(height, width, channels, weights.heads, gate),
-        ('relu2', 'relu', 'softmax').index(weights.score),
-        len(weights.top_k),
+        SCORES.index(weights.score),
+        len(top_k),
+        top_k=ctypes.addressof(top_k),
         **{name: value.data_ptr() for name, value in held.items()},
     )
-    entry = getattr(library(), f'dsga_{str(x.dtype).removeprefix("torch.")}')
     for image, restored_image in zip(x, y, strict=True):
         call.x, call.y = image.data_ptr(), restored_image.data_ptr()
-        if entry(ctypes.byref(call)):
-            raise RuntimeError('oneDNN has no small matrix product for this processor')
+        _enter('dsga', x.dtype, call)
     return y
+
+
+def convolved(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A 3×3 convolution of few channels, with a padding of 1.
+
+    Args:
+        x: (N, H, W, C), contiguous.
+        weight: (C', 9C and zeros up to a multiple of `LANES`) of outputs, then rows, columns, inputs;
+            contiguous, float32.
+        bias: (C',), float32.
+
+    Returns:
+        (N, H, W, C'), contiguous.
+    """
+    n, height, width, channels = x.shape
+    y = memory.kept.empty((n, height, width, weight.shape[0]), x.dtype)
+    call = _Step(height, width, channels, weight.shape[0])
+    call.weight, call.bias = weight.data_ptr(), bias.data_ptr()
+    for image, convolved_image in zip(x, y, strict=True):
+        call.x, call.y = image.data_ptr(), convolved_image.data_ptr()
+        _enter('head', x.dtype, call)
+    return y
+
+
+def downsampled(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A 2×2 convolution of stride 2.
+
+    Args:
+        x: (N, 2H, 2W, C), contiguous.
+        weight: (2, C', 2, C) of rows, outputs, columns, inputs; contiguous, float32.
+        bias: (C',), float32.
+
+    Returns:
+        (N, H, W, C'), contiguous.
+    """
+    n, height, width, fine = x.shape
+    y = memory.kept.empty((n, height // 2, width // 2, weight.shape[1]), x.dtype)
+    call = _Step(height // 2, width // 2, fine, weight.shape[1])
+    call.weight, call.bias = weight.data_ptr(), bias.data_ptr()
+    for image, smaller in zip(x, y, strict=True):
+        call.x, call.y = image.data_ptr(), smaller.data_ptr()
+        _enter('down', x.dtype, call)
+    return y
+
+
+def upsampled(x: Tensor, weight: Tensor, skip: Tensor | None) -> Tensor:
+    """A 1×1 convolution whose outputs become 2×2 pixels, and the sum with `skip`.
+
+    Args:
+        x: (N, H, W, C'), contiguous.
+        weight: (2, 2, C, C') of rows, columns, outputs, inputs; contiguous, float32.
+        skip: (N, 2H, 2W, C), contiguous, of the type of x; or None.
+
+    Returns:
+        (N, 2H, 2W, C), contiguous.
+    """
+    n, height, width, coarse = x.shape
+    y = memory.kept.empty((n, 2 * height, 2 * width, weight.shape[2]), x.dtype)
+    call = _Step(height, width, weight.shape[2], coarse)
+    call.weight = weight.data_ptr()
+    for i in range(n):
+        call.x, call.y = x[i].data_ptr(), y[i].data_ptr()
+        call.skip = None if skip is None else skip[i].data_ptr()
+        _enter('up', x.dtype, call)
+    return y
+
+
+def summed(x: Tensor, weight: Tensor, bias: Tensor, skip: Tensor) -> Tensor:
+    """A 3×3 convolution to 3 channels, with a padding of 1, and the sum with `skip`.
+
+    Args:
+        x: (N, H, W, C), contiguous.
+        weight: (27 and zeros up to a multiple of `LANES`, C) of rows, columns, outputs, then inputs;
+            contiguous, float32.
+        bias: (3,), float32.
+        skip: (N, H, W, 3), contiguous, float32.
+
+    Returns:
+        (N, H, W, 3), contiguous, float32.
+    """
+    _, height, width, channels = x.shape
+    y = torch.empty_like(skip)
+    call = _Step(height, width, channels, 3)
+    call.weight, call.bias = weight.data_ptr(), bias.data_ptr()
+    for image, added, result in zip(x, skip, y, strict=True):
+        call.x, call.skip, call.y = image.data_ptr(), added.data_ptr(), result.data_ptr()
+        _enter('tail', x.dtype, call)
+    return y
+
+
+def _enter(name: str, dtype: torch.dtype, call: ctypes.Structure) -> None:
+    entry = getattr(library(), f'{name}_{str(dtype).removeprefix("torch.")}')
+    if entry(ctypes.byref(call)):
+        raise RuntimeError('oneDNN has no small matrix product for this processor')
 
 
 @lru_cache(maxsize=len(TYPES))
@@ -106,9 +227,9 @@ def _works(dtype: torch.dtype) -> bool:
 
     try:
         library()
-        x, weights = _example(dtype)
+        x, weights = _example()
         expected = dsga.whole(x, x, weights)
-        error = (restored(x, weights) - expected).abs().max() / expected.abs().max()
+        error = (restored(x.to(dtype), weights) - expected).abs().max() / expected.abs().max()
     except (OSError, RuntimeError, subprocess.SubprocessError) as reason:
         _LOG.info('the eager form of DSGA runs, as there is no kernel for %s here: %s', dtype, reason)
         return False
@@ -118,21 +239,22 @@ def _works(dtype: torch.dtype) -> bool:
     return True
 
 
-def _example(dtype: torch.dtype) -> tuple[Tensor, Weights]:
+def _example() -> tuple[Tensor, Weights]:
     from dsgformer_arch.ops.dsga import Weights
 
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+        numbers = torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+        return numbers.bfloat16().float()  # so that no type rounds them
 
     C = 2 * LANES
     weights = Weights(
         norm_weight=torch.ones(C),
         norm_bias=torch.zeros(C),
-        project_in=random(4 * C, C).to(dtype),
-        depthwise=random(4 * C, 1, 3, 3).to(dtype),
-        project_out=random(C, C).to(dtype),
+        project_in=random(4 * C, C),
+        depthwise=random(4 * C, 1, 3, 3),
+        project_out=random(C, C),
         temperature=torch.ones(2, 1, 1),
         step=None,
         mask=None,
@@ -141,7 +263,7 @@ def _example(dtype: torch.dtype) -> tuple[Tensor, Weights]:
         score='relu2',
         gelu=True,
     )
-    return (random(1, 11, 13, C) * C**0.5).to(dtype), weights
+    return random(1, 11, 13, C) * 4, weights
 
 
 @lru_cache(maxsize=1)

@@ -200,9 +200,11 @@ def test_shapes_of_the_paper() -> None:
     C, height, width = 4, 64, 32
     net = DSGformer(C, (1, 1, 1, 1)).eval()
     with torch.no_grad():
-        features = net.encode(torch.rand(1, 3, height, width))
+        image = torch.rand(1, 3, height, width)
+        assert net.head(image).shape == (1, C, height, width)
+        features = net.encode(image)
         D = net.decode(features)
-    expected = {'H': (C, 1), 'E1': (2 * C, 2), 'E2': (4 * C, 4), 'E3': (8 * C, 8), 'E4': (8 * C, 8)}
+    expected = {'E1': (2 * C, 2), 'E2': (4 * C, 4), 'E3': (8 * C, 8), 'E4': (8 * C, 8)}
     for name, (channels, scale) in expected.items():
         assert getattr(features, name).shape == (1, channels, height // scale, width // scale), name
     assert D.shape == (1, 2 * C, height, width)

@@ -287,7 +287,7 @@ class TestKernel:
             exact = block.literal(X)
             weights = dsga.Weights.of(block.float(), torch.float32)
             x = X.float().permute(0, 2, 3, 1).contiguous()
-            assert native.suits(x, x, weights)
+            assert native.computes_in(X.float(), X.shape[1] // block.attention.heads) == torch.float32
             assert _error(native.restored(x, weights).permute(0, 3, 1, 2), exact) < 1e-5
 
     @pytest.mark.parametrize('dtype', native.TYPES)

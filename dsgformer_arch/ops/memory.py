@@ -1,0 +1,101 @@
+"""Memory that is used again instead of being given back and asked for anew.
+
+Fresh memory has to be mapped and zeroed page by page when it is first written.
+For the tensors of a 1280×720 image that takes as long as half of the block's
+arithmetic, or more on a virtual machine, and a C library gives tensors of that
+size back to the system each time.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+LEAST_BYTES = 4 << 20
+"""Smaller tensors come from PyTorch: the C library keeps their memory by itself."""
+
+IDLE_BYTES = 3 << 29
+"""Idle memory is given up before the sum of all would pass this: 1.5 GiB, a 1280×720 image in float32."""
+
+
+IDLE_CALLS = 16
+"""Memory that so many restored batches had no use for is given up."""
+
+
+@dataclass
+class _Block:
+    memory: NDArray[np.uint8]
+    lent: weakref.ref[NDArray[np.uint8]] | None
+    """What the tensor that uses the memory keeps alive, and nothing else."""
+    age: int = 0
+    """Calls of `trim` since it was lent last."""
+
+    @property
+    def idle(self) -> bool:
+        return self.lent is None or self.lent() is None
+
+
+class KeptMemory:
+    """Lends the memory of CPU tensors, again and again; safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._blocks: list[_Block] = []
+        self._lock = threading.Lock()
+
+    @property
+    def bytes(self) -> int:
+        """Of all blocks, lent or idle."""
+        return sum(block.memory.nbytes for block in self._blocks)
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A contiguous CPU tensor of undefined values.
+
+        Its memory is lent again only when neither it nor a view of it exists any longer, whoever holds it.
+        """
+        size = math.prod(shape) * dtype.itemsize
+        if size < LEAST_BYTES:
+            return torch.empty(tuple(shape), dtype=dtype)
+        with self._lock:
+            block = self._idle(size) or self._new(size)
+            part = block.memory[:size]
+            block.lent, block.age = weakref.ref(part), 0
+            return torch.from_numpy(part).view(dtype).view(tuple(shape))
+
+    def trim(self) -> None:
+        """Give up the memory that has been idle for `IDLE_CALLS` calls of this, one a restored batch."""
+        with self._lock:
+            for block in self._blocks:
+                block.age += 1
+            self._blocks = [block for block in self._blocks if block.age <= IDLE_CALLS or not block.idle]
+
+    def release(self) -> None:
+        """Give up all idle memory."""
+        with self._lock:
+            self._blocks = [block for block in self._blocks if not block.idle]
+
+    def _idle(self, size: int) -> _Block | None:
+        # Not one of more than twice the size: a larger tensor will want it.
+        fitting = (block for block in self._blocks if size <= block.memory.nbytes <= 2 * size and block.idle)
+        return min(fitting, key=lambda block: block.memory.nbytes, default=None)
+
+    def _new(self, size: int) -> _Block:
+        if self.bytes + size > IDLE_BYTES:
+            self._blocks = [block for block in self._blocks if not block.idle]
+        # PyTorch's allocator, for its alignment; numpy's arrays, as they can be referred to weakly.
+        memory: Any = torch.empty(size, dtype=torch.uint8).numpy()
+        block = _Block(memory, None)
+        self._blocks.append(block)
+        return block
+
+
+kept = KeptMemory()
+"""What the fast forms use."""
