@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from dsgformer_arch import zoo
+from dsgformer_arch.allocator import keep_freed_memory
 from dsgformer_arch.errors import UserError, guarded
 
 RESULTS = Path('results') / 'benchmark'
@@ -78,6 +79,11 @@ def speed(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         '--no-memory', action='store_true', help='skip the processes that measure peak memory'
+    )
+    command.add_argument(
+        '--keep-memory',
+        action='store_true',
+        help='on a CPU, let all systems keep freed memory for their next tensors, as test and quality do',
     )
     common(command, 'speed')
 
@@ -169,6 +175,8 @@ def run(arguments: argparse.Namespace) -> int:
     threads = settings.pop('threads', None)
     if threads:
         torch.set_num_threads(threads)
+    if command == 'quality':
+        keep_freed_memory()
     return module.run(**settings)
 
 

@@ -26,17 +26,19 @@ from matplotlib.axes import Axes
 from torch import Tensor, nn
 
 from dsgformer_arch import zoo
+from dsgformer_arch.allocator import keep_freed_memory
 from dsgformer_arch.benchmark import machine
 from dsgformer_arch.benchmark import record as records
 from dsgformer_arch.complexity import multiply_adds
+from dsgformer_arch.errors import UserError
 from dsgformer_arch.progress import track
 from dsgformer_arch.restore import PRECISIONS, final_output, order_memory, predict, restore
 
 PROTOCOL = """\
 Latency: median over {rounds} turns, each of which measures every system once, after one untimed call; \
 spread is (largest - smallest) / median. The clock covers a whole call on data that is already on the device \
-{clock}. Multiply-adds: the whole forward pass at the given size, products of attention included. \
-Memory: {memory}. Ratios are to {first}."""
+{clock}. Multiply-adds: the whole forward pass at the given size, products of attention and FFTs included. \
+Memory: {memory}. Freed memory is {freed}. Ratios are to {first}."""
 
 SWEEP = (128, 192, 256, 384, 512, 768)
 """Sides of the square images of `--scaling`."""
@@ -80,6 +82,7 @@ def run(
     scaling: bool = False,
     rounds: int = 5,
     no_memory: bool = False,
+    keep_memory: bool = False,
     out: Path = Path('results/benchmark/speed'),
     resume: bool = False,
 ) -> int:
@@ -98,6 +101,7 @@ def run(
         scaling: sweep square sizes instead of `size` and fit the growth.
         rounds: turns.
         no_memory: leave peak memory out.
+        keep_memory: on a CPU, let the process keep freed memory for its next tensors, see `allocator`.
         out: results without their ending.
         resume: keep the rows that `out`.json has.
 
@@ -109,16 +113,19 @@ def run(
     settings = {
         'models': list(models), 'sizes': sizes, 'device': device, 'precision': precision, 'compile': compile,
         'channels_last': channels_last, 'batch': batch, 'train': train, 'best': best, 'rounds': rounds,
+        'keep_memory': keep_memory,
         'threads': torch.get_num_threads(),
     }  # fmt: skip
     path = records.beside(out, '.json')
-    protocol = describe(device, rounds, models[0])
+    if keep_memory and not keep_freed_memory():
+        raise UserError('--keep-memory needs glibc, as most Linux systems have it; leave it out')
+    protocol = describe(device, rounds, models[0], keep_memory)
     record = records.start('speed', settings, protocol, path, resume)
     for height, width in sizes:
         variants = expand(models, height, width, precision, channels_last, compile, best)
         todo = [variant for variant in variants if record.find(**variant.key()) is None]
         if todo:
-            record.rows += measure(todo, target, batch, train, rounds, not no_memory)
+            record.rows += measure(todo, target, batch, train, rounds, not no_memory, keep_memory)
             record.save(path)
     if scaling:
         record.extra['growth'] = {name: growth(record.rows, name) for name in models}
@@ -153,7 +160,13 @@ def expand(
 
 
 def measure(
-    variants: Sequence[Variant], device: torch.device, batch: int, train: bool, rounds: int, memory: bool
+    variants: Sequence[Variant],
+    device: torch.device,
+    batch: int,
+    train: bool,
+    rounds: int,
+    memory: bool,
+    keep_memory: bool = False,
 ) -> list[dict[str, Any]]:
     """One row for each variant; what fails has an `error` and no times."""
     rows: list[dict[str, Any]] = [{**variant.key(), **facts(variant)} for variant in variants]
@@ -195,7 +208,7 @@ def measure(
     if memory:
         for variant, row in track(list(zip(variants, rows, strict=True)), 'measuring memory'):
             if not row.get('error'):
-                row |= peak_memory(variant, device, batch, train)
+                row |= peak_memory(variant, device, batch, train, keep_memory)
     return rows
 
 
@@ -292,10 +305,12 @@ def synchronise(device: torch.device) -> None:
 # Peak memory: on a CPU only a process of its own can tell.
 
 
-def peak_memory(variant: Variant, device: torch.device, batch: int, train: bool) -> dict[str, Any]:
+def peak_memory(
+    variant: Variant, device: torch.device, batch: int, train: bool, keep_memory: bool = False
+) -> dict[str, Any]:
     """`peak_memory_mib` of one call, measured in a new process."""
     task = {**variant.__dict__, 'device': str(device), 'batch': batch, 'train': train}
-    task['threads'] = torch.get_num_threads()
+    task |= {'threads': torch.get_num_threads(), 'keep_memory': keep_memory}
     done = subprocess.run(
         [sys.executable, '-m', 'dsgformer_arch.benchmark.speed', json.dumps(task)],
         capture_output=True, text=True,
@@ -312,6 +327,8 @@ def peak_memory_here(task: dict[str, Any]) -> dict[str, Any]:
     """Run one call and report this process's peak; `task` is what `peak_memory` sends."""
     device, batch, train = torch.device(task.pop('device')), task.pop('batch'), task.pop('train')
     torch.set_num_threads(task.pop('threads'))
+    if task.pop('keep_memory'):
+        keep_freed_memory()
     variant = Variant(**task)
     row: dict[str, Any] = {}
     with attempt(row, device):
@@ -340,11 +357,12 @@ def resident_peak_mib() -> float:
 # Presentation.
 
 
-def describe(device: str, rounds: int, first: str) -> str:
+def describe(device: str, rounds: int, first: str, keep_memory: bool = False) -> str:
     on_gpu = device.startswith('cuda')
     clock_text = '(CUDA events)' if on_gpu else "(the processor's clock)"
     memory = "the allocator's peak" if on_gpu else 'resident peak of a process that makes one call'
-    return PROTOCOL.format(rounds=rounds, first=first, clock=clock_text, memory=memory)
+    freed = 'kept for the next tensors' if keep_memory or on_gpu else 'left to the C library'
+    return PROTOCOL.format(rounds=rounds, first=first, clock=clock_text, memory=memory, freed=freed)
 
 
 def ratios(rows: Sequence[dict[str, Any]], first: str) -> list[float | None]:

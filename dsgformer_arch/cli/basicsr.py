@@ -16,6 +16,7 @@ import traceback
 from types import FrameType
 from typing import Any
 
+from dsgformer_arch.allocator import keep_freed_memory
 from dsgformer_arch.errors import UserError, guarded
 
 DESCRIPTION = """\
@@ -165,6 +166,7 @@ def test(root: str) -> int:
     """Restore and measure every test set of the option file."""
     import basicsr.test
 
+    keep_freed_memory()
     basicsr.test.test_pipeline(root)
     return 0
 

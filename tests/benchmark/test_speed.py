@@ -215,6 +215,7 @@ def test_a_process_that_runs_out_of_memory_says_so(monkeypatch: pytest.MonkeyPat
         'batch': 1,
         'train': False,
         'threads': 1,
+        'keep_memory': False,
     }
     assert speed.peak_memory_here(task) == {
         'peak_memory_mib': None, 'memory_note': 'does not fit in memory',
@@ -245,3 +246,16 @@ def test_resident_peak_is_this_processs_own() -> None:
     assert len(ballast) == 600 << 20
     assert before < own - 100
     assert 48 < after - before < 128
+
+
+def test_keeping_memory_is_asked_for_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(speed, 'keep_freed_memory', lambda: asked.append(True) or len(asked) == 1)
+    for keep, sentence in ((False, 'left to the C library'), (True, 'kept for the next tensors')):
+        out = tmp_path / str(keep)
+        assert speed.run(['tiny'], keep_memory=keep, out=out, **QUICK) == 0
+        assert f'Freed memory is {sentence}.' in out.with_suffix('.md').read_text()
+        assert record_of(out)['settings']['keep_memory'] is keep
+    assert len(asked) == 1
+    with pytest.raises(UserError, match='--keep-memory needs glibc'):
+        speed.run(['tiny'], keep_memory=True, out=tmp_path / 'again', **QUICK)

@@ -1,0 +1,29 @@
+"""The C library's allocator, told to keep the memory of large tensors.
+
+By default glibc maps fresh memory for each tensor of more than 32 MB and gives
+it back when the tensor dies, so that each layer of a network on a CPU pays for
+zeroed pages.  Restormer restores a 256×256 image in half the time without that.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+# <malloc.h>
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_MAX = -4
+
+
+def keep_freed_memory() -> bool:
+    """Let this process keep the memory that it frees, for its next tensors.  It shrinks only when it ends.
+
+    For programs that restore images on a CPU; a library should leave it to them.
+
+    Returns:
+        Whether the allocator does so now; only glibc's can.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, -1))
