@@ -154,7 +154,7 @@ def train(
     torch.manual_seed(seed)
     network = order_memory(build().to(device), torch.channels_last).train()
     offset = getattr(network, 'input_offset', 0.0)
-    optimizer = torch.optim.AdamW(network.parameters(), recipe.lr, weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(network.parameters(), recipe.lr, weight_decay=1e-4, fused=True)
     stream = batches(data.train, recipe, seed)
     curve: list[dict[str, float]] = []
     losses: list[Tensor] = []

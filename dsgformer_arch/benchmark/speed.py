@@ -260,8 +260,7 @@ def training_step(network: nn.Module, image: Tensor, variant: Variant) -> Callab
     """A full step: forward, L1 loss, backward, AdamW."""
     network.train()
     offset = getattr(network, 'input_offset', 0.0)
-    fused = image.device.type == 'cuda'
-    optimizer = torch.optim.AdamW(network.parameters(), 1e-4, fused=fused or None)
+    optimizer = torch.optim.AdamW(network.parameters(), 1e-4, fused=True)
     target = compiled(network) if variant.compiled else network
     dtype = PRECISIONS[variant.precision]
     half = dtype is not torch.float32

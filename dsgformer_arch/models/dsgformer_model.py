@@ -9,6 +9,7 @@ whole or absent, and a record of each validation that programs can read.
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import random
@@ -108,6 +109,8 @@ class DSGformerModel(SRModel):
         optimiser: Any = getattr(torch.optim, optim_type, None)
         if not _is_optimizer(optimiser):
             raise UserError(f'train: optim_g: type: torch.optim has no {optim_type!r}; take AdamW, say')
+        if not {'fused', 'foreach'} & set(kwargs) and 'fused' in inspect.signature(optimiser).parameters:
+            kwargs['fused'] = True  # one pass over the parameters; CPUs and GPUs have it
         try:
             return optimiser(params, lr, **kwargs)
         except (TypeError, ValueError) as error:

@@ -16,4 +16,4 @@ __all__ = ['Path', 'dsga', 'fast', 'memory', 'path', 'steps', 'use']
 
 def fast(X: Tensor) -> bool:
     """Whether a fast form of the block runs for X of shape (N, C, H, W)."""
-    return path() != 'plain' and X.is_floating_point()
+    return path() != 'plain' and X.is_floating_point() and not X.is_meta

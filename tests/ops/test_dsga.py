@@ -71,11 +71,15 @@ def test_strips_equal_the_literal_form(switches: tuple[str, str, str], size: tup
         torch.testing.assert_close(block(X), block.literal(X), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize('recompute', [False, True])
+@pytest.mark.parametrize('kept', ['everything', 'some', 'X'])
 @pytest.mark.parametrize('switches', SWITCHES)
-def test_gradients_equal_the_literal_ones(switches: tuple[str, str, str], recompute: bool) -> None:
+def test_gradients_equal_the_literal_ones(
+    switches: tuple[str, str, str], kept: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     block, X = _block(switches=switches), _image(2, 16, 12, 9).requires_grad_()
-    block.recompute = recompute
+    block.recompute = kept == 'X'
+    if kept == 'some':
+        monkeypatch.setitem(dsga.KEPT_BYTES, 'cpu', 0)
     inputs = [X, *block.parameters()]
     literal, fast = block.literal(X), block(X)
     torch.testing.assert_close(fast, literal, rtol=1e-12, atol=1e-12)
@@ -96,7 +100,7 @@ def test_gradcheck() -> None:
     torch.autograd.gradcheck(run, (X, *parameters.values()))
 
 
-def test_training_keeps_less_than_the_literal_form() -> None:
+def test_training_keeps_less_than_the_literal_form(monkeypatch: pytest.MonkeyPatch) -> None:
     def kept(block: DSGA, X: Tensor, literal: bool) -> int:
         """Bytes that the graph holds on to beyond the parameters and X."""
         sizes: dict[int, int] = {}
@@ -112,6 +116,8 @@ def test_training_keeps_less_than_the_literal_form() -> None:
 
     block, X = _block(), _image(1, 16, 64, 64).requires_grad_()
     literal = kept(block, X, literal=True)
+    assert kept(block, X, literal=False) < literal
+    monkeypatch.setitem(dsga.KEPT_BYTES, 'cpu', 0)
     assert kept(block, X, literal=False) < literal / 3
     block.recompute = True
     assert kept(block, X, literal=False) < literal / 8
