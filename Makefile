@@ -23,7 +23,7 @@ setup: $(READY)
 # BasicSR's isolated build would download PyTorch once more: torch comes first, then BasicSR beside it.
 $(READY): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -c constraints.txt torch torchvision numpy cython setuptools wheel
+	$(BIN)/pip install --quiet -c constraints.txt torch torchvision numpy cython setuptools wheel 'pyvips[binary]'
 	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation --editable '.[dev]'
 	touch $@
 

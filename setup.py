@@ -39,6 +39,7 @@ setup(
     ],
     extras_require={
         'benchmark': ['matplotlib', 'psutil'],
+        'loader': ['pyvips[binary]'],
         'metrics': ['pyiqa'],
         'dev': ['matplotlib', 'psutil', 'pytest', 'pytest-xdist', 'ruff', 'mypy', 'types-PyYAML'],
     },

@@ -3,9 +3,10 @@
 `PairedImageDataset` decodes two whole images and turns both into float32
 before it cuts a crop out of them.  `PairedCropDataset` takes the same options,
 draws the same random numbers in the same order and returns the same tensors,
-bit for bit, but cuts first; and from images stored uncompressed
+bit for bit, but cuts first.  From images stored uncompressed
 (`tools/create_lmdb.py --raw`) it reads only the crop's rows, straight from the
-LMDB's memory map.
+LMDB's memory map; of PNGs it decodes no row below the crop, where libvips is
+installed.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from basicsr.utils.registry import DATASET_REGISTRY
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dsgformer_arch.data import png_crop
 from dsgformer_arch.data.image_files import RAW_HEADER
 from dsgformer_arch.errors import UserError
 
@@ -84,6 +86,9 @@ class PairedCropDataset(PairedImageDataset):
                 pixels = np.frombuffer(stored, np.uint8, offset=header.end()).reshape(height, width, 3)
                 # A copy: the memory map is gone with the transaction.
                 return pixels[top : top + side, left : left + side].copy()
+            crop = png_crop.read_crop(stored, top, left, side)
+            if crop is not None:
+                return crop
             image = cv2.imdecode(np.frombuffer(stored, np.uint8), cv2.IMREAD_COLOR)
         if image is None:
             raise UserError(f'{folder}: the image {key} cannot be decoded; make the LMDB again')
