@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 import statistics
 import sys
@@ -165,12 +166,16 @@ def matched(name: str, reference: str) -> dict[str, Any]:
 
 def spent(name: str, overrides: dict[str, Any]) -> float:
     """Multiply-adds of a system with these widths; infinite where they make no network."""
+    torch_says = logging.getLogger('torch._subclasses.fake_tensor')  # a traceback for each such width
+    before, torch_says.disabled = torch_says.disabled, True
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings('error', 'Initializing zero-element')  # a layer without channels
             return multiply_adds(name, MATCH_SIZE, MATCH_SIZE, **overrides)
     except (UserError, UserWarning, RuntimeError, ValueError, ZeroDivisionError):
         return math.inf
+    finally:
+        torch_says.disabled = before
 
 
 def widths_of(name: str) -> dict[str, int | Sequence[int]]:
