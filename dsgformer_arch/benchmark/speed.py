@@ -474,7 +474,8 @@ def plot(axis: Axes, record: records.Record) -> None:
         bars = axis.barh(range(len(rows)), [row['latency_ms'] for row in rows], color='#4878a8')
         axis.set_yticks(range(len(rows)), labels(rows))
         axis.bar_label(bars, [short(row['latency_ms']) for row in rows], padding=3)
-        axis.set(xscale='log', xlabel=f'latency, ms ({record.settings["precision"]})')
+        modes = {mode(row) for row in rows}
+        axis.set(xscale='log', xlabel='latency, ms' + f' ({min(modes)})' * (len(modes) == 1))
         axis.margins(x=0.15)
         records.logarithmic(axis.xaxis)
         axis.grid(axis='x', alpha=0.3)
