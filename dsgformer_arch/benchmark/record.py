@@ -30,7 +30,10 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from dsgformer_arch.checkpoint import write_atomically
 from dsgformer_arch.errors import UserError
 
-PACKAGES = ('torch', 'torchvision', 'basicsr', 'spandrel', 'spandrel_extra_arches', 'numpy', 'opencv-python')
+PACKAGES = (
+    *('torch', 'torchvision', 'basicsr', 'spandrel', 'spandrel_extra_arches'),
+    *('numpy', 'opencv-python', 'pyvips'),
+)
 
 
 @dataclass

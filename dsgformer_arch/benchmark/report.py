@@ -312,7 +312,7 @@ def pareto_sections(speeds: Sequence[Result], results: Sequence[Result]) -> Iter
             for p in sorted(found, key=lambda p: p.latency_ms)
         ]  # fmt: skip
         heads = {'model': 'system', 'latency': 'latency', 'psnr': 'PSNR on GoPro', 'whose': 'PSNR is'}
-        what = f'{record.settings["device"]}, {record.settings["precision"]}'
+        what = speed.conditions(record)
         elements: list[Element] = [
             Beside(
                 Drawing([partial(plot_points, found=found)], caption, height=4.2),
@@ -423,7 +423,7 @@ def speed_section(result: Result) -> Section:
             elements[-1] = Beside(drawing, exponents)
     s = record.settings
     kind = 'Training step' if s['train'] else 'Speed'
-    short = f'{kind}, {s["device"]}, {s["precision"]}{", by size" * ("growth" in record.extra)}'
+    short = f'{kind}, {speed.conditions(record)}'
     return Section(speed.title(record), [*elements, facts(record)], short)
 
 

@@ -442,8 +442,15 @@ def title(record: records.Record) -> str:
     """What was measured, as a heading."""
     s = record.settings
     what = 'Speed of a training step' if s['train'] else 'Speed of restoring'
+    return f'{what}: {conditions(record)}'
+
+
+def conditions(record: records.Record) -> str:
+    """What tells a run's results from those of another, in a few words."""
+    s = record.settings
     size = 'by image size' if 'growth' in record.extra else ', '.join(f'{h}×{w}' for h, w in s['sizes'])
-    return f'{what}: {s["device"]}, {s["precision"]}{", best mode" * s["best"]}, {size}'
+    modes = ', best mode' * s['best'] + ', memory kept' * s.get('keep_memory', False)
+    return f'{s["device"]}, {s["precision"]}{modes}, {size}'
 
 
 def page(record: records.Record) -> str:
