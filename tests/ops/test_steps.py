@@ -14,7 +14,9 @@ from dsgformer_arch.ops import memory, native, steps
 
 Step = Callable[..., Tensor]
 
-NETWORK = DSGformer(width=16, num_blocks=(1, 1, 1, 1), heads=(1, 1, 1, 1)).eval()
+with torch.random.fork_rng():
+    torch.manual_seed(0)
+    NETWORK = DSGformer(width=16, num_blocks=(1, 1, 1, 1), heads=(1, 1, 1, 1)).eval()
 
 
 def _random(*shape: int) -> Tensor:
@@ -58,7 +60,7 @@ def test_float32_equals_the_modules(case: str, size: tuple[int, int, int]) -> No
     torch.testing.assert_close(ours, literal, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize('size', SIZES)
+@pytest.mark.parametrize('size', [size for size in SIZES if size != (1, 1, 1)])  # too few to compare errors
 @pytest.mark.parametrize('case', CASES)
 def test_autocast_is_no_worse_than_the_modules(case: str, size: tuple[int, int, int]) -> None:
     step, module, inputs = CASES[case]
