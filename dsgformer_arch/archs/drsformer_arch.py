@@ -39,6 +39,7 @@ from basicsr.utils.registry import ARCH_REGISTRY
 from spandrel.util import get_seq_len
 from torch import Tensor, nn
 
+from dsgformer_arch.archs.settings import expansion_factor
 from dsgformer_arch.errors import UserError
 
 TOP_K_RATIOS = (Fraction(1, 2), Fraction(2, 3), Fraction(3, 4), Fraction(4, 5))
@@ -380,7 +381,7 @@ class DRSformer(nn.Module):
             'dim': dim,
             'num_blocks': [get_seq_len(state, level) for level in LEVELS],
             'heads': [state[f'{level}.0.attn.temperature'].shape[0] for level in LEVELS],
-            'ffn_expansion_factor': _expansion_factor(
+            'ffn_expansion_factor': expansion_factor(
                 [dim * 2**i for i in range(len(LEVELS))],
                 [state[f'{level}.0.ffn.project_out.weight'].shape[1] // 2 for level in LEVELS],
             ),
@@ -388,14 +389,3 @@ class DRSformer(nn.Module):
             'LayerNorm_type': 'WithBias' if 'latent.0.norm1.body.bias' in state else 'BiasFree',
             'moe': 'encoder_level0.layers.0.ca_fc.0.weight' in state,
         }
-
-
-def _expansion_factor(widths: Sequence[int], hidden: Sequence[int]) -> float:
-    """The shortest decimal number f with int(width · f) = hidden at every level."""
-    low = max(h / w for w, h in zip(widths, hidden, strict=True))
-    high = min((h + 1) / w for w, h in zip(widths, hidden, strict=True))
-    for digits in range(17):
-        factor = round((low + high) / 2, digits)
-        if all(int(w * factor) == h for w, h in zip(widths, hidden, strict=True)):
-            return factor
-    raise UserError(f'no expansion factor makes {list(hidden)} of {list(widths)}: this is no DRSformer.')

@@ -49,6 +49,7 @@ from spandrel_extra_arches.architectures.Restormer import Restormer as SpandrelR
 from spandrel_extra_arches.architectures.Restormer import RestormerArch
 from torch import Tensor
 
+from dsgformer_arch.archs.settings import expansion_factor
 from dsgformer_arch.errors import UserError
 
 
@@ -308,12 +309,5 @@ def _tail_scale(state: Mapping[str, Tensor], tail: int) -> int:
 
 
 def _expansion_factor(state: Mapping[str, Tensor], levels: Sequence[str]) -> float:
-    """The shortest decimal number f with int(width · f) hidden channels at every level."""
     shapes = [state[f'{level}.0.ffn.project_out.weight'].shape[:2] for level in levels]
-    low = max(hidden / width for width, hidden in shapes)
-    high = min((hidden + 1) / width for width, hidden in shapes)
-    for digits in range(17):
-        factor = round((low + high) / 2, digits)
-        if all(int(width * factor) == hidden for width, hidden in shapes):
-            return factor
-    raise UserError(f'no expansion factor makes these (width, hidden): {", ".join(map(str, shapes))}.')
+    return expansion_factor(*zip(*shapes, strict=True))

@@ -34,7 +34,6 @@ STRIP_BYTES = {'cpu': 4 << 20}
 ACCELERATOR_STRIP_BYTES = 512 << 20
 """The same elsewhere, where strips only bound the memory of very large images."""
 
-
 KEPT_BYTES = {'cpu': 16 << 20}
 """By device type, the size of X up to which training keeps what `recomputing` would compute again.
 

@@ -26,7 +26,6 @@ LEAST_BYTES = 4 << 20
 IDLE_BYTES = 3 << 29
 """Idle memory is given up before the sum of all would pass this: 1.5 GiB, a 1280×720 image in float32."""
 
-
 IDLE_CALLS = 16
 """Memory that so many restored batches had no use for is given up."""
 

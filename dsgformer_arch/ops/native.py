@@ -140,12 +140,7 @@ def convolved(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """
     n, height, width, channels = x.shape
     y = memory.kept.empty((n, height, width, weight.shape[0]), x.dtype)
-    call = _Step(height, width, channels, weight.shape[0])
-    call.weight, call.bias = weight.data_ptr(), bias.data_ptr()
-    for image, convolved_image in zip(x, y, strict=True):
-        call.x, call.y = image.data_ptr(), convolved_image.data_ptr()
-        _enter('head', x.dtype, call)
-    return y
+    return _stepped('head', _Step(height, width, channels, weight.shape[0]), x, weight, bias, None, y)
 
 
 def downsampled(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -161,12 +156,7 @@ def downsampled(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """
     n, height, width, fine = x.shape
     y = memory.kept.empty((n, height // 2, width // 2, weight.shape[1]), x.dtype)
-    call = _Step(height // 2, width // 2, fine, weight.shape[1])
-    call.weight, call.bias = weight.data_ptr(), bias.data_ptr()
-    for image, smaller in zip(x, y, strict=True):
-        call.x, call.y = image.data_ptr(), smaller.data_ptr()
-        _enter('down', x.dtype, call)
-    return y
+    return _stepped('down', _Step(height // 2, width // 2, fine, weight.shape[1]), x, weight, bias, None, y)
 
 
 def upsampled(x: Tensor, weight: Tensor, skip: Tensor | None) -> Tensor:
@@ -182,13 +172,7 @@ def upsampled(x: Tensor, weight: Tensor, skip: Tensor | None) -> Tensor:
     """
     n, height, width, coarse = x.shape
     y = memory.kept.empty((n, 2 * height, 2 * width, weight.shape[2]), x.dtype)
-    call = _Step(height, width, weight.shape[2], coarse)
-    call.weight = weight.data_ptr()
-    for i in range(n):
-        call.x, call.y = x[i].data_ptr(), y[i].data_ptr()
-        call.skip = None if skip is None else skip[i].data_ptr()
-        _enter('up', x.dtype, call)
-    return y
+    return _stepped('up', _Step(height, width, weight.shape[2], coarse), x, weight, None, skip, y)
 
 
 def summed(x: Tensor, weight: Tensor, bias: Tensor, skip: Tensor) -> Tensor:
@@ -206,11 +190,18 @@ def summed(x: Tensor, weight: Tensor, bias: Tensor, skip: Tensor) -> Tensor:
     """
     _, height, width, channels = x.shape
     y = torch.empty_like(skip)
-    call = _Step(height, width, channels, 3)
-    call.weight, call.bias = weight.data_ptr(), bias.data_ptr()
-    for image, added, result in zip(x, skip, y, strict=True):
-        call.x, call.skip, call.y = image.data_ptr(), added.data_ptr(), result.data_ptr()
-        _enter('tail', x.dtype, call)
+    return _stepped('tail', _Step(height, width, channels, skip.shape[-1]), x, weight, bias, skip, y)
+
+
+def _stepped(
+    name: str, call: _Step, x: Tensor, weight: Tensor, bias: Tensor | None, skip: Tensor | None, y: Tensor
+) -> Tensor:
+    """`y`, filled image by image by the kernel's entry `name`; `call` brings the sizes."""
+    call.weight, call.bias = weight.data_ptr(), None if bias is None else bias.data_ptr()
+    for i in range(len(x)):
+        call.x, call.y = x[i].data_ptr(), y[i].data_ptr()
+        call.skip = None if skip is None else skip[i].data_ptr()
+        _enter(name, x.dtype, call)
     return y
 
 

@@ -34,8 +34,7 @@ def head(conv: nn.Conv2d, x: Tensor) -> Tensor:
     # (C, 3, 3, 3) as (C, (row, column, 3)), filled up to whole vectors
     weight = conv.weight.float().permute(0, 2, 3, 1).flatten(1)
     weight = F.pad(weight, (0, -weight.shape[1] % native.LANES))
-    bias = cast(Tensor, conv.bias).float().contiguous()
-    return native.convolved(_channels_last(x, dtype), weight, bias).permute(0, 3, 1, 2)
+    return _channels_first(native.convolved(_channels_last(x, dtype), weight, _bias(conv)))
 
 
 def down(conv: nn.Conv2d, x: Tensor) -> Tensor:
@@ -53,8 +52,7 @@ def down(conv: nn.Conv2d, x: Tensor) -> Tensor:
         return cast(Tensor, conv(x))
     # (C', C, 2, 2) as (row, C', (column, C)): what a row of the image is multiplied with
     weight = conv.weight.float().permute(2, 0, 3, 1).contiguous()
-    bias = cast(Tensor, conv.bias).float().contiguous()
-    return native.downsampled(_channels_last(x, dtype), weight, bias).permute(0, 3, 1, 2)
+    return _channels_first(native.downsampled(_channels_last(x, dtype), weight, _bias(conv)))
 
 
 def up(shuffled: nn.Sequential, x: Tensor, skip: Tensor | None) -> Tensor:
@@ -76,7 +74,7 @@ def up(shuffled: nn.Sequential, x: Tensor, skip: Tensor | None) -> Tensor:
     # (4C, C') with PixelShuffle's (C, row, column) first, as (row, (column, C), C')
     weight = conv.weight.float().view(fine, 2, 2, -1).permute(1, 2, 0, 3).contiguous()
     added = None if skip is None else _channels_last(skip, dtype)
-    return native.upsampled(_channels_last(x, dtype), weight, added).permute(0, 3, 1, 2)
+    return _channels_first(native.upsampled(_channels_last(x, dtype), weight, added))
 
 
 def tail(conv: nn.Conv2d, x: Tensor, image: Tensor) -> Tensor:
@@ -96,10 +94,17 @@ def tail(conv: nn.Conv2d, x: Tensor, image: Tensor) -> Tensor:
     # (3, C, 3, 3) as ((row, column, 3), C): a pixel gives its numbers to the neighbours that see it there
     weight = conv.weight.float().permute(2, 3, 0, 1).flatten(0, 2)
     weight = F.pad(weight, (0, 0, 0, -weight.shape[0] % native.LANES))
-    bias = cast(Tensor, conv.bias).float().contiguous()
     skip = _channels_last(image, image.dtype)
-    return native.summed(_channels_last(x, dtype), weight, bias, skip).permute(0, 3, 1, 2)
+    return _channels_first(native.summed(_channels_last(x, dtype), weight, _bias(conv), skip))
 
 
 def _channels_last(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype).permute(0, 2, 3, 1).contiguous()
+
+
+def _channels_first(x: Tensor) -> Tensor:
+    return x.permute(0, 3, 1, 2)
+
+
+def _bias(conv: nn.Conv2d) -> Tensor:
+    return cast(Tensor, conv.bias).float().contiguous()
