@@ -41,7 +41,7 @@ setup(
         'benchmark': ['matplotlib', 'psutil'],
         'loader': ['pyvips[binary]'],
         'metrics': ['pyiqa'],
-        'dev': ['matplotlib', 'psutil', 'pytest', 'pytest-xdist', 'ruff', 'mypy', 'types-PyYAML'],
+        'dev': ['matplotlib', 'psutil', 'pytest', 'pytest-xdist', 'ruff', 'mypy', 'types-PyYAML', 'triton'],
     },
     entry_points={'console_scripts': ['basicsr=dsgformer_arch.cli.basicsr:main']},
     classifiers=[

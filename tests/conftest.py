@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+# Triton decides when it is imported whether kernels are interpreted, and PyTorch's compiler may import it.
+os.environ.setdefault('TRITON_INTERPRET', '1')
+
 import torch
 
 import dsgformer_arch  # noqa: F401  (repairs BasicSR before any test imports it)

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dsgformer_arch.ops import dfgb, dtsas, native
+from dsgformer_arch.ops.switch import path
 
 if TYPE_CHECKING:
     from dsgformer_arch.archs.dsgformer_arch import DSGA
@@ -121,11 +123,30 @@ def forward(block: DSGA, X: Tensor) -> Tensor:
         elif torch.is_grad_enabled():
             keep = not block.recompute and x.nbytes <= KEPT_BYTES.get(device, 0)
             y = whole(x, residual, weights) if keep else recomputing(x, residual, weights, block.recompute)
+        elif (triton := _triton(x, weights)) is not None:
+            y = triton.restored(x, residual, weights)
         elif strip_rows(x) >= x.shape[1]:
             y = whole(x, residual, weights)
         else:
             y = in_strips(x, residual, weights)
         return y.permute(0, 3, 1, 2)
+
+
+def _triton(x: Tensor, weights: Weights) -> ModuleType | None:
+    """The kernels for a GPU, where they take x."""
+    if x.device.type != 'cuda' or path() != 'fast':
+        return None
+    kernels = _triton_kernels()
+    return kernels if kernels is not None and kernels.suits(x, weights) else None
+
+
+@lru_cache(maxsize=1)
+def _triton_kernels() -> ModuleType | None:
+    try:
+        from dsgformer_arch.ops import dsga_triton
+    except ImportError:  # of Triton, which PyTorch brings for Linux and NVIDIA's GPUs
+        return None
+    return dsga_triton
 
 
 def whole(x: Tensor, residual: Tensor, weights: Weights) -> Tensor:
@@ -239,43 +260,52 @@ def in_strips(x: Tensor, residual: Tensor, weights: Weights) -> Tensor:
     y = torch.empty_like(residual)
     for image, kept, restored in zip(x.split(1), residual.split(1), y.split(1), strict=True):
         sums: tuple[Tensor, ...] = ()
-        for _, QK in _strips(image, weights, for_qk, dw_qk, rows):
-            strip = gram(QK, weights.heads)
+        for _, P in strips(image, weights, for_qk, rows):
+            strip = gram(depthwise(P.unsqueeze(0), dw_qk, padding=(0, 1)), weights.heads)
             sums = tuple(map(torch.add, sums, strip)) if sums else strip
         A = dtsas.scores(sums[0], sums[1], sums[2], weights.temperature)
         attention = dtsas.sparse_map(A, weights.step, weights.top_k, weights.score).to(x.dtype)
-        for part, VU in _strips(image, weights, for_vu, dw_vu, rows):
+        for part, P in strips(image, weights, for_vu, rows):
+            VU = depthwise(P.unsqueeze(0), dw_vu, padding=(0, 1))
             out = F.linear(gated_product(VU, attention, weights), weights.project_out)
             torch.add(kept[:, part], out, out=restored[:, part])
     return y
 
 
-def _strips(
-    x: Tensor, weights: Weights, project_in: Tensor, kernels: Tensor, rows: int
-) -> Iterator[tuple[slice, Tensor]]:
-    """W_d W_p LN(x) of some of the channels, strip by strip: (rows of the strip, (1, rows, W, channels)).
+def strips(x: Tensor, weights: Weights, project_in: Tensor, rows: int) -> Iterator[tuple[slice, Tensor]]:
+    """W_p LN(x) of some of the channels, strip by strip, in memory that the next strip uses again.
 
     A strip of the depthwise convolution needs a row of W_p LN(x) above and one
-    below; the two rows that neighbours share are carried over, not computed
-    twice.
+    below, zeros at the border; the two rows that neighbours share are carried
+    over, not computed twice.
+
+    Args:
+        x: one image, (1, H, W, C).
+        weights: the block's, for LN.
+        project_in: rows of W_p.
+        rows: of a strip.
+
+    Yields:
+        The rows that the strip stands for, and (those rows + 2, W, rows of `project_in`).
     """
     _, height, width, channels = x.shape
-    buffer = x.new_empty(1, rows + 2, width, project_in.shape[0])
+    rows = min(rows, height)
+    buffer = x.new_empty(rows + 2, width, project_in.shape[0])
     done = 0
     for top in range(0, height, rows):
         bottom = min(top + rows, height)
         if top:
-            buffer[:, :2] = buffer[:, rows:].clone()
+            buffer[:2] = buffer[rows:].clone()
         else:
-            buffer[:, 0] = 0
+            buffer[0] = 0
         ahead = min(bottom + 1, height)
-        fresh = buffer[:, done - top + 1 : ahead - top + 1]
+        fresh = buffer[done - top + 1 : ahead - top + 1]
         torch.mm(
             normalised(x[:, done:ahead], weights).view(-1, channels),
             project_in.t(),
             out=fresh.view(-1, fresh.shape[-1]),
         )
         if ahead == bottom:
-            buffer[:, bottom - top + 1] = 0
+            buffer[bottom - top + 1] = 0
         done = ahead
-        yield slice(top, bottom), depthwise(buffer[:, : bottom - top + 2], kernels, padding=(0, 1))
+        yield slice(top, bottom), buffer[: bottom - top + 2]

@@ -214,13 +214,14 @@ def _enter(name: str, dtype: torch.dtype, call: ctypes.Structure) -> None:
 @lru_cache(maxsize=len(TYPES))
 def _works(dtype: torch.dtype) -> bool:
     """Whether the kernel can be had for `dtype`, and gives on a small image what the eager form gives."""
-    from dsgformer_arch.ops import dsga  # which imports this module
+    from dsgformer_arch.ops import trial  # which imports this module
+
+    def form(x: Tensor, residual: Tensor, weights: Weights) -> Tensor:
+        return restored(x, weights)
 
     try:
         library()
-        x, weights = _example()
-        expected = dsga.whole(x, x, weights)
-        error = (restored(x.to(dtype), weights) - expected).abs().max() / expected.abs().max()
+        error = trial.error(form, 2 * LANES, 2, dtype, torch.device('cpu'))
     except (OSError, RuntimeError, subprocess.SubprocessError) as reason:
         _LOG.info('the eager form of DSGA runs, as there is no kernel for %s here: %s', dtype, reason)
         return False
@@ -228,33 +229,6 @@ def _works(dtype: torch.dtype) -> bool:
         _LOG.warning('the eager form of DSGA runs, as the kernel for %s is off by %.1e', dtype, error)
         return False
     return True
-
-
-def _example() -> tuple[Tensor, Weights]:
-    from dsgformer_arch.ops.dsga import Weights
-
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> Tensor:
-        numbers = torch.randn(shape, generator=generator) / shape[-1] ** 0.5
-        return numbers.bfloat16().float()  # so that no type rounds them
-
-    C = 2 * LANES
-    weights = Weights(
-        norm_weight=torch.ones(C),
-        norm_bias=torch.zeros(C),
-        project_in=random(4 * C, C),
-        depthwise=random(4 * C, 1, 3, 3),
-        project_out=random(C, C),
-        temperature=torch.ones(2, 1, 1),
-        step=None,
-        mask=None,
-        heads=2,
-        top_k=(),
-        score='relu2',
-        gelu=True,
-    )
-    return random(1, 11, 13, C) * 4, weights
 
 
 @lru_cache(maxsize=1)

@@ -1,0 +1,378 @@
+"""The block for a GPU in three kernels around one product of matrices, without gradients.
+
+W_p LN(X) is the library's; what follows it would write and read twenty tensors
+as wide as X.  Here nothing leaves the chip between W_p LN(X) and Y:
+
+* `_gram` reads Q and K before W_d, and adds up Q Kᵀ and the rows' squares;
+* `_map` makes the sparse c×c maps of them;
+* `_output` reads V and U before W_d and the residual, and writes Y.
+
+Each equals its eager form in `dsga.py`, `dtsas.py` and `dfgb.py`, with sums in
+float32 that those round on the way.  Triton's interpreter runs them on a CPU
+(`TRITON_INTERPRET=1`), which is how they are tested without a GPU.
+
+Only imported where Triton is installed and a CUDA tensor asks for it.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import lru_cache, reduce
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dsgformer_arch.ops import dfgb, dsga, dtsas, trial
+
+if TYPE_CHECKING:
+    from dsgformer_arch.ops.dsga import Weights
+
+TYPES = (torch.bfloat16, torch.float16)
+"""Those of the matrix units.  Of float32 they would keep 10 bits."""
+
+WIDEST_HEAD = 128
+"""A head's c×c map has to fit into the registers of one program."""
+
+WIDEST_FUSED = 128
+"""Up to so many channels, `_output` multiplies by W_p' too: their sums fit into a program's registers."""
+
+SEGMENT = 16
+"""Pixels of a row that `_gram` takes at once."""
+
+CHUNK = 16
+"""Channels of U that `_output` takes at once; a head's width must be a multiple."""
+
+PROGRAMS = 1024
+"""How many programs of `_gram` a large image is cut into: eight for each multiprocessor of an H200."""
+
+LEAST_ROWS = 8
+"""Rows of such a piece at least, as each reads two rows more."""
+
+MAP_ROWS = 16
+"""Rows of a c×c map that one program of `_map` ranks."""
+
+_LOG = logging.getLogger(__name__)
+
+GATES = ('dfgb', 'gelu', 'none')
+"""Of `_output`: the filter and GELU, GELU alone, U itself."""
+
+
+def suits(x: Tensor, weights: Weights) -> bool:
+    """Whether `restored` takes `x`, (N, H, W, C), and has been seen to be right on its device."""
+    c = x.shape[-1] // weights.heads
+    if x.device.type != 'cuda' or x.dtype not in TYPES or c % CHUNK or c > WIDEST_HEAD:
+        return False
+    return _works(x.device, x.dtype, x.shape[-1], weights.heads)
+
+
+@lru_cache(maxsize=64)
+def _works(device: torch.device, dtype: torch.dtype, channels: int, heads: int) -> bool:
+    """Whether the kernels compile, and give on a small image what the eager form gives."""
+    try:
+        error = trial.error(restored, channels, heads, dtype, device)
+    except Exception as reason:  # whatever a compiler and a driver may say, there is a form that works
+        _LOG.warning('the eager form of DSGA runs on %s, as its kernels failed: %s', device, reason)
+        return False
+    if not error <= 8 * torch.finfo(dtype).eps:
+        _LOG.warning('the eager form of DSGA runs on %s, as its kernels are off by %.1e', device, error)
+        return False
+    return True
+
+
+def restored(x: Tensor, residual: Tensor, weights: Weights) -> Tensor:
+    """`dsga.whole` without gradients, one image and one strip of rows at a time."""
+    y = torch.empty_like(residual)
+    channels, rows = x.shape[-1], dsga.strip_rows(x)
+    taps = weights.depthwise.flatten(1).t().contiguous()
+    for image, kept, out in zip(x.split(1), residual, y, strict=True):
+        if rows >= x.shape[1]:
+            ((_, P),) = dsga.strips(image, weights, weights.project_in, rows)
+            attention = sparse_map(gram(P[..., : 2 * channels], taps, weights.heads), weights, x.dtype)
+            output(P[..., 2 * channels :], taps[:, 2 * channels :], attention, weights, kept, out)
+            continue
+        for_qk, for_vu = weights.project_in.split(2 * channels)
+        parts = (gram(P, taps, weights.heads) for _, P in dsga.strips(image, weights, for_qk, rows))
+        sums = reduce(torch.add, parts)
+        attention = sparse_map(sums, weights, x.dtype)
+        for part, P in dsga.strips(image, weights, for_vu, rows):
+            output(P, taps[:, 2 * channels :], attention, weights, kept[part], out[part])
+    return y
+
+
+def gram(strip: Tensor, taps: Tensor, heads: int) -> Tensor:
+    """Q Kᵀ of each head and the rows' sums of squares.
+
+    Args:
+        strip: W_p LN(X) of Q and K, (rows + 2, W, 2C): with the rows above and below, or zeros; numbers
+            of a pixel side by side.
+        taps: W_d of Q and K first, (9, 2C or more).
+        heads: heads of c = C / heads channels.
+
+    Returns:
+        (heads, c + 2, c), float32: the products, then the squares of Q's rows, then those of K's.
+    """
+    rows, width, channels = strip.shape[0] - 2, strip.shape[1], strip.shape[2] // 2
+    c = channels // heads
+    segments = triton.cdiv(width, SEGMENT)
+    piece = max(LEAST_ROWS, triton.cdiv(rows * segments * heads, PROGRAMS))
+    pieces = triton.cdiv(rows, piece)
+    sums = strip.new_empty((pieces * segments, heads, c + 2, c), dtype=torch.float32)
+    _gram[(segments, pieces, heads)](
+        strip, taps, sums, rows, width, piece, strip.stride(0), strip.stride(1), channels, taps.stride(0),
+        c=c, CP=_power(c), SEGMENT=SEGMENT, PRECISION=_precision(strip),
+        num_warps=8 if c > 64 else 4, num_stages=3, maxnreg=255 if c > 64 else 168,
+    )  # fmt: skip
+    # Added up in a fixed order: atomic additions would make T_k's choice differ between runs.
+    return sums.sum(0)
+
+
+def sparse_map(sums: Tensor, weights: Weights, dtype: torch.dtype) -> Tensor:
+    """Σ_n W_n φ(T_{k_n}(A)) from what `gram` returns: (heads, c, c) of `dtype`."""
+    heads, _, c = sums.shape
+    attention = sums.new_empty((heads, c, c), dtype=dtype)
+    _map[(heads, triton.cdiv(c, MAP_ROWS))](
+        sums, weights.temperature, sums if weights.step is None else weights.step, attention,
+        c=c, CP=_power(c), ROWS=MAP_ROWS, TOP_K=weights.top_k, SCORE=weights.score,
+        EPSILON=dtsas.EPSILON**2, num_warps=4,
+    )  # fmt: skip
+    return attention
+
+
+def output(
+    strip: Tensor, taps: Tensor, attention: Tensor, weights: Weights, residual: Tensor, y: Tensor
+) -> None:
+    """Write Y = X + W_p' ( gate(U) ⊙ DTSAS(Q, K) V ) of a strip of rows into `y`.
+
+    Args:
+        strip: W_p LN(X) of V and U, as `gram` takes it.
+        taps: W_d of V and U, (9, 2C).
+        attention: the maps, (heads, c, c), of the type of the strip.
+        weights: the block's.
+        residual: X, (rows, W, C), contiguous.
+        y: the same shape, contiguous.
+    """
+    rows, width, channels = residual.shape
+    heads, c, _ = attention.shape
+    tiles = triton.cdiv(width, dfgb.BLOCK)
+    gate = GATES[0] if weights.mask is not None else GATES[1] if weights.gelu else GATES[2]
+    basis, diagonal = strip, strip  # stand-ins that no other gate reads
+    if weights.mask is not None:
+        basis, diagonal = dfgb.basis(strip.dtype, strip.device), dfgb.diagonal(weights.mask).contiguous()
+    fused = channels <= WIDEST_FUSED
+    target = y if fused else strip.new_empty(residual.shape)
+    _output[(tiles * triton.cdiv(rows, dfgb.BLOCK), 1 if fused else heads)](
+        strip, taps, attention, basis, diagonal, weights.project_out, residual, target,
+        rows, width, tiles, strip.stride(0), strip.stride(1), taps.stride(0),
+        C=channels, c=c, CP=_power(c), CO=_power(channels) if fused else 0, CHUNK=CHUNK,
+        GATE=gate, BLOCK=dfgb.BLOCK, PRECISION=_precision(strip),
+        num_warps=8 if fused and channels > 64 else 4, num_stages=1, maxnreg=128,
+    )  # fmt: skip
+    if not fused:
+        torch.add(residual, torch.nn.functional.linear(target, weights.project_out), out=y)
+
+
+def _power(n: int) -> int:
+    """The tile that holds n channels: Triton's are powers of 2, and the matrix units take 16 at least."""
+    return max(16, triton.next_power_of_2(n))
+
+
+def _precision(x: Tensor) -> str:
+    """Of products of float32: whole, where Triton would round to 10 bits.  Of no meaning for other types."""
+    return 'ieee' if x.dtype == torch.float32 else 'tf32'
+
+
+@triton.jit
+def _neighbours(P, x, width, pixel, channel, wanted):
+    """The pixels left of, at and right of x in the row that starts at `P`: three of (pixels, channels)."""
+    at = P + x[:, None] * pixel + channel[None, :]
+    left = tl.load(at - pixel, ((x > 0) & (x <= width))[:, None] & wanted[None, :], other=0.0)
+    middle = tl.load(at, (x < width)[:, None] & wanted[None, :], other=0.0)
+    right = tl.load(at + pixel, (x + 1 < width)[:, None] & wanted[None, :], other=0.0)
+    return left.to(tl.float32), middle.to(tl.float32), right.to(tl.float32)
+
+
+@triton.jit
+def _weighed(left, middle, right, taps, stride, channel, wanted):
+    """The three of `_neighbours` times a row of W_d, which starts at `taps`."""
+    w_left = tl.load(taps + channel, wanted, other=0.0).to(tl.float32)
+    w_middle = tl.load(taps + stride + channel, wanted, other=0.0).to(tl.float32)
+    w_right = tl.load(taps + 2 * stride + channel, wanted, other=0.0).to(tl.float32)
+    return left * w_left[None, :] + middle * w_middle[None, :] + right * w_right[None, :]
+
+
+@triton.jit
+def _gram(
+    P, taps, sums, rows, width, piece, row, pixel, channels, stride,
+    c: tl.constexpr, CP: tl.constexpr, SEGMENT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Sums over one segment of the columns and one piece of the rows, for one head.
+
+    The program walks down the rows, so that each is read once: a row adds to
+    the convolution of the row above it, of itself and of the row below.
+    """
+    segment, part, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    x = segment * SEGMENT + tl.arange(0, SEGMENT)
+    inside = (x < width)[:, None]
+    # Two channels a thread, which keeps its share of W_d's 18 taps in registers; with 8 they spill.
+    channel = tl.max_contiguous(tl.arange(0, CP), 2)
+    wanted = channel < c
+    top = part * piece
+    q_at = P + top.to(tl.int64) * row + head * c
+    k_at = q_at + channels
+    q_taps, k_taps = taps + head * c, taps + channels + head * c
+    band = 3 * stride
+
+    left, middle, right = _neighbours(q_at, x, width, pixel, channel, wanted)
+    q_open = _weighed(left, middle, right, q_taps, stride, channel, wanted)
+    left, middle, right = _neighbours(q_at + row, x, width, pixel, channel, wanted)
+    q_open += _weighed(left, middle, right, q_taps + band, stride, channel, wanted)
+    q_next = _weighed(left, middle, right, q_taps, stride, channel, wanted)
+    left, middle, right = _neighbours(k_at, x, width, pixel, channel, wanted)
+    k_open = _weighed(left, middle, right, k_taps, stride, channel, wanted)
+    left, middle, right = _neighbours(k_at + row, x, width, pixel, channel, wanted)
+    k_open += _weighed(left, middle, right, k_taps + band, stride, channel, wanted)
+    k_next = _weighed(left, middle, right, k_taps, stride, channel, wanted)
+
+    products = tl.zeros((CP, CP), tl.float32)
+    q_squares = tl.zeros((CP,), tl.float32)
+    k_squares = tl.zeros((CP,), tl.float32)
+    for y in range(2, tl.minimum(piece, rows - top) + 2):
+        left, middle, right = _neighbours(q_at + y * row, x, width, pixel, channel, wanted)
+        q_open += _weighed(left, middle, right, q_taps + 2 * band, stride, channel, wanted)
+        q = tl.where(inside, q_open, 0.0).to(P.dtype.element_ty)
+        q_open = q_next + _weighed(left, middle, right, q_taps + band, stride, channel, wanted)
+        q_next = _weighed(left, middle, right, q_taps, stride, channel, wanted)
+        left, middle, right = _neighbours(k_at + y * row, x, width, pixel, channel, wanted)
+        k_open += _weighed(left, middle, right, k_taps + 2 * band, stride, channel, wanted)
+        k = tl.where(inside, k_open, 0.0).to(P.dtype.element_ty)
+        k_open = k_next + _weighed(left, middle, right, k_taps + band, stride, channel, wanted)
+        k_next = _weighed(left, middle, right, k_taps, stride, channel, wanted)
+        products = tl.dot(tl.trans(q), k, products, input_precision=PRECISION)
+        q_squares += tl.sum(q.to(tl.float32) * q.to(tl.float32), 0)
+        k_squares += tl.sum(k.to(tl.float32) * k.to(tl.float32), 0)
+
+    piece_index = (part * tl.num_programs(0) + segment).to(tl.int64)
+    sums += (piece_index * tl.num_programs(2) + head) * (c + 2) * c
+    mine = wanted[:, None] & wanted[None, :]
+    tl.store(sums + channel[:, None] * c + channel[None, :], products, mine)
+    tl.store(sums + c * c + channel, q_squares, wanted)
+    tl.store(sums + (c + 1) * c + channel, k_squares, wanted)
+
+
+@triton.jit
+def _map(
+    sums, temperature, step, attention,
+    c: tl.constexpr, CP: tl.constexpr, ROWS: tl.constexpr, TOP_K: tl.constexpr, SCORE: tl.constexpr,
+    EPSILON: tl.constexpr,
+):  # fmt: skip
+    """`ROWS` rows of one head's map.  An entry passes T_k when fewer than k others of its row exceed it."""
+    head = tl.program_id(0)
+    i = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    j = tl.arange(0, CP)
+    valid = (i < c)[:, None] & (j < c)[None, :]
+    sums += head * (c + 2) * c
+    q_norm = tl.sqrt(tl.maximum(tl.load(sums + c * c + i, i < c, other=1.0), EPSILON))
+    k_norm = tl.sqrt(tl.maximum(tl.load(sums + (c + 1) * c + j, j < c, other=1.0), EPSILON))
+    alpha = tl.load(temperature + head)
+    products = tl.load(sums + i[:, None] * c + j[None, :], valid, other=0.0)
+    A = products / q_norm[:, None] / k_norm[None, :] / alpha
+    if SCORE == 'softmax':
+        largest = tl.max(tl.where(valid, A, float('-inf')), 1)
+        positive = tl.where(valid, tl.exp(A - largest[:, None]), 0.0)
+    elif SCORE == 'relu2':
+        positive = tl.maximum(A, 0.0) * tl.maximum(A, 0.0)
+    else:
+        positive = tl.maximum(A, 0.0)
+    if len(TOP_K) == 0:
+        result = positive
+        if SCORE == 'softmax':
+            result = positive / tl.sum(positive, 1)[:, None]
+    else:
+        rank = tl.zeros((ROWS, CP), tl.int32)
+        for m in range(c):
+            one = tl.load(sums + i * c + m, i < c, other=0.0)
+            m_norm = tl.sqrt(tl.maximum(tl.load(sums + (c + 1) * c + m), EPSILON))
+            rank += ((one / q_norm / m_norm / alpha)[:, None] > A).to(tl.int32)
+        factor = tl.zeros((ROWS, CP), tl.float32)
+        for n in tl.static_range(len(TOP_K)):
+            kept = tl.where(rank < TOP_K[n], 1.0, 0.0)
+            if SCORE == 'softmax':
+                kept = kept / tl.sum(kept * positive, 1)[:, None]
+            factor += tl.load(step + n) * kept
+        result = positive * factor
+    at = attention + (head * c + i[:, None]) * c + j[None, :]
+    tl.store(at, result.to(attention.dtype.element_ty), valid)
+
+
+@triton.jit
+def _convolved(P, taps, y, x, width, row, pixel, stride, channel, wanted):
+    """W_d P at the pixels (y, x), (pixels, channels)."""
+    total = tl.zeros((x.shape[0], channel.shape[0]), tl.float32)
+    for i in tl.static_range(3):
+        at = P + ((y + i) * row)[:, None]
+        value_at = at + x[:, None] * pixel + channel[None, :]
+        for j in tl.static_range(3):
+            column = x + j - 1
+            inside = ((column >= 0) & (column < width))[:, None] & wanted[None, :]
+            value = tl.load(value_at + (j - 1) * pixel, inside, other=0.0).to(tl.float32)
+            tap = tl.load(taps + (3 * i + j) * stride + channel, wanted, other=0.0).to(tl.float32)
+            total += value * tap[None, :]
+    return total
+
+
+@triton.jit
+def _output(
+    P, taps, attention, basis, diagonal, project_out, residual, Y,
+    rows, width, tiles, row, pixel, stride,
+    C: tl.constexpr, c: tl.constexpr, CP: tl.constexpr, CO: tl.constexpr, CHUNK: tl.constexpr,
+    GATE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One of DFGB's 8×8 blocks: Y, or one head's gated product where CO is 0."""
+    tile = tl.program_id(0)
+    p = tl.arange(0, BLOCK * BLOCK)
+    y = tile // tiles * BLOCK + p // BLOCK
+    x = tile % tiles * BLOCK + p % BLOCK
+    inside = ((y < rows) & (x < width))[:, None]
+    pixels = (y.to(tl.int64) * width + x)[:, None] * C
+    # DFGB repeats the border up to whole blocks.
+    y, x = tl.minimum(y, rows - 1), tl.minimum(x, width - 1)
+    channel = tl.arange(0, CP)
+    wanted = channel < c
+    few = tl.arange(0, CHUNK)
+    kind = P.dtype.element_ty
+    if GATE == 'dfgb':
+        B = tl.load(basis + p[:, None] * (BLOCK * BLOCK) + p[None, :])
+    if CO:
+        out = tl.arange(0, CO)
+        total = tl.zeros((BLOCK * BLOCK, CO), tl.float32)
+    first = tl.program_id(1) * c
+    last = first + c if not CO else C
+    while first < last:
+        V = _convolved(P + first, taps + first, y, x, width, row, pixel, stride, channel, wanted).to(kind)
+        for done in range(0, c, CHUNK):
+            some = first + done + few
+            # Aᵀ, (j, i)
+            A = tl.load(attention + some[None, :] * c + channel[:, None], wanted[:, None], other=0.0)
+            product = tl.dot(V, A, input_precision=PRECISION)
+            U = _convolved(P + C, taps + C, y, x, width, row, pixel, stride, some, few < CHUNK)
+            if GATE == 'dfgb':
+                spectrum = tl.dot(B, U.to(kind), input_precision=PRECISION)
+                m = tl.load(diagonal + p[:, None] * C + some[None, :])
+                U = tl.dot(tl.trans(B), (spectrum * m).to(kind), input_precision=PRECISION)
+            if GATE != 'none':
+                U = 0.5 * U * (1.0 + tl.erf(U * 0.7071067811865476))
+            gated = (U * product).to(kind)
+            if CO:
+                W = tl.load(project_out + out[None, :] * C + some[:, None], (out < C)[None, :], other=0.0)
+                total = tl.dot(gated, W, total, input_precision=PRECISION)
+            else:
+                tl.store(Y + pixels + some[None, :], gated, inside)
+        first += c
+    if CO:
+        mine = inside & (out < C)[None, :]
+        at = pixels + out[None, :]
+        total += tl.load(residual + at, mine, other=0.0).to(tl.float32)
+        tl.store(Y + at, total.to(Y.dtype.element_ty), mine)

@@ -1,0 +1,58 @@
+"""A compiled form of the block is tried on a small image before it is trusted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dsgformer_arch.ops import dsga
+
+
+def error(
+    form: Callable[[Tensor, Tensor, dsga.Weights], Tensor],
+    channels: int,
+    heads: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> float:
+    """How far `form` is from the eager one in float32, over the largest number of that.
+
+    Args:
+        form: takes x, the residual and the weights as `dsga.whole` does.
+        channels: C.
+        heads: heads of the attention.
+        dtype: of x and of the weights.
+        device: where to compute.
+    """
+    x = _random(1, 11, 13, channels) * 4
+    parameters = {
+        'norm_weight': torch.ones(channels),
+        'norm_bias': torch.zeros(channels),
+        'project_in': _random(4 * channels, channels),
+        'depthwise': _random(4 * channels, 1, 3, 3),
+        'project_out': _random(channels, channels),
+        'temperature': torch.ones(heads, 1, 1),
+        'mask': 1 + _random(channels, 8, 5),
+    }
+    wide = {'norm_weight', 'norm_bias', 'temperature', 'mask'}
+
+    def weights(kind: torch.dtype) -> dsga.Weights:
+        tensors = {
+            name: value.to(device, torch.float32 if name in wide else kind)
+            for name, value in parameters.items()
+        }
+        return dsga.Weights(**tensors, step=None, heads=heads, top_k=(), score='relu2', gelu=True)
+
+    x = x.to(device)
+    with torch.no_grad():
+        expected = dsga.whole(x, x, weights(torch.float32))
+        given = form(x.to(dtype), x.to(dtype), weights(dtype))
+    return ((given - expected).abs().max() / expected.abs().max()).item()
+
+
+def _random(*shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    numbers = torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+    return numbers.bfloat16().float()  # so that no type rounds them
