@@ -13,15 +13,16 @@ the same arithmetic stand here:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from dsgformer_arch.ops import dfgb, dtsas, native
@@ -120,11 +121,14 @@ def forward(block: DSGA, X: Tensor) -> Tensor:
         x = residual.to(dtype)
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             y = whole(x, residual, weights)
+        elif (triton := _triton(x, weights)) is not None:
+            if torch.is_grad_enabled():
+                y = without_activations(triton.restored, residual, weights)
+            else:
+                y = triton.restored(x, residual, weights)
         elif torch.is_grad_enabled():
             keep = not block.recompute and x.nbytes <= KEPT_BYTES.get(device, 0)
             y = whole(x, residual, weights) if keep else recomputing(x, residual, weights, block.recompute)
-        elif (triton := _triton(x, weights)) is not None:
-            y = triton.restored(x, residual, weights)
         elif strip_rows(x) >= x.shape[1]:
             y = whole(x, residual, weights)
         else:
@@ -165,6 +169,47 @@ def recomputing(x: Tensor, residual: Tensor, weights: Weights, everything: bool)
     if everything:
         return run(whole, x, residual, weights)
     return run(gated, run(projected, x, weights), residual, weights)
+
+
+Form = Callable[[Tensor, Tensor, Weights], Tensor]
+"""A form of the block that takes what `whole` takes."""
+
+
+def without_activations(form: Form, residual: Tensor, weights: Weights) -> Tensor:
+    """`form(x, residual, weights)`, made differentiable: the backward pass runs `whole` on the same X.
+
+    Nothing but X is kept, at the price of one product more than `recomputing` repeats.  There is no
+    second derivative.
+    """
+    tensors = {name: value for name, value in vars(weights).items() if isinstance(value, Tensor)}
+    return cast(Tensor, _WithoutActivations.apply(form, weights, tuple(tensors), residual, *tensors.values()))
+
+
+class _WithoutActivations(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, form: Form, weights: Weights, names: tuple[str, ...], residual: Tensor, *tensors: Tensor
+    ) -> Tensor:
+        ctx.rest = {name: value for name, value in vars(weights).items() if name not in names}
+        ctx.names = names
+        ctx.save_for_backward(residual, *tensors)
+        return form(residual.to(weights.project_in.dtype), residual, weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad[3:]
+        with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
+            kept = [
+                value.detach().requires_grad_(needed)
+                for value, needed in zip(ctx.saved_tensors, wanted, strict=True)
+            ]
+            residual, tensors = kept[0], dict(zip(ctx.names, kept[1:], strict=True))
+            weights = Weights(**tensors, **ctx.rest)
+            y = whole(residual.to(weights.project_in.dtype), residual, weights)
+        given = [value for value in kept if value.requires_grad]
+        gradients = iter(torch.autograd.grad(y, given, grad))
+        return None, None, None, *(next(gradients) if needed else None for needed in wanted)
 
 
 def projected(x: Tensor, weights: Weights) -> Tensor:

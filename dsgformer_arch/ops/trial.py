@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -11,7 +9,7 @@ from dsgformer_arch.ops import dsga
 
 
 def error(
-    form: Callable[[Tensor, Tensor, dsga.Weights], Tensor],
+    form: dsga.Form,
     channels: int,
     heads: int,
     dtype: torch.dtype,
@@ -20,7 +18,7 @@ def error(
     """How far `form` is from the eager one in float32, over the largest number of that.
 
     Args:
-        form: takes x, the residual and the weights as `dsga.whole` does.
+        form: what is tried.
         channels: C.
         heads: heads of the attention.
         dtype: of x and of the weights.

@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsgformer_arch.archs.dsgformer_arch import DSGA
-from dsgformer_arch.ops import dsga
+from dsgformer_arch import ops
+from dsgformer_arch.archs.dsgformer_arch import DSGA, DSGformer
+from dsgformer_arch.ops import dsga, native
 from tests.ops.test_dsga import SWITCHES, _block, _error, _image
 
 pytest.importorskip('triton', reason='Triton is not installed')
@@ -101,6 +102,69 @@ def test_the_residual_keeps_its_type(interpreted: ModuleType) -> None:
     y = _restored(interpreted, block.float(), X.float(), torch.float16)
     assert y.dtype == torch.float32
     assert _error(y, exact) < 1e-3
+
+
+@pytest.mark.parametrize('frozen', [False, True])
+def test_gradients_equal_the_literal_ones(interpreted: ModuleType, frozen: bool) -> None:
+    block, X = _block(48, 1), _image(2, 48, 12, 9)
+    inputs = [X.requires_grad_(not frozen), *block.parameters()]
+    block.depthwise.requires_grad_(not frozen)
+    literal = block.literal(X)
+    seed = torch.randn_like(literal)
+    theirs = torch.autograd.grad(literal, [value for value in inputs if value.requires_grad], seed)
+
+    block.float()
+    residual = X.detach().float().permute(0, 2, 3, 1).contiguous().requires_grad_(not frozen)
+    weights = dsga.Weights.of(block, torch.float32)
+    y = dsga.without_activations(interpreted.restored, residual, weights)
+    given = [value for value in (residual, *block.parameters()) if value.requires_grad]
+    ours = torch.autograd.grad(y, given, seed.permute(0, 2, 3, 1).float())
+    for mine, exact in zip(ours, theirs, strict=True):
+        mine = mine.permute(0, 3, 1, 2) if mine.shape != exact.shape else mine
+        assert _error(mine, exact) < 1e-5
+
+
+def test_training_keeps_nothing_but_x(interpreted: ModuleType) -> None:
+    block, X = _block(32, 2).float(), _image(1, 32, 64, 64).float()
+    residual = X.permute(0, 2, 3, 1).contiguous().requires_grad_()
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    weights = dsga.Weights.of(block, torch.float32)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        dsga.without_activations(interpreted.restored, residual, weights)
+    assert residual.nbytes <= sum(sizes.values()) < 1.1 * residual.nbytes
+
+
+def test_the_network_restores_and_trains_with_them(
+    interpreted: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = DSGformer(width=16, num_blocks=(1, 1, 1, 1))
+    calls: list[tuple[int, ...]] = []
+
+    def restored(x: Tensor, residual: Tensor, weights: dsga.Weights) -> Tensor:
+        calls.append(tuple(x.shape))
+        return interpreted.restored(x, residual, weights)
+
+    kernels = SimpleNamespace(restored=restored)
+    monkeypatch.setattr(dsga, '_triton', lambda x, weights: kernels)
+    monkeypatch.setattr(native, 'computes_in', lambda x, *widths: None)
+    image = torch.rand(2, 3, 17, 24)
+    with ops.use('plain'):
+        literal = network(image)
+        theirs = torch.autograd.grad(literal.square().mean(), list(network.parameters()))
+    assert not calls
+    with torch.inference_mode():
+        torch.testing.assert_close(network(image), literal)
+    assert len(calls) == 7
+    ours = torch.autograd.grad(network(image).square().mean(), list(network.parameters()))
+    assert len(calls) == 14
+    for mine, exact in zip(ours, theirs, strict=True):
+        assert _error(mine, exact.double()) < 1e-4
 
 
 def test_the_trial_tells_right_from_wrong(interpreted: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
