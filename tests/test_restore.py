@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from dsgformer_arch.restore import final_output, order_memory, predict, restore, tile_starts
+from dsgformer_arch import restore as restoring
+from dsgformer_arch.restore import CudaGraphs, final_output, order_memory, predict, restore, tile_starts
 
 
 class Blur(nn.Module):
@@ -113,3 +116,62 @@ def test_memory_order_takes_kernels_and_leaves_the_rest() -> None:
     assert network.weight.is_contiguous(memory_format=torch.channels_last)
     for parameter, value in zip(network.parameters(), values, strict=True):
         assert torch.equal(parameter, value)
+
+
+class TestCudaGraphs:
+    """Without a GPU: a recording is a call that writes where the first one wrote."""
+
+    @pytest.fixture(autouse=True)
+    def _recordings(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.recorded = 0
+
+        def recorded(call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+            self.recorded += 1
+            result = call()
+
+            def replay() -> None:
+                with torch.inference_mode():
+                    result.copy_(call())
+
+            return replay, result
+
+        monkeypatch.setattr(restoring, '_recorded', recorded)
+        monkeypatch.setattr(torch.cuda, 'device', lambda device: contextlib.nullcontext())
+
+    def test_equals_restoring(self) -> None:
+        network = Shifted()
+        graphs = CudaGraphs(network)
+        images = [torch.rand(1, 3, 21, 17) for _ in range(3)]
+        with torch.inference_mode():
+            results = [graphs(images[0])]
+        results += [graphs(image) for image in images[1:]]
+        for image, result in zip(images, results, strict=True):
+            assert torch.equal(result, restore(network, image))
+        assert self.recorded == 1
+        assert network.training
+
+    def test_records_each_size_and_order_once(self) -> None:
+        graphs = CudaGraphs(Blur(), sizes=2)
+        image, other, third = torch.rand(1, 3, 24, 16), torch.rand(1, 3, 16, 24), torch.rand(2, 3, 16, 16)
+        for _ in range(2):
+            graphs(image)
+            graphs(other)
+        assert self.recorded == 2
+        graphs(image.contiguous(memory_format=torch.channels_last))
+        assert self.recorded == 3  # and the first is forgotten
+        graphs(other)
+        assert self.recorded == 3
+        graphs(third)
+        graphs(image)
+        assert self.recorded == 5
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU here')
+def test_cuda_graphs_equal_restoring() -> None:
+    from dsgformer_arch import zoo
+
+    network = zoo.create('dsgformer_t').cuda()
+    graphs = CudaGraphs(network, 'bf16')
+    for size in ((64, 48), (41, 56), (64, 48)):
+        image = torch.rand(1, 3, *size, device='cuda')
+        assert torch.equal(graphs(image), restore(network, image, precision='bf16'))

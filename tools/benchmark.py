@@ -85,6 +85,12 @@ def speed(command: argparse.ArgumentParser) -> None:
         action='store_true',
         help='on a CPU, let all systems keep freed memory for their next tensors, as test and quality do',
     )
+    command.add_argument(
+        '--cuda-graphs', action='store_true', help="replay each system's kernels as a CUDA graph"
+    )
+    command.add_argument(
+        '--roofline', action='store_true', help='measure what the device can do at best, and compare'
+    )
     common(command, 'speed')
 
 

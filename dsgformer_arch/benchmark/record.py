@@ -210,6 +210,11 @@ def markdown_table(columns: Mapping[str, str], rows: Iterable[Mapping[str, Any]]
     return '\n'.join(lines)
 
 
+def filled(columns: Mapping[str, str], cells: Sequence[Mapping[str, str | None]]) -> dict[str, str]:
+    """The columns that have a value in some row."""
+    return {key: head for key, head in columns.items() if any(cell.get(key) for cell in cells)}
+
+
 def made(record: Record) -> dict[str, str]:
     """How a record's numbers were made: protocol, machine, versions and date, in words."""
     e = record.environment

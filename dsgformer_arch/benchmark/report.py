@@ -155,11 +155,6 @@ def sections(results: Sequence[Result]) -> list[Section]:
     ]
 
 
-def filled(columns: Mapping[str, str], cells: Sequence[Mapping[str, str | None]]) -> dict[str, str]:
-    """The columns that have a value in some row."""
-    return {key: head for key, head in columns.items() if any(cell.get(key) for cell in cells)}
-
-
 def facts(record: records.Record) -> Facts:
     """How a record's numbers were made."""
     return Facts(
@@ -365,7 +360,7 @@ def quality_section(result: Result) -> Section:
     """One run of `quality`."""
     record = result.record
     cells = quality.cells(record)
-    columns = filled(quality.columns_of(record), cells)
+    columns = records.filled(quality.columns_of(record), cells)
     data = record.settings['data']
     caption = f'Means over the images of {data}; PSNR in dB. {quality.weights_text(record)}'
     elements: list[Element] = [Table(columns, cells, caption, own=frozenset({OWN}))]
@@ -407,7 +402,7 @@ def speed_section(result: Result) -> Section:
     timed = sum(bool(row.get('latency_ms')) for row in record.rows)
     cells = speed.cells(record)
     alike = {key for key in ('size', 'mode') if len({cell[key] for cell in cells}) == 1}
-    columns = filled({key: head for key, head in speed.COLUMNS.items() if key not in alike}, cells)
+    columns = records.filled({key: head for key, head in speed.COLUMNS.items() if key not in alike}, cells)
     caption = (
         f'Ratio: how many times as long as {record.settings["models"][0]} at the same size. Spread: (largest '
         '- smallest) / median.'

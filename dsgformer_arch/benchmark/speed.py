@@ -29,16 +29,21 @@ from dsgformer_arch import zoo
 from dsgformer_arch.allocator import keep_freed_memory
 from dsgformer_arch.benchmark import machine
 from dsgformer_arch.benchmark import record as records
+from dsgformer_arch.benchmark import roofline as roofs
 from dsgformer_arch.complexity import multiply_adds
 from dsgformer_arch.errors import UserError
 from dsgformer_arch.progress import track
-from dsgformer_arch.restore import PRECISIONS, final_output, order_memory, predict, restore
+from dsgformer_arch.restore import PRECISIONS, CudaGraphs, final_output, order_memory, predict, restore
 
 PROTOCOL = """\
 Latency: median over {rounds} turns, each of which measures every system once, after one untimed call; \
 spread is (largest - smallest) / median. The clock covers a whole call on data that is already on the device \
 {clock}. Multiply-adds: the whole forward pass at the given size, products of attention and FFTs included. \
 Memory: {memory}. Freed memory is {freed}. Ratios are to {first}."""
+
+ROOFLINE = """\
+The roofline is the larger of two times: two operations for each multiply-add at the rate of the \
+product, and, for DSGformer, two reads of X and one write of Y for each block at the rate of the copy."""
 
 SWEEP = (128, 192, 256, 384, 512, 768)
 """Sides of the square images of `--scaling`."""
@@ -57,6 +62,7 @@ class Variant:
     precision: str = 'fp32'
     channels_last: bool = False
     compiled: bool = False
+    cuda_graph: bool = False
 
     def key(self) -> dict[str, Any]:
         """What identifies its row."""
@@ -66,6 +72,7 @@ class Variant:
             'precision': self.precision,
             'channels_last': self.channels_last,
             'compile': self.compiled,
+            'cuda_graph': self.cuda_graph,
         }
 
 
@@ -83,6 +90,8 @@ def run(
     rounds: int = 5,
     no_memory: bool = False,
     keep_memory: bool = False,
+    cuda_graphs: bool = False,
+    roofline: bool = False,
     out: Path = Path('results/benchmark/speed'),
     resume: bool = False,
 ) -> int:
@@ -102,6 +111,8 @@ def run(
         rounds: turns.
         no_memory: leave peak memory out.
         keep_memory: on a CPU, let the process keep freed memory for its next tensors, see `allocator`.
+        cuda_graphs: replay each system's kernels as a CUDA graph; with `best`, try that too.
+        roofline: measure what the device can do at best, and compare.
         out: results without their ending.
         resume: keep the rows that `out`.json has.
 
@@ -113,20 +124,24 @@ def run(
     settings = {
         'models': list(models), 'sizes': sizes, 'device': device, 'precision': precision, 'compile': compile,
         'channels_last': channels_last, 'batch': batch, 'train': train, 'best': best, 'rounds': rounds,
-        'keep_memory': keep_memory,
+        'keep_memory': keep_memory, 'cuda_graphs': cuda_graphs, 'roofline': roofline,
         'threads': torch.get_num_threads(),
     }  # fmt: skip
+    if cuda_graphs and (target.type != 'cuda' or train):
+        raise UserError('--cuda-graphs is for restoring with --device cuda; leave it out')
     path = records.beside(out, '.json')
     if keep_memory and not keep_freed_memory():
         raise UserError('--keep-memory needs glibc, as most Linux systems have it; leave it out')
     protocol = describe(device, rounds, models[0], keep_memory)
     record = records.start('speed', settings, protocol, path, resume)
     for height, width in sizes:
-        variants = expand(models, height, width, precision, channels_last, compile, best)
+        variants = expand(models, height, width, precision, channels_last, compile, best, cuda_graphs)
         todo = [variant for variant in variants if record.find(**variant.key()) is None]
         if todo:
             record.rows += measure(todo, target, batch, train, rounds, not no_memory, keep_memory)
             record.save(path)
+    if roofline:
+        compare(record, target, batch, train)
     if scaling:
         record.extra['growth'] = {name: growth(record.rows, name) for name in models}
     record.save(path)
@@ -145,17 +160,20 @@ def expand(
     channels_last: bool,
     compiled: bool,
     best: bool,
+    cuda_graphs: bool = False,
 ) -> list[Variant]:
     """The variants to measure at one size."""
     if not best:
-        return [Variant(name, height, width, precision, channels_last, compiled) for name in models]
+        one = (height, width, precision, channels_last, compiled, cuda_graphs)
+        return [Variant(name, *one) for name in models]
     precisions = dict.fromkeys(['fp32', precision])
     return [
-        Variant(name, height, width, kind, order, built)
+        Variant(name, height, width, kind, order, built, graph)
         for name in models
         for kind in precisions
         for order in (False, True)
         for built in dict.fromkeys([False, compiled])
+        for graph in dict.fromkeys([False, cuda_graphs])
     ]
 
 
@@ -174,7 +192,7 @@ def measure(
     calls: dict[int, Callable[[], None]] = {}
     for i, variant in enumerate(track(variants, 'preparing')):
         with attempt(rows[i], device):
-            alone = train or variant.compiled
+            alone = train or variant.compiled or variant.cuda_graph
             network = None if alone else networks.get(variant.model)
             if network is None:
                 network = zoo.create(variant.model).to(device)
@@ -183,7 +201,7 @@ def measure(
             call = prepare(network, variant, device, batch, train)
             started = time.perf_counter()
             call()  # what is set up, compiled or cached at the first call
-            synchronise(device)
+            roofs.wait(device)
             rows[i]['first_call_ms'] = 1e3 * (time.perf_counter() - started)
             calls[i] = call
         machine.release(device)
@@ -240,6 +258,13 @@ def prepare(
     if train:
         return training_step(order_memory(network, order), image, variant)
     target = compiled(network) if variant.compiled else network
+    if variant.cuda_graph:
+        graphs = CudaGraphs(order_memory(target, order), variant.precision)
+
+        def replayed_call() -> None:
+            graphs(image)
+
+        return replayed_call
 
     def call() -> None:
         restore(target, image, precision=variant.precision)
@@ -275,6 +300,21 @@ def training_step(network: nn.Module, image: Tensor, variant: Variant) -> Callab
     return call
 
 
+def compare(record: records.Record, device: torch.device, batch: int, train: bool) -> None:
+    """Add to each row the least time that the measured ceilings of the device allow.
+
+    A training step takes three times the work of restoring: forward, and two products backward for each.
+    """
+    rates = {kind: roofs.measure(device, kind) for kind in {row['precision'] for row in record.rows}}
+    record.extra['rates'] = {kind: rate.as_dict() for kind, rate in sorted(rates.items())}
+    times = batch * (3 if train else 1)
+    for row in record.rows:
+        height, width = map(int, row['size'].split('x'))
+        traffic = roofs.least_traffic(row['model'], height, width, row['precision'])
+        rate = rates[row['precision']]
+        row['floor_ms'] = 1e3 * rate.floor(times * row['multiply_adds'], times * traffic)
+
+
 def clock(call: Callable[[], None], device: torch.device) -> float:
     """Seconds of one call, the mean over as many as fit in `SECONDS_A_TURN`."""
     count = 0
@@ -294,11 +334,6 @@ def clock(call: Callable[[], None], device: torch.device) -> float:
         call()
         count += 1
     return (time.perf_counter() - begun) / count
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
 
 
 # Peak memory: on a CPU only a process of its own can tell.
@@ -397,7 +432,7 @@ def growth(rows: Sequence[dict[str, Any]], name: str) -> dict[str, float]:
 COLUMNS = {
     'model': 'system', 'size': 'size', 'mode': 'precision', 'parameters': 'parameters',
     'macs': 'multiply-adds', 'latency': 'latency', 'spread': 'spread', 'ratio': 'ratio', 'rate': 'MP/s',
-    'memory': 'peak memory', 'first': 'first call',
+    'memory': 'peak memory', 'first': 'first call', 'floor': 'roofline', 'over': 'times the roofline',
 }  # fmt: skip
 
 
@@ -418,13 +453,22 @@ def cells(record: records.Record) -> list[dict[str, str | None]]:
             'rate': f'{row["megapixels_per_second"]:.3f}' if 'megapixels_per_second' in row else None,
             'memory': f'{memory:.0f} MiB' if memory else row.get('memory_note'),
             'first': f'{row["first_call_ms"]:.0f} ms' if 'first_call_ms' in row else None,
+            'floor': f'{row["floor_ms"]:.3g} ms' if 'floor_ms' in row else None,
+            'over': over_the_roofline(row),
         })  # fmt: skip
     return rows
 
 
+def over_the_roofline(row: dict[str, Any]) -> str | None:
+    if not row.get('latency_ms') or 'floor_ms' not in row:
+        return None
+    return f'{row["latency_ms"] / row["floor_ms"]:.1f}'
+
+
 def table(record: records.Record) -> str:
     """All rows as a Markdown table."""
-    return records.markdown_table(COLUMNS, cells(record))
+    rows = cells(record)
+    return records.markdown_table(records.filled(COLUMNS, rows), rows)
 
 
 GROWTH_COLUMNS = {'model': 'system', 'latency_ms': 'time ~ pixels^', 'peak_memory_mib': 'memory ~ pixels^'}
@@ -450,6 +494,7 @@ def conditions(record: records.Record) -> str:
     s = record.settings
     size = 'by image size' if 'growth' in record.extra else ', '.join(f'{h}×{w}' for h, w in s['sizes'])
     modes = ', best mode' * s['best'] + ', memory kept' * s.get('keep_memory', False)
+    modes += ', CUDA graphs' * s.get('cuda_graphs', False)
     return f'{s["device"]}, {s["precision"]}{modes}, {size}'
 
 
@@ -459,7 +504,19 @@ def page(record: records.Record) -> str:
     if record.extra.get('growth'):
         fits = records.markdown_table(GROWTH_COLUMNS, growth_cells(record))
         parts += ['## Growth with the number of pixels', fits]
+    if record.extra.get('rates'):
+        parts += ['## Roofline', ceilings(record)]
     return records.markdown_page(title(record), record, parts)
+
+
+def ceilings(record: records.Record) -> str:
+    """What the device can do at best, in sentences."""
+    rates = [
+        f'{kind}: {rate["operations"] / 1e12:.3g} TFLOP/s in a product of large matrices, '
+        f'{rate["bytes"] / 1e9:.3g} GB/s read and written in a copy.'
+        for kind, rate in record.extra['rates'].items()
+    ]
+    return '\n'.join([*rates, ROOFLINE])
 
 
 def plot(axis: Axes, record: records.Record) -> None:
@@ -500,8 +557,9 @@ def labels(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def mode(row: dict[str, Any]) -> str:
-    """Precision, memory order and compilation of a row."""
-    return row['precision'] + ', channels-last' * row['channels_last'] + ', compiled' * row['compile']
+    """Precision, memory order, compilation and recording of a row."""
+    orders = ', channels-last' * row['channels_last'] + ', compiled' * row['compile']
+    return row['precision'] + orders + ', CUDA graph' * row.get('cuda_graph', False)
 
 
 def short(number: float) -> str:

@@ -10,13 +10,14 @@ from typing import Any
 import cv2
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dsgformer_arch import zoo
 from dsgformer_arch.benchmark import speed
 from dsgformer_arch.benchmark.speed import resident_peak_mib
 from dsgformer_arch.complexity import multiply_adds
 from dsgformer_arch.errors import UserError
+from dsgformer_arch.restore import restore
 from tests.benchmark.conftest import Greedy, make, speed_row
 
 CPU = torch.device('cpu')
@@ -259,3 +260,31 @@ def test_keeping_memory_is_asked_for_and_said(tmp_path: Path, monkeypatch: pytes
     assert len(asked) == 1
     with pytest.raises(UserError, match='--keep-memory needs glibc'):
         speed.run(['tiny'], keep_memory=True, out=tmp_path / 'again', **QUICK)
+
+
+def test_cuda_graphs_are_for_restoring_on_a_gpu(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match='--cuda-graphs'):
+        speed.run(['tiny'], cuda_graphs=True, out=tmp_path / 's')
+    assert not list(tmp_path.iterdir())
+
+
+def test_cuda_graphs_have_rows_and_networks_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    networks: list[nn.Module] = []
+
+    class Graphs:
+        def __init__(self, network: nn.Module, precision: str) -> None:
+            networks.append(network)
+            self.network = network
+
+        def __call__(self, image: Tensor) -> Tensor:
+            return restore(self.network, image)
+
+    monkeypatch.setattr(speed, 'CudaGraphs', Graphs)
+    variants = speed.expand(['tiny'], 16, 16, 'fp32', False, False, best=True, cuda_graphs=True)
+    rows = speed.measure(variants, CPU, batch=1, train=False, rounds=1, memory=False)
+    assert [(row['channels_last'], row['cuda_graph']) for row in rows] == [
+        (False, False), (False, True), (True, False), (True, True),
+    ]  # fmt: skip
+    assert len({id(network) for network in networks}) == 2
+    assert speed.mode(rows[3]) == 'fp32, channels-last, CUDA graph'
+    assert all(row['latency_ms'] > 0 for row in rows)

@@ -51,13 +51,14 @@ def called(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def test_the_options_of_speed_arrive(called: dict[str, Any]) -> None:
     code = status(
         'speed', '--models', 'dsgformer_t, restormer', '--size', 64, '--size', '72x128', '--precision',
-        'bf16', '--channels-last', '--batch', 2, '--train', '--out', 'a/b.json',
+        'bf16', '--channels-last', '--batch', 2, '--train', '--roofline', '--out', 'a/b.json',
     )  # fmt: skip
     assert code == 0
     assert called['models'] == ['dsgformer_t', 'restormer']
     assert called['size'] == [(64, 64), (72, 128)]
     assert (called['precision'], called['batch'], called['train']) == ('bf16', 2, True)
     assert (called['channels_last'], called['compile'], called['best']) == (True, False, False)
+    assert (called['roofline'], called['cuda_graphs']) == (True, False)
     assert called['out'] == Path('a/b')
 
 
