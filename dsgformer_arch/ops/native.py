@@ -221,7 +221,7 @@ def _works(dtype: torch.dtype) -> bool:
 
     try:
         library()
-        error = trial.error(form, 2 * LANES, 2, dtype, torch.device('cpu'))
+        error = trial.error(form, 2 * LANES, 2, dtype, torch.device('cpu'), torch.float32)
     except (OSError, RuntimeError, subprocess.SubprocessError) as reason:
         _LOG.info('the eager form of DSGA runs, as there is no kernel for %s here: %s', dtype, reason)
         return False

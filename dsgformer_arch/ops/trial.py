@@ -14,6 +14,7 @@ def error(
     heads: int,
     dtype: torch.dtype,
     device: torch.device,
+    weights_dtype: torch.dtype | None = None,
 ) -> float:
     """How far `form` is from the eager one in float32, over the largest number of that.
 
@@ -21,8 +22,9 @@ def error(
         form: what is tried.
         channels: C.
         heads: heads of the attention.
-        dtype: of x and of the weights.
+        dtype: of x.
         device: where to compute.
+        weights_dtype: of the weights that `form` takes; that of x by default.
     """
     x = _random(1, 11, 13, channels) * 4
     parameters = {
@@ -46,7 +48,7 @@ def error(
     x = x.to(device)
     with torch.no_grad():
         expected = dsga.whole(x, x, weights(torch.float32))
-        given = form(x.to(dtype), x.to(dtype), weights(dtype))
+        given = form(x.to(dtype), x.to(dtype), weights(weights_dtype or dtype))
     return ((given - expected).abs().max() / expected.abs().max()).item()
 
 

@@ -262,6 +262,9 @@ class TestKernel:
         if not native._works(torch.float32):
             pytest.skip('no compiler, or no small matrix products for this processor')
 
+    def test_bfloat16_works_where_the_processor_has_it(self) -> None:
+        assert native._works(torch.bfloat16) or not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
     @pytest.mark.parametrize('threads', [1, 3])
     @pytest.mark.parametrize('size', [*SIZES, (1, 70, 140), (1, 8, 300)])
     @pytest.mark.parametrize(('channels', 'heads'), [(16, 1), (96, 2), (80, 1)])
