@@ -55,7 +55,7 @@ def order_memory(network: nn.Module, memory_format: torch.memory_format) -> nn.M
     `nn.Module.to(memory_format=…)` stops at parameters of five dimensions, as FFTformer has them.
     """
     for parameter in network.parameters():
-        if parameter.ndim == 4:
+        if parameter.ndim == 4 and not parameter.is_contiguous(memory_format=memory_format):
             parameter.data = parameter.data.contiguous(memory_format=memory_format)
     return network
 
@@ -63,13 +63,17 @@ def order_memory(network: nn.Module, memory_format: torch.memory_format) -> nn.M
 @contextlib.contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
     """Evaluation mode and no gradients inside, the former mode afterwards."""
+    # Changing the mode visits every module twice: milliseconds, which small images would notice.
+    changed = any(module.training for module in network.modules())
     training = network.training
-    network.eval()
+    if changed:
+        network.eval()
     try:
         with torch.inference_mode():
             yield
     finally:
-        network.train(training)
+        if changed:
+            network.train(training)
 
 
 def restore(

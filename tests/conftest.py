@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-# Triton decides when it is imported whether kernels are interpreted, and PyTorch's compiler may import it.
-os.environ.setdefault('TRITON_INTERPRET', '1')
-
 import torch
+
+# Triton decides when it is imported whether kernels are interpreted, and what follows may import it.
+if not torch.cuda.is_available():
+    os.environ.setdefault('TRITON_INTERPRET', '1')
 
 import dsgformer_arch  # noqa: F401  (repairs BasicSR before any test imports it)
 

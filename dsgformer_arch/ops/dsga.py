@@ -37,6 +37,9 @@ STRIP_BYTES = {'cpu': 4 << 20}
 ACCELERATOR_STRIP_BYTES = 512 << 20
 """The same elsewhere, where strips only bound the memory of very large images."""
 
+LN_EPSILON = 1e-5
+"""What LN adds to the variance, PyTorch's default."""
+
 KEPT_BYTES = {'cpu': 16 << 20}
 """By device type, the size of X up to which training keeps what `recomputing` would compute again.
 
@@ -217,13 +220,19 @@ def projected(x: Tensor, weights: Weights) -> Tensor:
     return F.linear(normalised(x, weights), weights.project_in)
 
 
+def project(x: Tensor, weights: Weights, project_in: Tensor, P: Tensor) -> None:
+    """Write W_p LN(x) into `P`; both of (rows, W, channels), contiguous."""
+    channels = x.shape[-1]
+    torch.mm(normalised(x, weights).view(-1, channels), project_in.t(), out=P.view(-1, P.shape[-1]))
+
+
 def normalised(x: Tensor, weights: Weights) -> Tensor:
     """LN(x) over the channels, the last dimension."""
     weight, bias = weights.norm_weight, weights.norm_bias
     if torch.is_grad_enabled() and x.device.type == 'cpu':
         # In bfloat16 a CPU's kernel would sum the gradients of weight and bias in bfloat16 (torch 2.13).
-        return F.layer_norm(x.to(weight.dtype), x.shape[-1:], weight, bias).to(x.dtype)
-    return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype))
+        return F.layer_norm(x.to(weight.dtype), x.shape[-1:], weight, bias, LN_EPSILON).to(x.dtype)
+    return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), LN_EPSILON)
 
 
 def gated(P: Tensor, residual: Tensor, weights: Weights) -> Tensor:
@@ -317,7 +326,13 @@ def in_strips(x: Tensor, residual: Tensor, weights: Weights) -> Tensor:
     return y
 
 
-def strips(x: Tensor, weights: Weights, project_in: Tensor, rows: int) -> Iterator[tuple[slice, Tensor]]:
+def strips(
+    x: Tensor,
+    weights: Weights,
+    project_in: Tensor,
+    rows: int,
+    project: Callable[[Tensor, Weights, Tensor, Tensor], None] = project,
+) -> Iterator[tuple[slice, Tensor]]:
     """W_p LN(x) of some of the channels, strip by strip, in memory that the next strip uses again.
 
     A strip of the depthwise convolution needs a row of W_p LN(x) above and one
@@ -329,11 +344,12 @@ def strips(x: Tensor, weights: Weights, project_in: Tensor, rows: int) -> Iterat
         weights: the block's, for LN.
         project_in: rows of W_p.
         rows: of a strip.
+        project: what computes W_p LN(x) of some rows.
 
     Yields:
         The rows that the strip stands for, and (those rows + 2, W, rows of `project_in`).
     """
-    _, height, width, channels = x.shape
+    _, height, width, _ = x.shape
     rows = min(rows, height)
     buffer = x.new_empty(rows + 2, width, project_in.shape[0])
     done = 0
@@ -344,12 +360,7 @@ def strips(x: Tensor, weights: Weights, project_in: Tensor, rows: int) -> Iterat
         else:
             buffer[0] = 0
         ahead = min(bottom + 1, height)
-        fresh = buffer[done - top + 1 : ahead - top + 1]
-        torch.mm(
-            normalised(x[:, done:ahead], weights).view(-1, channels),
-            project_in.t(),
-            out=fresh.view(-1, fresh.shape[-1]),
-        )
+        project(x[0, done:ahead], weights, project_in, buffer[done - top + 1 : ahead - top + 1])
         if ahead == bottom:
             buffer[bottom - top + 1] = 0
         done = ahead

@@ -1,11 +1,14 @@
-"""The block for a GPU in three kernels around one product of matrices, without gradients.
+"""The block for a GPU in four kernels, without gradients.
 
-W_p LN(X) is the library's; what follows it would write and read twenty tensors
-as wide as X.  Here nothing leaves the chip between W_p LN(X) and Y:
+In eager form some twenty tensors as wide as X pass through memory.  Here
+W_p LN(X) does, and nothing else between X and Y:
 
+* `_project` writes W_p LN(X); of more than 128 channels, where the product
+  takes longer than its tensors' way through memory, the library does;
 * `_gram` reads Q and K before W_d, and adds up Q Kᵀ and the rows' squares;
 * `_map` makes the sparse c×c maps of them;
-* `_output` reads V and U before W_d and the residual, and writes Y.
+* `_output` reads V and U before W_d and the residual, and writes Y; of more
+  than 128 channels it writes the gated product, and the library multiplies it.
 
 Each equals its eager form in `dsga.py`, `dtsas.py` and `dfgb.py`, with sums in
 float32 that those round on the way.  Triton's interpreter runs them on a CPU
@@ -37,7 +40,10 @@ WIDEST_HEAD = 128
 """A head's c×c map has to fit into the registers of one program."""
 
 WIDEST_FUSED = 128
-"""Up to so many channels, `_output` multiplies by W_p' too: their sums fit into a program's registers."""
+"""Channels up to which W_p and W_p' are multiplied here: their sums fit into a program's registers."""
+
+PIXELS = 128
+"""That `_project` takes at once."""
 
 SEGMENT = 16
 """Pixels of a row that `_gram` takes at once."""
@@ -89,17 +95,31 @@ def restored(x: Tensor, residual: Tensor, weights: Weights) -> Tensor:
     taps = weights.depthwise.flatten(1).t().contiguous()
     for image, kept, out in zip(x.split(1), residual, y, strict=True):
         if rows >= x.shape[1]:
-            ((_, P),) = dsga.strips(image, weights, weights.project_in, rows)
+            ((_, P),) = dsga.strips(image, weights, weights.project_in, rows, project)
             attention = sparse_map(gram(P[..., : 2 * channels], taps, weights.heads), weights, x.dtype)
             output(P[..., 2 * channels :], taps[:, 2 * channels :], attention, weights, kept, out)
             continue
         for_qk, for_vu = weights.project_in.split(2 * channels)
-        parts = (gram(P, taps, weights.heads) for _, P in dsga.strips(image, weights, for_qk, rows))
+        parts = (gram(P, taps, weights.heads) for _, P in dsga.strips(image, weights, for_qk, rows, project))
         sums = reduce(torch.add, parts)
         attention = sparse_map(sums, weights, x.dtype)
-        for part, P in dsga.strips(image, weights, for_vu, rows):
+        for part, P in dsga.strips(image, weights, for_vu, rows, project):
             output(P, taps[:, 2 * channels :], attention, weights, kept[part], out[part])
     return y
+
+
+def project(x: Tensor, weights: Weights, project_in: Tensor, P: Tensor) -> None:
+    """Write W_p LN(x) into `P`; both of (rows, W, channels), contiguous."""
+    channels = x.shape[-1]
+    if channels > WIDEST_FUSED:
+        dsga.project(x, weights, project_in, P)
+        return
+    count = x.numel() // channels
+    _project[(triton.cdiv(count, PIXELS),)](
+        x, weights.norm_weight, weights.norm_bias, project_in, P, count, project_in.shape[0], dsga.LN_EPSILON,
+        C=channels, CP=_power(channels), PIXELS=PIXELS, WIDE=64, PRECISION=_precision(x),
+        num_warps=8, num_stages=2,
+    )  # fmt: skip
 
 
 def gram(strip: Tensor, taps: Tensor, heads: int) -> Tensor:
@@ -182,6 +202,33 @@ def _power(n: int) -> int:
 def _precision(x: Tensor) -> str:
     """Of products of float32: whole, where Triton would round to 10 bits.  Of no meaning for other types."""
     return 'ieee' if x.dtype == torch.float32 else 'tf32'
+
+
+@triton.jit
+def _project(
+    x, norm_weight, norm_bias, project_in, P, count, outputs, EPSILON,
+    C: tl.constexpr, CP: tl.constexpr, PIXELS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """W_p LN(x) of `PIXELS` of `count` pixels."""
+    pixel = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
+    channel = tl.arange(0, CP)
+    inside, wanted = (pixel < count)[:, None], (channel < C)[None, :]
+    values = tl.load(x + pixel[:, None] * C + channel[None, :], inside & wanted, other=0.0).to(tl.float32)
+    mean = tl.sum(values, 1) / C
+    centred = tl.where(wanted, values - mean[:, None], 0.0)
+    scale = tl.rsqrt(tl.sum(centred * centred, 1) / C + EPSILON)
+    weight = tl.load(norm_weight + channel, channel < C, other=0.0)
+    bias = tl.load(norm_bias + channel, channel < C, other=0.0)
+    kind = P.dtype.element_ty
+    normal = (centred * scale[:, None] * weight[None, :] + bias[None, :]).to(kind)
+    for first in range(0, outputs, WIDE):
+        out = first + tl.arange(0, WIDE)
+        valid = (out < outputs)[None, :]
+        W = tl.load(
+            project_in + out[None, :] * C + channel[:, None], (channel < C)[:, None] & valid, other=0.0
+        )
+        product = tl.dot(normal, W, input_precision=PRECISION)
+        tl.store(P + pixel[:, None] * outputs + out[None, :], product.to(kind), inside & valid)
 
 
 @triton.jit

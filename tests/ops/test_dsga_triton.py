@@ -27,13 +27,17 @@ SHARED_MEMORY = 227 << 10
 LEVELS = [(48, 1), (96, 2), (192, 4), (384, 8), (96, 1)]
 """C and heads of the blocks of the paper's network."""
 
-SIZES = [(1, 24, 16), (2, 20, 9), (1, 33, 35), (1, 5, 3)]
-"""N, H and W: whole blocks, several images, an odd size of more than one segment, less than a block."""
+SIZES = [(2, 16, 9), (1, 17, 19), (1, 5, 3)]
+"""N, H and W: several images, an odd size of more than one segment and block, less than a block."""
 
 
 @pytest.fixture
 def interpreted() -> ModuleType:
-    """The kernels, which conftest.py has Triton interpret."""
+    """The kernels, which conftest.py has Triton interpret where there is no GPU."""
+    import triton
+
+    if not triton.knobs.runtime.interpret:
+        pytest.skip('Triton does not interpret its kernels here, as there is a GPU')
     from dsgformer_arch.ops import dsga_triton
 
     return dsga_triton
@@ -47,7 +51,7 @@ def _restored(module: ModuleType, block: DSGA, X: Tensor, dtype: torch.dtype) ->
 
 @pytest.mark.parametrize('strip', [1, 1 << 30])
 @pytest.mark.parametrize('size', SIZES)
-@pytest.mark.parametrize(('channels', 'heads'), [(48, 1), (32, 2), (16, 1), (144, 3)])
+@pytest.mark.parametrize(('channels', 'heads'), [(48, 1), (32, 2), (144, 3)])
 def test_equals_the_literal_form(
     interpreted: ModuleType,
     channels: int,
@@ -125,7 +129,7 @@ def test_gradients_equal_the_literal_ones(interpreted: ModuleType, frozen: bool)
 
 
 def test_training_keeps_nothing_but_x(interpreted: ModuleType) -> None:
-    block, X = _block(32, 2).float(), _image(1, 32, 64, 64).float()
+    block, X = _block(32, 2).float(), _image(1, 32, 32, 32).float()
     residual = X.permute(0, 2, 3, 1).contiguous().requires_grad_()
     sizes: dict[int, int] = {}
 
@@ -137,7 +141,7 @@ def test_training_keeps_nothing_but_x(interpreted: ModuleType) -> None:
     weights = dsga.Weights.of(block, torch.float32)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         dsga.without_activations(interpreted.restored, residual, weights)
-    assert residual.nbytes <= sum(sizes.values()) < 1.1 * residual.nbytes
+    assert residual.nbytes <= sum(sizes.values()) < 1.3 * residual.nbytes
 
 
 def test_the_network_restores_and_trains_with_them(
@@ -153,7 +157,7 @@ def test_the_network_restores_and_trains_with_them(
     kernels = SimpleNamespace(restored=restored)
     monkeypatch.setattr(dsga, '_triton', lambda x, weights: kernels)
     monkeypatch.setattr(native, 'computes_in', lambda x, *widths: None)
-    image = torch.rand(2, 3, 17, 24)
+    image = torch.rand(1, 3, 9, 16)
     with ops.use('plain'):
         literal = network(image)
         theirs = torch.autograd.grad(literal.square().mean(), list(network.parameters()))
@@ -209,7 +213,37 @@ def test_compiles_for_a_hopper_gpu(
     )
     assert done.returncode == 0, done.stderr
     kernels = json.loads(done.stdout)
-    assert set(kernels) == {'_gram', '_map', '_output'}
+    assert set(kernels) == {'_gram', '_map', '_output', *(['_project'] if channels <= 128 else [])}
     for kernel in kernels.values():
         assert kernel['code'] > 0
         assert kernel['shared'] <= SHARED_MEMORY
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU here')
+class TestOnAGpu:
+    @pytest.mark.parametrize('grad', [False, True])
+    @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize(('channels', 'heads'), [*LEVELS, (16, 1)])
+    def test_is_no_worse_than_the_literal_form(
+        self, channels: int, heads: int, dtype: torch.dtype, grad: bool
+    ) -> None:
+        from dsgformer_arch.ops import dsga_triton
+
+        block, X = _block(channels, heads).cuda(), _image(2, channels, 45, 70).cuda()
+        exact = block.literal(X)
+        block.float()
+        weights = SimpleNamespace(heads=heads)
+        assert dsga_triton.suits(X.permute(0, 2, 3, 1).to(dtype), weights)  # type: ignore[arg-type]
+        with torch.set_grad_enabled(grad), torch.autocast('cuda', dtype):
+            ours, literal = block(X.to(dtype)), block.literal(X.to(dtype))
+        assert ours.dtype == literal.dtype
+        assert _error(ours, exact) < 1.2 * _error(literal, exact)
+
+    def test_gradients(self) -> None:
+        block, X = _block(48, 1).cuda(), _image(2, 48, 24, 32).cuda()
+        theirs = torch.autograd.grad(block.literal(X).square().mean(), list(block.parameters()))
+        block.float()
+        with torch.autocast('cuda', torch.bfloat16):
+            loss = block(X.float()).float().square().mean()
+        for mine, exact in zip(torch.autograd.grad(loss, list(block.parameters())), theirs, strict=True):
+            assert _error(mine, exact) < 0.05
