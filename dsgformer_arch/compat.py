@@ -224,6 +224,30 @@ def distributed_without_gpus() -> None:
     base_model.BaseModel.model_to_device = model_to_device
 
 
+def forced_seed_that_seeds_nothing() -> None:
+    """Seed with the number that `--force_yml manual_seed=…` gives.
+
+    BasicSR seeds before it applies `--force_yml`: the log shows the new seed,
+    the run is that of the file's.
+    """
+    names = ('basicsr.utils.options', 'basicsr.train', 'basicsr.test')
+    modules: list[Any] = [importlib.import_module(name) for name in names]
+    upstream = modules[0].parse_options
+    source = inspect.getsource(upstream)
+    if not 0 <= source.find('set_random_seed(') < source.find('force_yml is not None'):
+        return
+    misc: Any = importlib.import_module('basicsr.utils')
+
+    def parse_options(root_path: str, is_train: bool = True) -> Any:
+        opt, args = upstream(root_path, is_train=is_train)
+        if any(entry.split('=')[0].strip() == 'manual_seed' for entry in args.force_yml or ()):
+            misc.set_random_seed(opt['manual_seed'] + opt['rank'])
+        return opt, args
+
+    for module in modules:
+        module.parse_options = parse_options
+
+
 def workers_that_repeat_themselves() -> None:
     """Seed data-loader workers from torch's seed, which differs from epoch to epoch.
 
@@ -250,6 +274,7 @@ REPAIRS: tuple[Callable[[], None], ...] = (
     option_files_that_run_code,
     resume_without_gpu,
     distributed_without_gpus,
+    forced_seed_that_seeds_nothing,
     workers_that_repeat_themselves,
 )
 

@@ -70,6 +70,21 @@ CHECKS = {
         assert isinstance(net, torch.nn.parallel.DistributedDataParallel)
         torch.distributed.destroy_process_group()
     """,
+    'forced_seed_that_seeds_nothing': """
+        import numpy, random, torch
+        import basicsr.test, basicsr.train
+        with open('o.yml', 'w') as file:
+            file.write('name: x\\nscale: 1\\nnum_gpu: 0\\nmanual_seed: 1\\npath: {}\\ndatasets: {}\\n')
+        def drawn(module, *forced):
+            sys.argv = ['x', '-opt', 'o.yml', *(('--force_yml', *forced) if forced else ())]
+            opt, _ = module.parse_options('.', is_train=module is basicsr.train)
+            return opt['manual_seed'], torch.rand(1).item(), numpy.random.rand(), random.random()
+        for module in (basicsr.train, basicsr.test):
+            usual, other = drawn(module), drawn(module, 'manual_seed=2', 'num_gpu=0')
+            assert other[0] == 2
+            assert all(x != y for x, y in zip(usual, other))
+            assert usual == drawn(module) == drawn(module, 'manual_seed=1') == drawn(module, 'num_gpu=0')
+    """,
     'workers_that_repeat_themselves': """
         import random, numpy as np, torch
         from basicsr.data import build_dataloader
@@ -137,7 +152,8 @@ def test_repairs_do_nothing_twice_or_where_upstream_is_sound(tmp_path: Path) -> 
         import basicsr.data, basicsr.train, basicsr.utils.options, basicsr.utils.dist_util as dist_util
         def mended():
             return (basicsr.train.load_resume_state, basicsr.utils.options.ordered_yaml,
-                    dist_util._init_dist_pytorch, basicsr.data.worker_init_fn, sys.modules['torchvision'])
+                    dist_util._init_dist_pytorch, basicsr.data.worker_init_fn, sys.modules['torchvision'],
+                    basicsr.train.parse_options)
         before = mended()
         for repair in compat.REPAIRS:
             repair()
