@@ -221,9 +221,10 @@ def projected(x: Tensor, weights: Weights) -> Tensor:
 
 
 def project(x: Tensor, weights: Weights, project_in: Tensor, P: Tensor) -> None:
-    """Write W_p LN(x) into `P`; both of (rows, W, channels), contiguous."""
+    """Write W_p LN(x) into `P`; both of (N, rows, W, channels), each image contiguous."""
     channels = x.shape[-1]
-    torch.mm(normalised(x, weights).view(-1, channels), project_in.t(), out=P.view(-1, P.shape[-1]))
+    for normal, out in zip(normalised(x, weights), P, strict=True):
+        torch.mm(normal.view(-1, channels), project_in.t(), out=out.view(-1, out.shape[-1]))
 
 
 def normalised(x: Tensor, weights: Weights) -> Tensor:
@@ -315,12 +316,12 @@ def in_strips(x: Tensor, residual: Tensor, weights: Weights) -> Tensor:
     for image, kept, restored in zip(x.split(1), residual.split(1), y.split(1), strict=True):
         sums: tuple[Tensor, ...] = ()
         for _, P in strips(image, weights, for_qk, rows):
-            strip = gram(depthwise(P.unsqueeze(0), dw_qk, padding=(0, 1)), weights.heads)
+            strip = gram(depthwise(P, dw_qk, padding=(0, 1)), weights.heads)
             sums = tuple(map(torch.add, sums, strip)) if sums else strip
         A = dtsas.scores(sums[0], sums[1], sums[2], weights.temperature)
         attention = dtsas.sparse_map(A, weights.step, weights.top_k, weights.score).to(x.dtype)
         for part, P in strips(image, weights, for_vu, rows):
-            VU = depthwise(P.unsqueeze(0), dw_vu, padding=(0, 1))
+            VU = depthwise(P, dw_vu, padding=(0, 1))
             out = F.linear(gated_product(VU, attention, weights), weights.project_out)
             torch.add(kept[:, part], out, out=restored[:, part])
     return y
@@ -340,28 +341,28 @@ def strips(
     over, not computed twice.
 
     Args:
-        x: one image, (1, H, W, C).
+        x: (N, H, W, C).
         weights: the block's, for LN.
         project_in: rows of W_p.
         rows: of a strip.
         project: what computes W_p LN(x) of some rows.
 
     Yields:
-        The rows that the strip stands for, and (those rows + 2, W, rows of `project_in`).
+        The rows that the strip stands for, and (N, those rows + 2, W, rows of `project_in`).
     """
-    _, height, width, _ = x.shape
+    n, height, width, _ = x.shape
     rows = min(rows, height)
-    buffer = x.new_empty(rows + 2, width, project_in.shape[0])
+    buffer = x.new_empty(n, rows + 2, width, project_in.shape[0])
     done = 0
     for top in range(0, height, rows):
         bottom = min(top + rows, height)
         if top:
-            buffer[:2] = buffer[rows:].clone()
+            buffer[:, :2] = buffer[:, rows:].clone()
         else:
-            buffer[0] = 0
+            buffer[:, 0] = 0
         ahead = min(bottom + 1, height)
-        project(x[0, done:ahead], weights, project_in, buffer[done - top + 1 : ahead - top + 1])
+        project(x[:, done:ahead], weights, project_in, buffer[:, done - top + 1 : ahead - top + 1])
         if ahead == bottom:
-            buffer[bottom - top + 1] = 0
+            buffer[:, bottom - top + 1] = 0
         done = ahead
-        yield slice(top, bottom), buffer[: bottom - top + 2]
+        yield slice(top, bottom), buffer[:, : bottom - top + 2]

@@ -89,36 +89,38 @@ def _works(device: torch.device, dtype: torch.dtype, channels: int, heads: int) 
 
 
 def restored(x: Tensor, residual: Tensor, weights: Weights) -> Tensor:
-    """`dsga.whole` without gradients, one image and one strip of rows at a time."""
+    """`dsga.whole` without gradients: a batch at once, or where that is large, strips of each image."""
     y = torch.empty_like(residual)
-    channels, rows = x.shape[-1], dsga.strip_rows(x)
     taps = weights.depthwise.flatten(1).t().contiguous()
-    for image, kept, out in zip(x.split(1), residual, y, strict=True):
-        if rows >= x.shape[1]:
-            ((_, P),) = dsga.strips(image, weights, weights.project_in, rows, project)
+    n, height, _, channels = x.shape
+    rows = dsga.strip_rows(x)
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        if n * height <= rows:
+            ((_, P),) = dsga.strips(x, weights, weights.project_in, height, project)
             attention = sparse_map(gram(P[..., : 2 * channels], taps, weights.heads), weights, x.dtype)
-            output(P[..., 2 * channels :], taps[:, 2 * channels :], attention, weights, kept, out)
-            continue
+            output(P[..., 2 * channels :], taps[:, 2 * channels :], attention, weights, residual, y)
+            return y
         for_qk, for_vu = weights.project_in.split(2 * channels)
-        parts = (gram(P, taps, weights.heads) for _, P in dsga.strips(image, weights, for_qk, rows, project))
-        sums = reduce(torch.add, parts)
-        attention = sparse_map(sums, weights, x.dtype)
-        for part, P in dsga.strips(image, weights, for_vu, rows, project):
-            output(P, taps[:, 2 * channels :], attention, weights, kept[part], out[part])
+        for image, kept, out in zip(x.split(1), residual.split(1), y.split(1), strict=True):
+            strips = dsga.strips(image, weights, for_qk, rows, project)
+            sums = reduce(torch.add, (gram(P, taps, weights.heads) for _, P in strips))
+            attention = sparse_map(sums, weights, x.dtype)
+            for part, P in dsga.strips(image, weights, for_vu, rows, project):
+                output(P, taps[:, 2 * channels :], attention, weights, kept[:, part], out[:, part])
     return y
 
 
 def project(x: Tensor, weights: Weights, project_in: Tensor, P: Tensor) -> None:
-    """Write W_p LN(x) into `P`; both of (rows, W, channels), contiguous."""
-    channels = x.shape[-1]
+    """Write W_p LN(x) into `P`; both of (N, rows, W, channels), each image contiguous."""
+    n, rows, width, channels = x.shape
     if channels > WIDEST_FUSED:
         dsga.project(x, weights, project_in, P)
         return
-    count = x.numel() // channels
-    _project[(triton.cdiv(count, PIXELS),)](
-        x, weights.norm_weight, weights.norm_bias, project_in, P, count, project_in.shape[0], dsga.LN_EPSILON,
-        C=channels, CP=_power(channels), PIXELS=PIXELS, WIDE=64, PRECISION=_precision(x),
-        num_warps=8, num_stages=2,
+    _project[(triton.cdiv(rows * width, PIXELS), n)](
+        x, weights.norm_weight, weights.norm_bias, project_in, P,
+        rows * width, project_in.shape[0], x.stride(0), P.stride(0),
+        C=channels, CP=_power(channels), PIXELS=PIXELS, WIDE=64, EPSILON=dsga.LN_EPSILON,
+        PRECISION=_precision(x), num_warps=8, num_stages=2,
     )  # fmt: skip
 
 
@@ -126,23 +128,23 @@ def gram(strip: Tensor, taps: Tensor, heads: int) -> Tensor:
     """Q Kᵀ of each head and the rows' sums of squares.
 
     Args:
-        strip: W_p LN(X) of Q and K, (rows + 2, W, 2C): with the rows above and below, or zeros; numbers
-            of a pixel side by side.
+        strip: W_p LN(X) of Q and K, (N, rows + 2, W, 2C): with the rows above and below, or zeros;
+            numbers of a pixel side by side.
         taps: W_d of Q and K first, (9, 2C or more).
         heads: heads of c = C / heads channels.
 
     Returns:
-        (heads, c + 2, c), float32: the products, then the squares of Q's rows, then those of K's.
+        (N, heads, c + 2, c), float32: the products, then the squares of Q's rows, then those of K's.
     """
-    rows, width, channels = strip.shape[0] - 2, strip.shape[1], strip.shape[2] // 2
+    n, rows, width, channels = strip.shape[0], strip.shape[1] - 2, strip.shape[2], strip.shape[3] // 2
     c = channels // heads
     segments = triton.cdiv(width, SEGMENT)
-    piece = max(LEAST_ROWS, triton.cdiv(rows * segments * heads, PROGRAMS))
+    piece = max(LEAST_ROWS, triton.cdiv(n * rows * segments * heads, PROGRAMS))
     pieces = triton.cdiv(rows, piece)
-    sums = strip.new_empty((pieces * segments, heads, c + 2, c), dtype=torch.float32)
-    _gram[(segments, pieces, heads)](
-        strip, taps, sums, rows, width, piece, strip.stride(0), strip.stride(1), channels, taps.stride(0),
-        c=c, CP=_power(c), SEGMENT=SEGMENT, PRECISION=_precision(strip),
+    sums = strip.new_empty((pieces * segments, n, heads, c + 2, c), dtype=torch.float32)
+    _gram[(segments, pieces, n * heads)](
+        strip, taps, sums, rows, width, piece, *strip.stride()[:3], channels, taps.stride(0),
+        c=c, HEADS=heads, CP=_power(c), SEGMENT=SEGMENT, PRECISION=_precision(strip),
         num_warps=8 if c > 64 else 4, num_stages=3, maxnreg=255 if c > 64 else 168,
     )  # fmt: skip
     # Added up in a fixed order: atomic additions would make T_k's choice differ between runs.
@@ -150,12 +152,12 @@ def gram(strip: Tensor, taps: Tensor, heads: int) -> Tensor:
 
 
 def sparse_map(sums: Tensor, weights: Weights, dtype: torch.dtype) -> Tensor:
-    """Σ_n W_n φ(T_{k_n}(A)) from what `gram` returns: (heads, c, c) of `dtype`."""
-    heads, _, c = sums.shape
-    attention = sums.new_empty((heads, c, c), dtype=dtype)
-    _map[(heads, triton.cdiv(c, MAP_ROWS))](
+    """Σ_n W_n φ(T_{k_n}(A)) from what `gram` returns: (N, heads, c, c) of `dtype`."""
+    n, heads, _, c = sums.shape
+    attention = sums.new_empty((n, heads, c, c), dtype=dtype)
+    _map[(n * heads, triton.cdiv(c, MAP_ROWS))](
         sums, weights.temperature, sums if weights.step is None else weights.step, attention,
-        c=c, CP=_power(c), ROWS=MAP_ROWS, TOP_K=weights.top_k, SCORE=weights.score,
+        c=c, HEADS=heads, CP=_power(c), ROWS=MAP_ROWS, TOP_K=weights.top_k, SCORE=weights.score,
         EPSILON=dtsas.EPSILON**2, num_warps=4,
     )  # fmt: skip
     return attention
@@ -169,13 +171,13 @@ def output(
     Args:
         strip: W_p LN(X) of V and U, as `gram` takes it.
         taps: W_d of V and U, (9, 2C).
-        attention: the maps, (heads, c, c), of the type of the strip.
+        attention: the maps, (N, heads, c, c), of the type of the strip.
         weights: the block's.
-        residual: X, (rows, W, C), contiguous.
-        y: the same shape, contiguous.
+        residual: X, (N, rows, W, C), each image contiguous.
+        y: the same shape and strides.
     """
-    rows, width, channels = residual.shape
-    heads, c, _ = attention.shape
+    n, rows, width, channels = residual.shape
+    heads, c = attention.shape[1:3]
     tiles = triton.cdiv(width, dfgb.BLOCK)
     gate = GATES[0] if weights.mask is not None else GATES[1] if weights.gelu else GATES[2]
     basis, diagonal = strip, strip  # stand-ins that no other gate reads
@@ -183,9 +185,9 @@ def output(
         basis, diagonal = dfgb.basis(strip.dtype, strip.device), dfgb.diagonal(weights.mask).contiguous()
     fused = channels <= WIDEST_FUSED
     target = y if fused else strip.new_empty(residual.shape)
-    _output[(tiles * triton.cdiv(rows, dfgb.BLOCK), 1 if fused else heads)](
+    _output[(tiles * triton.cdiv(rows, dfgb.BLOCK), 1 if fused else heads, n)](
         strip, taps, attention, basis, diagonal, weights.project_out, residual, target,
-        rows, width, tiles, strip.stride(0), strip.stride(1), taps.stride(0),
+        rows, width, tiles, *strip.stride()[:3], taps.stride(0), residual.stride(0), target.stride(0),
         C=channels, c=c, CP=_power(c), CO=_power(channels) if fused else 0, CHUNK=CHUNK,
         GATE=gate, BLOCK=dfgb.BLOCK, PRECISION=_precision(strip),
         num_warps=8 if fused and channels > 64 else 4, num_stages=1, maxnreg=128,
@@ -206,10 +208,14 @@ def _precision(x: Tensor) -> str:
 
 @triton.jit
 def _project(
-    x, norm_weight, norm_bias, project_in, P, count, outputs, EPSILON,
-    C: tl.constexpr, CP: tl.constexpr, PIXELS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    x, norm_weight, norm_bias, project_in, P, count, outputs, x_image, P_image,
+    C: tl.constexpr, CP: tl.constexpr, PIXELS: tl.constexpr, WIDE: tl.constexpr, EPSILON: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """W_p LN(x) of `PIXELS` of `count` pixels."""
+    """W_p LN(x) of `PIXELS` of an image's `count` pixels."""
+    image = tl.program_id(1).to(tl.int64)
+    x += image * x_image
+    P += image * P_image
     pixel = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
     channel = tl.arange(0, CP)
     inside, wanted = (pixel < count)[:, None], (channel < C)[None, :]
@@ -252,15 +258,17 @@ def _weighed(left, middle, right, taps, stride, channel, wanted):
 
 @triton.jit
 def _gram(
-    P, taps, sums, rows, width, piece, row, pixel, channels, stride,
-    c: tl.constexpr, CP: tl.constexpr, SEGMENT: tl.constexpr, PRECISION: tl.constexpr,
+    P, taps, sums, rows, width, piece, image, row, pixel, channels, stride,
+    c: tl.constexpr, HEADS: tl.constexpr, CP: tl.constexpr, SEGMENT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Sums over one segment of the columns and one piece of the rows, for one head.
+    """Sums over one segment of the columns and one piece of the rows, for one head of an image.
 
     The program walks down the rows, so that each is read once: a row adds to
     the convolution of the row above it, of itself and of the row below.
     """
-    segment, part, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    segment, part = tl.program_id(0), tl.program_id(1)
+    head = tl.program_id(2) % HEADS
+    P += (tl.program_id(2) // HEADS).to(tl.int64) * image
     x = segment * SEGMENT + tl.arange(0, SEGMENT)
     inside = (x < width)[:, None]
     # Two channels a thread, which keeps its share of W_d's 18 taps in registers; with 8 they spill.
@@ -302,7 +310,7 @@ def _gram(
         k_squares += tl.sum(k.to(tl.float32) * k.to(tl.float32), 0)
 
     piece_index = (part * tl.num_programs(0) + segment).to(tl.int64)
-    sums += (piece_index * tl.num_programs(2) + head) * (c + 2) * c
+    sums += (piece_index * tl.num_programs(2) + tl.program_id(2)) * (c + 2) * c
     mine = wanted[:, None] & wanted[None, :]
     tl.store(sums + channel[:, None] * c + channel[None, :], products, mine)
     tl.store(sums + c * c + channel, q_squares, wanted)
@@ -312,10 +320,13 @@ def _gram(
 @triton.jit
 def _map(
     sums, temperature, step, attention,
-    c: tl.constexpr, CP: tl.constexpr, ROWS: tl.constexpr, TOP_K: tl.constexpr, SCORE: tl.constexpr,
-    EPSILON: tl.constexpr,
+    c: tl.constexpr, HEADS: tl.constexpr, CP: tl.constexpr, ROWS: tl.constexpr, TOP_K: tl.constexpr,
+    SCORE: tl.constexpr, EPSILON: tl.constexpr,
 ):  # fmt: skip
-    """`ROWS` rows of one head's map.  An entry passes T_k when fewer than k others of its row exceed it."""
+    """`ROWS` rows of the map of one head of an image.
+
+    An entry passes T_k when fewer than k others of its row exceed it.
+    """
     head = tl.program_id(0)
     i = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     j = tl.arange(0, CP)
@@ -323,7 +334,7 @@ def _map(
     sums += head * (c + 2) * c
     q_norm = tl.sqrt(tl.maximum(tl.load(sums + c * c + i, i < c, other=1.0), EPSILON))
     k_norm = tl.sqrt(tl.maximum(tl.load(sums + (c + 1) * c + j, j < c, other=1.0), EPSILON))
-    alpha = tl.load(temperature + head)
+    alpha = tl.load(temperature + head % HEADS)
     products = tl.load(sums + i[:, None] * c + j[None, :], valid, other=0.0)
     A = products / q_norm[:, None] / k_norm[None, :] / alpha
     if SCORE == 'softmax':
@@ -373,12 +384,16 @@ def _convolved(P, taps, y, x, width, row, pixel, stride, channel, wanted):
 @triton.jit
 def _output(
     P, taps, attention, basis, diagonal, project_out, residual, Y,
-    rows, width, tiles, row, pixel, stride,
+    rows, width, tiles, image, row, pixel, stride, x_image, y_image,
     C: tl.constexpr, c: tl.constexpr, CP: tl.constexpr, CO: tl.constexpr, CHUNK: tl.constexpr,
     GATE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One of DFGB's 8×8 blocks: Y, or one head's gated product where CO is 0."""
-    tile = tl.program_id(0)
+    tile, number = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    P += number * image
+    attention += number * C * c
+    residual += number * x_image
+    Y += number * y_image
     p = tl.arange(0, BLOCK * BLOCK)
     y = tile // tiles * BLOCK + p // BLOCK
     x = tile % tiles * BLOCK + p % BLOCK
