@@ -41,7 +41,7 @@ class Record:
     """The results of one subcommand.
 
     Attributes:
-        kind: `speed`, `quality`, `training` or `ablation`.
+        kind: `speed`, `quality`, `training`, `ablation` or `loader`.
         command: the command line, as it can be typed again.
         settings: what was asked for; a run is resumed only if they are the same.
         protocol: how it was measured, in sentences.

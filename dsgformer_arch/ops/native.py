@@ -221,14 +221,10 @@ def _works(dtype: torch.dtype) -> bool:
 
     try:
         library()
-        error = trial.error(form, 2 * LANES, 2, dtype, torch.device('cpu'), torch.float32)
     except (OSError, RuntimeError, subprocess.SubprocessError) as reason:
-        _LOG.info('the eager form of DSGA runs, as there is no kernel for %s here: %s', dtype, reason)
+        _LOG.info('the eager form of DSGA runs, as there is no kernel here: %s', reason)
         return False
-    if not error <= 8 * torch.finfo(dtype).eps:
-        _LOG.warning('the eager form of DSGA runs, as the kernel for %s is off by %.1e', dtype, error)
-        return False
-    return True
+    return trial.passes(form, 2 * LANES, 2, dtype, torch.device('cpu'), torch.float32)
 
 
 @lru_cache(maxsize=1)

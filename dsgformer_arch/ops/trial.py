@@ -2,10 +2,38 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor
 
 from dsgformer_arch.ops import dsga
+
+_LOG = logging.getLogger(__name__)
+
+
+def passes(
+    form: dsga.Form,
+    channels: int,
+    heads: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    weights_dtype: torch.dtype | None = None,
+) -> bool:
+    """Whether `form` runs and is right, up to rounding; if not, the log says why.
+
+    Arguments as for `error`.
+    """
+    try:
+        found = error(form, channels, heads, dtype, device, weights_dtype)
+    except Exception as reason:  # whatever a compiler and a driver may say, there is a form that works
+        level = logging.INFO if device.type == 'cpu' else logging.WARNING  # many a CPU lacks bfloat16
+        _LOG.log(level, 'the eager form of DSGA runs on %s, as the one for it failed: %s', device, reason)
+        return False
+    if not found <= 8 * torch.finfo(dtype).eps:
+        _LOG.warning('the eager form of DSGA runs on %s, as the one for it is off by %.1e', device, found)
+        return False
+    return True
 
 
 def error(
