@@ -41,7 +41,10 @@ setup(
         'benchmark': ['matplotlib', 'psutil'],
         'loader': ['pyvips[binary]'],
         'metrics': ['pyiqa'],
-        'dev': ['matplotlib', 'psutil', 'pytest', 'pytest-xdist', 'ruff', 'mypy', 'types-PyYAML', 'triton'],
+        'dev': [
+            *('matplotlib', 'psutil', 'pytest', 'pytest-xdist', 'ruff', 'mypy', 'types-PyYAML'),
+            'triton; platform_system == "Linux"',  # its interpreter runs the GPU's kernels in the tests
+        ],
     },
     entry_points={'console_scripts': ['basicsr=dsgformer_arch.cli.basicsr:main']},
     classifiers=[
