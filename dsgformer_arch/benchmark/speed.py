@@ -453,7 +453,7 @@ def cells(record: records.Record) -> list[dict[str, str | None]]:
             'rate': f'{row["megapixels_per_second"]:.3f}' if 'megapixels_per_second' in row else None,
             'memory': f'{memory:.0f} MiB' if memory else row.get('memory_note'),
             'first': f'{row["first_call_ms"]:.0f} ms' if 'first_call_ms' in row else None,
-            'floor': f'{row["floor_ms"]:.3g} ms' if 'floor_ms' in row else None,
+            'floor': f'{short(row["floor_ms"])} ms' if 'floor_ms' in row else None,
             'over': over_the_roofline(row),
         })  # fmt: skip
     return rows
