@@ -407,6 +407,8 @@ def speed_section(result: Result) -> Section:
         f'Ratio: how many times as long as {record.settings["models"][0]} at the same size. Spread: (largest '
         '- smallest) / median.'
     )
+    if record.extra.get('rates'):
+        caption = f'{caption} {speed.ceilings(record)}'
     elements: list[Element] = [Table(columns, cells, caption, own=frozenset({OWN}))]
     if timed:
         height = 3.4 if 'growth' in record.extra else 0.8 + 0.22 * timed

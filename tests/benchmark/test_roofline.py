@@ -61,6 +61,8 @@ def test_a_run_compares_with_it(
         traffic = least_traffic(row['model'], 32, 32, 'fp32')
         assert row['floor_ms'] == pytest.approx(times * max(2 * row['multiply_adds'], traffic) / 1e6)
         assert speed.over_the_roofline(row) == f'{row["latency_ms"] / row["floor_ms"]:.1f}'
+    monkeypatch.setattr(roofline, 'measure', lambda *_: pytest.fail('measured again'))
+    assert speed.run(['tiny', 'tiny_nafnet'], roofline=True, out=out, resume=True, **arguments) == 0  # type: ignore[arg-type]
     page = out.with_suffix('.md').read_text()
     assert '0.001 TFLOP/s' in page
     assert 'times the roofline' in page
