@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.checkpoint import checkpoint
 
 from dsgformer_arch.ops import dfgb, dtsas, native
@@ -142,6 +143,9 @@ def forward(block: DSGA, X: Tensor) -> Tensor:
 def _triton(x: Tensor, weights: Weights) -> ModuleType | None:
     """The kernels for a GPU, where they take x."""
     if x.device.type != 'cuda' or path() != 'fast':
+        return None
+    # Under a dispatch mode (fake tensors, counting of operations) tensors hold no numbers or must be seen.
+    if type(x) is not Tensor or is_in_torch_dispatch_mode():
         return None
     kernels = _triton_kernels()
     return kernels if kernels is not None and kernels.suits(x, weights) else None

@@ -13,6 +13,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dsgformer_arch import ops
 from dsgformer_arch.archs.dsgformer_arch import DSGA, DSGformer
@@ -142,6 +143,15 @@ def test_training_keeps_nothing_but_x(interpreted: ModuleType) -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         dsga.without_activations(interpreted.restored, residual, weights)
     assert residual.nbytes <= sum(sizes.values()) < 1.3 * residual.nbytes
+
+
+def test_tensors_without_numbers_take_the_eager_form(
+    interpreted: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(interpreted, 'suits', lambda *_: True)
+    with FakeTensorMode():
+        x = torch.empty(1, 8, 8, 16, device='cuda', dtype=torch.bfloat16)
+    assert dsga._triton(x, SimpleNamespace(heads=1)) is None  # type: ignore[arg-type]
 
 
 def test_the_network_restores_and_trains_with_them(
