@@ -42,6 +42,12 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+def wait(device: torch.device) -> None:
+    """Until all work given to the device is done."""
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+
+
 def reason(error: BaseException) -> str:
     """Why a system failed, in one line."""
     lines = str(error).strip().splitlines() or [type(error).__name__]

@@ -7,8 +7,8 @@ several runs on random numbers, in the precision of the system.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dsgformer_arch import ops, zoo
 from dsgformer_arch.archs.dsgformer_arch import DSGA
+from dsgformer_arch.benchmark import machine
 from dsgformer_arch.restore import PRECISIONS
 
 SIDE = {'cpu': 4096, 'cuda': 8192}
@@ -44,13 +45,11 @@ class Rates:
         """Least seconds for so many multiply-adds and bytes: the larger of the two times."""
         return max(2 * multiply_adds / self.operations, traffic / self.bytes)
 
-    def as_dict(self) -> dict[str, float]:
-        return asdict(self)
 
-
-def measure(device: torch.device, precision: str) -> Rates:
-    """The ceilings of `device` in `fp32`, `bf16` or `fp16`."""
-    return Rates(_operations(device, PRECISIONS[precision]), _bytes(device))
+def measure(device: torch.device, precisions: Iterable[str]) -> dict[str, Rates]:
+    """The ceilings of `device` in each of `fp32`, `bf16` or `fp16`."""
+    copied = _bytes(device)
+    return {kind: Rates(_operations(device, PRECISIONS[kind]), copied) for kind in precisions}
 
 
 def _operations(device: torch.device, dtype: torch.dtype) -> float:
@@ -70,18 +69,12 @@ def _bytes(device: torch.device) -> float:
 def _least(call: Callable[[], Any], device: torch.device) -> float:
     times = []
     for _ in range(RUNS + 1):
-        wait(device)
+        machine.wait(device)
         begun = time.perf_counter()
         call()
-        wait(device)
+        machine.wait(device)
         times.append(time.perf_counter() - begun)
     return min(times[1:])
-
-
-def wait(device: torch.device) -> None:
-    """Until all work given to the device is done."""
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
 
 
 def least_traffic(name: str, height: int, width: int, precision: str) -> int:

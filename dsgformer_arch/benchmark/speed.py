@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -201,7 +201,7 @@ def measure(
             call = prepare(network, variant, device, batch, train)
             started = time.perf_counter()
             call()  # what is set up, compiled or cached at the first call
-            roofs.wait(device)
+            machine.wait(device)
             rows[i]['first_call_ms'] = 1e3 * (time.perf_counter() - started)
             calls[i] = call
         machine.release(device)
@@ -307,8 +307,8 @@ def compare(record: records.Record, device: torch.device, batch: int, train: boo
     """
     if all('floor_ms' in row for row in record.rows):
         return  # a resumed run that was complete
-    rates = {kind: roofs.measure(device, kind) for kind in {row['precision'] for row in record.rows}}
-    record.extra['rates'] = {kind: rate.as_dict() for kind, rate in sorted(rates.items())}
+    rates = roofs.measure(device, sorted({row['precision'] for row in record.rows}))
+    record.extra['rates'] = {kind: asdict(rate) for kind, rate in rates.items()}
     times = batch * (3 if train else 1)
     for row in record.rows:
         height, width = map(int, row['size'].split('x'))

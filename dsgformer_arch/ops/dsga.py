@@ -23,11 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.checkpoint import checkpoint
 
 from dsgformer_arch.ops import dfgb, dtsas, native
-from dsgformer_arch.ops.switch import path
+from dsgformer_arch.ops.switch import compiled_forms_take
 
 if TYPE_CHECKING:
     from dsgformer_arch.archs.dsgformer_arch import DSGA
@@ -142,10 +141,7 @@ def forward(block: DSGA, X: Tensor) -> Tensor:
 
 def _triton(x: Tensor, weights: Weights) -> ModuleType | None:
     """The kernels for a GPU, where they take x."""
-    if x.device.type != 'cuda' or path() != 'fast':
-        return None
-    # Under a dispatch mode (fake tensors, counting of operations) tensors hold no numbers or must be seen.
-    if type(x) is not Tensor or is_in_torch_dispatch_mode():
+    if x.device.type != 'cuda' or not compiled_forms_take(x):
         return None
     kernels = _triton_kernels()
     return kernels if kernels is not None and kernels.suits(x, weights) else None

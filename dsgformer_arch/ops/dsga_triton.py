@@ -59,9 +59,6 @@ LEAST_ROWS = 8
 MAP_ROWS = 16
 """Rows of a c×c map that one program of `_map` ranks."""
 
-GATES = ('dfgb', 'gelu', 'none')
-"""Of `_output`: the filter and GELU, GELU alone, U itself."""
-
 
 def suits(x: Tensor, weights: Weights) -> bool:
     """Whether `restored` takes `x`, (N, H, W, C), and has been seen to be right on its device."""
@@ -168,7 +165,7 @@ def output(
     n, rows, width, channels = residual.shape
     heads, c = attention.shape[1:3]
     tiles = triton.cdiv(width, dfgb.BLOCK)
-    gate = GATES[0] if weights.mask is not None else GATES[1] if weights.gelu else GATES[2]
+    gate = 'dfgb' if weights.mask is not None else 'gelu' if weights.gelu else 'none'
     basis, diagonal = strip, strip  # stand-ins that no other gate reads
     if weights.mask is not None:
         basis, diagonal = dfgb.basis(strip.dtype, strip.device), dfgb.diagonal(weights.mask).contiguous()
@@ -228,7 +225,7 @@ def _project(
 
 @triton.jit
 def _neighbours(P, x, width, pixel, channel, wanted):
-    """The pixels left of, at and right of x in the row that starts at `P`: three of (pixels, channels)."""
+    """The pixels left of, at and right of x in the row at `P`, or in a row for each: (pixels, channels)."""
     at = P + x[:, None] * pixel + channel[None, :]
     left = tl.load(at - pixel, ((x > 0) & (x <= width))[:, None] & wanted[None, :], other=0.0)
     middle = tl.load(at, (x < width)[:, None] & wanted[None, :], other=0.0)
@@ -243,6 +240,25 @@ def _weighed(left, middle, right, taps, stride, channel, wanted):
     w_middle = tl.load(taps + stride + channel, wanted, other=0.0).to(tl.float32)
     w_right = tl.load(taps + 2 * stride + channel, wanted, other=0.0).to(tl.float32)
     return left * w_left[None, :] + middle * w_middle[None, :] + right * w_right[None, :]
+
+
+@triton.jit
+def _begun(at, row, x, width, pixel, taps, stride, channel, wanted):
+    """What the two rows from `at` add to W_d of the second and of the third, still open sums."""
+    left, middle, right = _neighbours(at, x, width, pixel, channel, wanted)
+    opened = _weighed(left, middle, right, taps, stride, channel, wanted)
+    left, middle, right = _neighbours(at + row, x, width, pixel, channel, wanted)
+    opened += _weighed(left, middle, right, taps + 3 * stride, stride, channel, wanted)
+    return opened, _weighed(left, middle, right, taps, stride, channel, wanted)
+
+
+@triton.jit
+def _continued(at, opened, after, x, width, pixel, taps, stride, channel, wanted):
+    """Closes the first of two open sums with the row at `at`: that sum, and the two that are open then."""
+    left, middle, right = _neighbours(at, x, width, pixel, channel, wanted)
+    closed = opened + _weighed(left, middle, right, taps + 6 * stride, stride, channel, wanted)
+    opened = after + _weighed(left, middle, right, taps + 3 * stride, stride, channel, wanted)
+    return closed, opened, _weighed(left, middle, right, taps, stride, channel, wanted)
 
 
 @triton.jit
@@ -267,33 +283,20 @@ def _gram(
     q_at = P + top.to(tl.int64) * row + head * c
     k_at = q_at + channels
     q_taps, k_taps = taps + head * c, taps + channels + head * c
-    band = 3 * stride
-
-    left, middle, right = _neighbours(q_at, x, width, pixel, channel, wanted)
-    q_open = _weighed(left, middle, right, q_taps, stride, channel, wanted)
-    left, middle, right = _neighbours(q_at + row, x, width, pixel, channel, wanted)
-    q_open += _weighed(left, middle, right, q_taps + band, stride, channel, wanted)
-    q_next = _weighed(left, middle, right, q_taps, stride, channel, wanted)
-    left, middle, right = _neighbours(k_at, x, width, pixel, channel, wanted)
-    k_open = _weighed(left, middle, right, k_taps, stride, channel, wanted)
-    left, middle, right = _neighbours(k_at + row, x, width, pixel, channel, wanted)
-    k_open += _weighed(left, middle, right, k_taps + band, stride, channel, wanted)
-    k_next = _weighed(left, middle, right, k_taps, stride, channel, wanted)
-
+    q_open, q_next = _begun(q_at, row, x, width, pixel, q_taps, stride, channel, wanted)
+    k_open, k_next = _begun(k_at, row, x, width, pixel, k_taps, stride, channel, wanted)
     products = tl.zeros((CP, CP), tl.float32)
     q_squares = tl.zeros((CP,), tl.float32)
     k_squares = tl.zeros((CP,), tl.float32)
     for y in range(2, tl.minimum(piece, rows - top) + 2):
-        left, middle, right = _neighbours(q_at + y * row, x, width, pixel, channel, wanted)
-        q_open += _weighed(left, middle, right, q_taps + 2 * band, stride, channel, wanted)
-        q = tl.where(inside, q_open, 0.0).to(P.dtype.element_ty)
-        q_open = q_next + _weighed(left, middle, right, q_taps + band, stride, channel, wanted)
-        q_next = _weighed(left, middle, right, q_taps, stride, channel, wanted)
-        left, middle, right = _neighbours(k_at + y * row, x, width, pixel, channel, wanted)
-        k_open += _weighed(left, middle, right, k_taps + 2 * band, stride, channel, wanted)
-        k = tl.where(inside, k_open, 0.0).to(P.dtype.element_ty)
-        k_open = k_next + _weighed(left, middle, right, k_taps + band, stride, channel, wanted)
-        k_next = _weighed(left, middle, right, k_taps, stride, channel, wanted)
+        q, q_open, q_next = _continued(
+            q_at + y * row, q_open, q_next, x, width, pixel, q_taps, stride, channel, wanted
+        )
+        k, k_open, k_next = _continued(
+            k_at + y * row, k_open, k_next, x, width, pixel, k_taps, stride, channel, wanted
+        )
+        q = tl.where(inside, q, 0.0).to(P.dtype.element_ty)
+        k = tl.where(inside, k, 0.0).to(P.dtype.element_ty)
         products = tl.dot(tl.trans(q), k, products, input_precision=PRECISION)
         q_squares += tl.sum(q.to(tl.float32) * q.to(tl.float32), 0)
         k_squares += tl.sum(k.to(tl.float32) * k.to(tl.float32), 0)
@@ -360,13 +363,8 @@ def _convolved(P, taps, y, x, width, row, pixel, stride, channel, wanted):
     total = tl.zeros((x.shape[0], channel.shape[0]), tl.float32)
     for i in tl.static_range(3):
         at = P + ((y + i) * row)[:, None]
-        value_at = at + x[:, None] * pixel + channel[None, :]
-        for j in tl.static_range(3):
-            column = x + j - 1
-            inside = ((column >= 0) & (column < width))[:, None] & wanted[None, :]
-            value = tl.load(value_at + (j - 1) * pixel, inside, other=0.0).to(tl.float32)
-            tap = tl.load(taps + (3 * i + j) * stride + channel, wanted, other=0.0).to(tl.float32)
-            total += value * tap[None, :]
+        left, middle, right = _neighbours(at, x, width, pixel, channel, wanted)
+        total += _weighed(left, middle, right, taps + 3 * i * stride, stride, channel, wanted)
     return total
 
 

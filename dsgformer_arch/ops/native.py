@@ -23,10 +23,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from dsgformer_arch.ops import memory
-from dsgformer_arch.ops.switch import path
+from dsgformer_arch.ops.switch import compiled_forms_take
 
 if TYPE_CHECKING:
     from dsgformer_arch.ops.dsga import Weights
@@ -79,10 +78,7 @@ def computes_in(x: Tensor, *widths: int) -> torch.dtype | None:
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return None
-    if path() != 'fast' or x.device.type != 'cpu' or any(width % LANES for width in widths):
-        return None
-    # Under a dispatch mode (fake tensors, counting of operations) tensors hold no numbers or must be seen.
-    if type(x) is not Tensor or is_in_torch_dispatch_mode():
+    if x.device.type != 'cpu' or any(width % LANES for width in widths) or not compiled_forms_take(x):
         return None
     dtype = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else x.dtype
     return dtype if dtype in TYPES and _works(dtype) else None

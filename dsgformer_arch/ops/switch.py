@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
+from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
 Path = Literal['fast', 'eager', 'plain']
 
 _forced: Path | None = None
@@ -24,6 +27,14 @@ def path() -> Path:
     if _set('DSGFORMER_PLAIN'):
         return 'plain'
     return 'eager' if _set('DSGFORMER_EAGER') else 'fast'
+
+
+def compiled_forms_take(x: Tensor) -> bool:
+    """Whether a kernel may run on `x`: the path allows it, and x holds numbers of its own.
+
+    Under a dispatch mode (fake tensors, counting of operations) tensors hold none or must be seen.
+    """
+    return path() == 'fast' and type(x) is Tensor and not is_in_torch_dispatch_mode()
 
 
 @contextmanager

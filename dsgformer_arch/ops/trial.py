@@ -22,30 +22,6 @@ def passes(
 ) -> bool:
     """Whether `form` runs and is right, up to rounding; if not, the log says why.
 
-    Arguments as for `error`.
-    """
-    try:
-        found = error(form, channels, heads, dtype, device, weights_dtype)
-    except Exception as reason:  # whatever a compiler and a driver may say, there is a form that works
-        level = logging.INFO if device.type == 'cpu' else logging.WARNING  # many a CPU lacks bfloat16
-        _LOG.log(level, 'the eager form of DSGA runs on %s, as the one for it failed: %s', device, reason)
-        return False
-    if not found <= 8 * torch.finfo(dtype).eps:
-        _LOG.warning('the eager form of DSGA runs on %s, as the one for it is off by %.1e', device, found)
-        return False
-    return True
-
-
-def error(
-    form: dsga.Form,
-    channels: int,
-    heads: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    weights_dtype: torch.dtype | None = None,
-) -> float:
-    """How far `form` is from the eager one in float32, over the largest number of that.
-
     Args:
         form: what is tried.
         channels: C.
@@ -54,30 +30,39 @@ def error(
         device: where to compute.
         weights_dtype: of the weights that `form` takes; that of x by default.
     """
-    x = _random(1, 11, 13, channels) * 4
-    parameters = {
-        'norm_weight': torch.ones(channels),
-        'norm_bias': torch.zeros(channels),
-        'project_in': _random(4 * channels, channels),
-        'depthwise': _random(4 * channels, 1, 3, 3),
-        'project_out': _random(channels, channels),
-        'temperature': torch.ones(heads, 1, 1),
-        'mask': 1 + _random(channels, 8, 5),
-    }
-    wide = {'norm_weight', 'norm_bias', 'temperature', 'mask'}
+    x = (_random(1, 11, 13, channels) * 4).to(device)
+    try:
+        with torch.no_grad():
+            expected = dsga.whole(x, x, _weights(channels, heads, torch.float32, device))
+            weights = _weights(channels, heads, weights_dtype or dtype, device)
+            given = form(x.to(dtype), x.to(dtype), weights)
+        error = ((given - expected).abs().max() / expected.abs().max()).item()
+    except Exception as reason:  # whatever a compiler and a driver may say, there is a form that works
+        level = logging.INFO if device.type == 'cpu' else logging.WARNING  # many a CPU lacks bfloat16
+        _LOG.log(level, 'the eager form of DSGA runs on %s, as the one for it failed: %s', device, reason)
+        return False
+    if not error <= 8 * torch.finfo(dtype).eps:
+        _LOG.warning('the eager form of DSGA runs on %s, as the one for it is off by %.1e', device, error)
+        return False
+    return True
 
-    def weights(kind: torch.dtype) -> dsga.Weights:
-        tensors = {
-            name: value.to(device, torch.float32 if name in wide else kind)
-            for name, value in parameters.items()
-        }
-        return dsga.Weights(**tensors, step=None, heads=heads, top_k=(), score='relu2', gelu=True)
 
-    x = x.to(device)
-    with torch.no_grad():
-        expected = dsga.whole(x, x, weights(torch.float32))
-        given = form(x.to(dtype), x.to(dtype), weights(weights_dtype or dtype))
-    return ((given - expected).abs().max() / expected.abs().max()).item()
+def _weights(channels: int, heads: int, dtype: torch.dtype, device: torch.device) -> dsga.Weights:
+    """Random ones; those that `Weights` wants in float32 at least stay so."""
+    return dsga.Weights(
+        norm_weight=torch.ones(channels, device=device),
+        norm_bias=torch.zeros(channels, device=device),
+        project_in=_random(4 * channels, channels).to(device, dtype),
+        depthwise=_random(4 * channels, 1, 3, 3).to(device, dtype),
+        project_out=_random(channels, channels).to(device, dtype),
+        temperature=torch.ones(heads, 1, 1, device=device),
+        step=None,
+        mask=1 + _random(channels, 8, 5).to(device),
+        heads=heads,
+        top_k=(),
+        score='relu2',
+        gelu=True,
+    )
 
 
 def _random(*shape: int) -> Tensor:

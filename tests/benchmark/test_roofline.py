@@ -21,8 +21,8 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_rates_are_work_over_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roofline, '_least', lambda call, device: call() is not None and 2.0)
-    rates = roofline.measure(CPU, 'bf16')
-    assert rates == Rates(operations=2 * 64**3 / 2.0, bytes=2 * (1 << 16) / 2.0)
+    rates = roofline.measure(CPU, ['bf16'])
+    assert rates['bf16'] == Rates(operations=2 * 64**3 / 2.0, bytes=2 * (1 << 16) / 2.0)
 
 
 def test_the_best_run_counts_and_the_first_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,7 +51,9 @@ def test_a_run_compares_with_it(
     tmp_path: Path, train: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(speed, 'SECONDS_A_TURN', 0.0)
-    monkeypatch.setattr(roofline, 'measure', lambda device, precision: Rates(1e9, 1e9))
+    monkeypatch.setattr(
+        roofline, 'measure', lambda device, precisions: dict.fromkeys(precisions, Rates(1e9, 1e9))
+    )
     out = tmp_path / 's'
     arguments = {'size': [(32, 32)], 'rounds': 1, 'no_memory': True, 'batch': 2, 'train': train}
     assert speed.run(['tiny', 'tiny_nafnet'], roofline=True, out=out, **arguments) == 0  # type: ignore[arg-type]

@@ -39,6 +39,16 @@ def _block(channels: int = 16, heads: int = 2, switches: tuple[str, str, str] = 
     return block
 
 
+def _block_with_ties() -> DSGA:
+    """A block of 32 channels and one head in which each score of a row stands four times."""
+    block = _block(32, 1, ('dtsas', 'relu2', 'gelu'))
+    with torch.no_grad():
+        for weight in (block.project_in.weight, block.depthwise.weight):
+            K = weight[32:64]
+            K.copy_(K[:8].repeat(4, *(1 for _ in K.shape[1:])))
+    return block
+
+
 def _image(n: int, channels: int, h: int, w: int) -> Tensor:
     return torch.randn(n, channels, h, w, dtype=torch.float64, generator=torch.Generator().manual_seed(h * w))
 
@@ -283,12 +293,7 @@ class TestKernel:
         self._compare(_block(48, 1, switches), _image(1, 48, 21, 13))
 
     def test_ties_are_kept(self) -> None:
-        block = _block(32, 1, ('dtsas', 'relu2', 'gelu'))
-        with torch.no_grad():
-            for weight in (block.project_in.weight, block.depthwise.weight):
-                K = weight[32:64]
-                K.copy_(K[:8].repeat(4, *(1 for _ in K.shape[1:])))  # each score of a row four times
-        self._compare(block, _image(1, 32, 16, 16))
+        self._compare(_block_with_ties(), _image(1, 32, 16, 16))
 
     @staticmethod
     def _compare(block: DSGA, X: Tensor) -> None:

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dsgformer_arch import ops
 from dsgformer_arch.archs.dsgformer_arch import DSGA, DSGformer
 from dsgformer_arch.ops import dsga, native
-from tests.ops.test_dsga import SWITCHES, _block, _error, _image
+from tests.ops.test_dsga import SWITCHES, _block, _block_with_ties, _error, _image
 
 pytest.importorskip('triton', reason='Triton is not installed')
 
@@ -50,6 +50,13 @@ def _restored(module: ModuleType, block: DSGA, X: Tensor, dtype: torch.dtype) ->
         return module.restored(x.to(dtype), x, dsga.Weights.of(block, dtype)).permute(0, 3, 1, 2)
 
 
+def _compare(interpreted: ModuleType, block: DSGA, X: Tensor) -> None:
+    """The kernels in float32 against the literal form in float64."""
+    with torch.inference_mode():
+        exact = block.literal(X)
+    assert _error(_restored(interpreted, block.float(), X.float(), torch.float32), exact) < 1e-6
+
+
 @pytest.mark.parametrize('strip', [1, 1 << 30])
 @pytest.mark.parametrize('size', SIZES)
 @pytest.mark.parametrize(('channels', 'heads'), [(48, 1), (32, 2), (144, 3)])
@@ -62,30 +69,16 @@ def test_equals_the_literal_form(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(dsga.STRIP_BYTES, 'cpu', strip)
-    block, X = _block(channels, heads), _image(size[0], channels, *size[1:])
-    with torch.inference_mode():
-        exact = block.literal(X)
-    assert _error(_restored(interpreted, block.float(), X.float(), torch.float32), exact) < 1e-6
+    _compare(interpreted, _block(channels, heads), _image(size[0], channels, *size[1:]))
 
 
 @pytest.mark.parametrize('switches', SWITCHES)
 def test_every_switch(interpreted: ModuleType, switches: tuple[str, str, str]) -> None:
-    block, X = _block(48, 1, switches), _image(1, 48, 13, 9)
-    with torch.inference_mode():
-        exact = block.literal(X)
-    assert _error(_restored(interpreted, block.float(), X.float(), torch.float32), exact) < 1e-6
+    _compare(interpreted, _block(48, 1, switches), _image(1, 48, 13, 9))
 
 
 def test_ties_are_kept(interpreted: ModuleType) -> None:
-    block = _block(32, 1, ('dtsas', 'relu2', 'gelu'))
-    with torch.no_grad():
-        for weight in (block.project_in.weight, block.depthwise.weight):
-            K = weight[32:64]
-            K.copy_(K[:8].repeat(4, *(1 for _ in K.shape[1:])))  # each score of a row four times
-    X = _image(1, 32, 16, 16)
-    with torch.inference_mode():
-        exact = block.literal(X)
-    assert _error(_restored(interpreted, block.float(), X.float(), torch.float32), exact) < 1e-6
+    _compare(interpreted, _block_with_ties(), _image(1, 32, 16, 16))
 
 
 @pytest.mark.parametrize(('channels', 'heads'), [(48, 1), (144, 3)])
