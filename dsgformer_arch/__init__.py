@@ -9,7 +9,8 @@ from dsgformer_arch import compat
 
 compat.apply()
 
-from dsgformer_arch import archs, data, losses, metrics, models, spandrel_support  # noqa: E402
+from dsgformer_arch import archs, data, losses, metrics, models  # noqa: E402
+from dsgformer_arch.zoo import spandrel_support  # noqa: E402
 
 spandrel_support.register()
 

@@ -142,7 +142,7 @@ def load_resume_state(opt: dict[str, Any]) -> dict[str, Any] | None:
             print(f'skipping the incomplete training state {path}', file=sys.stderr, flush=True)
             state = None
     elif path:
-        from dsgformer_arch.errors import UserError
+        from dsgformer_arch.utils.errors import UserError
 
         state = read_state(path)
         if state is None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dsgformer_arch.ops.padding import pad_to_multiple
+from dsgformer_arch.archs.layers.padding import pad_to_multiple
 
 Outputs = Tensor | list[Tensor] | tuple[Tensor, ...]
 """What a network returns: an image, or several of which one is the result."""
@@ -107,11 +106,11 @@ def restore(
         )
     with evaluating(network):
         if tile is None or max(image.shape[-2:]) <= tile:
-            return _whole(network, image, precision)
+            return whole_image(network, image, precision)
         return _tiled(network, image, precision, tile, tile_overlap)
 
 
-def _whole(network: nn.Module, image: Tensor, precision: str) -> Tensor:
+def whole_image(network: nn.Module, image: Tensor, precision: str) -> Tensor:
     height, width = image.shape[-2:]
     padded = pad_to_multiple(image, getattr(network, 'pad_multiple', 1), getattr(network, 'min_size', 1))
     dtype = PRECISIONS[precision]
@@ -122,64 +121,6 @@ def _whole(network: nn.Module, image: Tensor, precision: str) -> Tensor:
     return restored[..., :height, :width]
 
 
-class CudaGraphs:
-    """`restore` on a GPU with one launch an image: a size's kernels are recorded once and then replayed.
-
-    For video and folders of one size, where a processor launches hundreds of small kernels more slowly
-    than the GPU runs them.  The first image of a size takes several times as long.  Each size holds the
-    memory of its intermediate results.  Parameters are read where they lay when they were recorded:
-    changed in place they count at once, replaced by others they do not.
-
-    Args:
-        network: as for `restore`, on a GPU, of fixed sizes inside: what depends on an image's content
-            cannot be recorded.
-        precision: as for `restore`.
-        sizes: how many sizes are kept; the one that was recorded first goes first.
-
-    Raises:
-        RuntimeError: in a call, from PyTorch: the image is not on a GPU, or the network cannot be recorded.
-    """
-
-    def __init__(self, network: nn.Module, precision: str = 'fp32', sizes: int = 2) -> None:
-        self.network, self.precision, self.sizes = network, precision, sizes
-        self._recorded: dict[tuple[Any, ...], tuple[Tensor, Callable[[], None], Tensor]] = {}
-
-    def __call__(self, image: Tensor) -> Tensor:
-        """(N, 3, H, W) to the same, as `restore` without tiles."""
-        key = (image.shape, image.stride(), image.dtype, image.device)
-        if key not in self._recorded:
-            while len(self._recorded) >= max(1, self.sizes):
-                del self._recorded[next(iter(self._recorded))]
-            self._recorded[key] = self._record(image.clone())
-        given, replay, restored = self._recorded[key]
-        with torch.inference_mode():
-            given.copy_(image)
-        replay()
-        return restored.clone()
-
-    def _record(self, image: Tensor) -> tuple[Tensor, Callable[[], None], Tensor]:
-        with evaluating(self.network), torch.cuda.device(image.device):
-            return image, *_recorded(lambda: _whole(self.network, image, self.precision))
-
-
-def _recorded(call: Callable[[], Tensor], warm_ups: int = 3) -> tuple[Callable[[], None], Tensor]:
-    """What replays the kernels of `call`, and where they leave its result.
-
-    Libraries set themselves up in the first calls, which must not be recorded, on a stream that is not
-    the default one, as PyTorch demands.
-    """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(warm_ups):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = call()
-    return graph.replay, result
-
-
 def _tiled(network: nn.Module, image: Tensor, precision: str, tile: int, overlap: int) -> Tensor:
     total = torch.zeros_like(image)
     weight = torch.zeros_like(image[:1, :1])
@@ -188,7 +129,7 @@ def _tiled(network: nn.Module, image: Tensor, precision: str, tile: int, overlap
         for left in tile_starts(width, tile, overlap):
             part = image[..., top : top + tile, left : left + tile]
             ramp = _ramp(part.shape[-2], overlap, image)[:, None] * _ramp(part.shape[-1], overlap, image)
-            total[..., top : top + tile, left : left + tile] += ramp * _whole(network, part, precision)
+            total[..., top : top + tile, left : left + tile] += ramp * whole_image(network, part, precision)
             weight[..., top : top + tile, left : left + tile] += ramp
     return total / weight
 

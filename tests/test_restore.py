@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dsgformer_arch import restore as restoring
-from dsgformer_arch.restore import CudaGraphs, final_output, order_memory, predict, restore, tile_starts
+from dsgformer_arch import cuda_graphs
+from dsgformer_arch.cuda_graphs import CudaGraphs
+from dsgformer_arch.restore import final_output, order_memory, predict, restore, tile_starts
 
 
 class Blur(nn.Module):
@@ -135,7 +136,7 @@ class TestCudaGraphs:
 
             return replay, result
 
-        monkeypatch.setattr(restoring, '_recorded', recorded)
+        monkeypatch.setattr(cuda_graphs, '_recorded', recorded)
         monkeypatch.setattr(torch.cuda, 'device', lambda device: contextlib.nullcontext())
 
     def test_equals_restoring(self) -> None:

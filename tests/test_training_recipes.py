@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from dsgformer_arch import options
 from dsgformer_arch.data.paired_crop_dataset import PairedCropDataset
-from dsgformer_arch.data.sample_set import create_sample_set
-from dsgformer_arch.models.dsgformer_model import DSGformerModel
+from dsgformer_arch.data.prepare.sample_set import create_sample_set
+from dsgformer_arch.models import options
+from dsgformer_arch.models.restoration_model import RestorationModel
 from tests.trees import ROOT
 
 FILES = sorted((ROOT / 'options').glob('train_*.yml'))
@@ -73,7 +73,7 @@ def crop_of(sample_set: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize('file', FILES, ids=lambda file: file.stem)
 def test_loss_falls_in_20_iterations(file: Path, sample_set: Path, tmp_path: Path, vgg_weights: Path) -> None:
     torch.manual_seed(0)
-    model = DSGformerModel(shortened(file, tmp_path, vgg_weights))
+    model = RestorationModel(shortened(file, tmp_path, vgg_weights))
     batch = crop_of(sample_set)
     totals = []
     for iteration in range(1, 21):

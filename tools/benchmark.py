@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 from dsgformer_arch import zoo
-from dsgformer_arch.allocator import keep_freed_memory
-from dsgformer_arch.errors import UserError, guarded
+from dsgformer_arch.utils.allocator import keep_freed_memory
+from dsgformer_arch.utils.errors import UserError, guarded
 
 RESULTS = Path('results') / 'benchmark'
 
@@ -177,7 +177,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError('the figures are drawn with matplotlib; install it with: pip install matplotlib')
     settings = vars(arguments)
     command = settings.pop('command')
-    module = import_module(f'dsgformer_arch.benchmark.{command}')
+    module = import_module(
+        f'dsgformer_arch.benchmark.{"render" if command == "report" else "measure"}.{command}'
+    )
     threads = settings.pop('threads', None)
     if threads:
         torch.set_num_threads(threads)

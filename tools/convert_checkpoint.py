@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dsgformer_arch import zoo
-from dsgformer_arch.errors import guarded
+from dsgformer_arch.utils.errors import guarded
 
 
 def parser() -> argparse.ArgumentParser:

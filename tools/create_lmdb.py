@@ -12,9 +12,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from dsgformer_arch.data.layouts import PRESETS, USUAL_FOLDERS, read_pairs, read_splits
-from dsgformer_arch.data.lmdb_writer import CropGrid, create_lmdbs
-from dsgformer_arch.errors import UserError, guarded
+from dsgformer_arch.data.prepare.layouts import PRESETS, USUAL_FOLDERS, read_pairs, read_splits
+from dsgformer_arch.data.prepare.lmdb_writer import CropGrid, create_lmdbs
+from dsgformer_arch.utils.errors import UserError, guarded
 
 PAIRS = 'pairs'
 

@@ -11,8 +11,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from dsgformer_arch.data.sample_set import create_sample_set
-from dsgformer_arch.errors import guarded
+from dsgformer_arch.data.prepare.sample_set import create_sample_set
+from dsgformer_arch.utils.errors import guarded
 
 
 def parser() -> argparse.ArgumentParser:

@@ -12,8 +12,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from dsgformer_arch.demo import show
-from dsgformer_arch.errors import guarded
+from dsgformer_arch.benchmark.render.demo import show
+from dsgformer_arch.utils.errors import guarded
 
 
 def parser() -> argparse.ArgumentParser:

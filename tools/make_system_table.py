@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from dsgformer_arch import system_table
-from dsgformer_arch.errors import guarded
+from dsgformer_arch.benchmark.render import system_table
+from dsgformer_arch.utils.errors import guarded
 
 
 def parser() -> argparse.ArgumentParser:

@@ -33,7 +33,7 @@ from basicsr.utils.registry import ARCH_REGISTRY
 from spandrel.util import get_seq_len
 from torch import Tensor, nn
 
-from dsgformer_arch.errors import UserError
+from dsgformer_arch.utils.errors import UserError
 
 POOLS = (8, 4, 2)
 """By how much a deep pool layer reduces its input, coarse to fine."""

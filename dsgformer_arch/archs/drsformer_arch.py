@@ -39,8 +39,8 @@ from basicsr.utils.registry import ARCH_REGISTRY
 from spandrel.util import get_seq_len
 from torch import Tensor, nn
 
-from dsgformer_arch.archs.settings import expansion_factor
-from dsgformer_arch.errors import UserError
+from dsgformer_arch.archs.layers.settings import expansion_factor
+from dsgformer_arch.utils.errors import UserError
 
 TOP_K_RATIOS = (Fraction(1, 2), Fraction(2, 3), Fraction(3, 4), Fraction(4, 5))
 """k over the head's width, for `attn1` to `attn4`; k is rounded down."""

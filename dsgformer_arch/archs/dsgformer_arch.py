@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dsgformer_arch import ops
-from dsgformer_arch.ops.padding import pad_to_multiple
+from dsgformer_arch.archs.layers.padding import pad_to_multiple
 
 Score = Literal['relu2', 'relu', 'softmax']
 Attention = Literal['dtsas', 'mdta']

@@ -34,8 +34,8 @@ from basicsr.utils.registry import ARCH_REGISTRY
 from spandrel.util import get_seq_len
 from torch import Tensor, nn
 
-from dsgformer_arch.errors import UserError
-from dsgformer_arch.ops.deform_conv import deform_conv2d
+from dsgformer_arch.archs.layers.deform_conv import deform_conv2d
+from dsgformer_arch.utils.errors import UserError
 
 Branches = list[Tensor]
 

@@ -36,7 +36,7 @@ from spandrel.util import get_seq_len
 from torch import Tensor, nn
 
 from dsgformer_arch.archs.drsformer_arch import TopKSparseAttention, keep_layout, named
-from dsgformer_arch.errors import UserError
+from dsgformer_arch.utils.errors import UserError
 
 LEVELS = 4
 """Levels of the encoder, of the decoder, and of the branch at full resolution, which takes in one a level."""

@@ -49,8 +49,8 @@ from spandrel_extra_arches.architectures.Restormer import Restormer as SpandrelR
 from spandrel_extra_arches.architectures.Restormer import RestormerArch
 from torch import Tensor
 
-from dsgformer_arch.archs.settings import expansion_factor
-from dsgformer_arch.errors import UserError
+from dsgformer_arch.archs.layers.settings import expansion_factor
+from dsgformer_arch.utils.errors import UserError
 
 
 class FromSpandrel:

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 
-from dsgformer_arch.errors import UserError
+from dsgformer_arch.utils.errors import UserError
 
 CHANNELS_PER_HEAD = 64
 """Block width over heads: 320 / 5 and 192 / 3; each of the two halves has as many heads of 32 channels."""

@@ -27,8 +27,8 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from dsgformer_arch.checkpoint import write_atomically
-from dsgformer_arch.errors import UserError
+from dsgformer_arch.utils.errors import UserError
+from dsgformer_arch.utils.files import write_atomically
 
 PACKAGES = (
     *('torch', 'torchvision', 'basicsr', 'spandrel', 'spandrel_extra_arches'),

@@ -16,8 +16,8 @@ import traceback
 from types import FrameType
 from typing import Any
 
-from dsgformer_arch.allocator import keep_freed_memory
-from dsgformer_arch.errors import UserError, guarded
+from dsgformer_arch.utils.allocator import keep_freed_memory
+from dsgformer_arch.utils.errors import UserError, guarded
 
 DESCRIPTION = """\
 Train or test a restoration network that an option file describes.
@@ -76,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> int:
     """Check the option file, then hand over to BasicSR's pipeline."""
-    from dsgformer_arch import options  # importing torch takes seconds; --help need not wait for it
+    from dsgformer_arch.models import options  # importing torch takes seconds; --help need not wait for it
 
     file = os.path.abspath(arguments.opt)
     settings = options.read(arguments.opt)
@@ -125,12 +125,12 @@ def train(root: str) -> int:
     """Train; on SIGINT or SIGTERM the state is saved after the iteration in progress."""
     import basicsr.train
 
-    from dsgformer_arch.models.dsgformer_model import DSGformerModel, Interrupted
+    from dsgformer_arch.models.restoration_model import Interrupted, RestorationModel
 
     def stop(number: int, frame: FrameType | None) -> None:
-        if DSGformerModel.stop_requested:
+        if RestorationModel.stop_requested:
             raise KeyboardInterrupt
-        DSGformerModel.stop_requested = True
+        RestorationModel.stop_requested = True
         print('stopping after this iteration; once more to stop at once', file=sys.stderr, flush=True)
 
     handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -144,7 +144,7 @@ def train(root: str) -> int:
         )
         return 130
     finally:
-        DSGformerModel.stop_requested = False
+        RestorationModel.stop_requested = False
         for number, handler in handlers.items():
             signal.signal(number, handler)
         logging.shutdown()

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from dsgformer_arch.data import png_crop
 from dsgformer_arch.data.image_files import RAW_HEADER
-from dsgformer_arch.errors import UserError
+from dsgformer_arch.utils.errors import UserError
 
 
 @DATASET_REGISTRY.register()

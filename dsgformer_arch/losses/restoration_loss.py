@@ -31,7 +31,7 @@ from basicsr.utils.registry import LOSS_REGISTRY
 from torch import Tensor, nn
 from torchvision.models import VGG19_Weights
 
-from dsgformer_arch.errors import UserError
+from dsgformer_arch.utils.errors import UserError
 
 
 def charbonnier(difference: Tensor, eps: float) -> Tensor:

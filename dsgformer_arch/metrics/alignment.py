@@ -27,8 +27,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from dsgformer_arch.metrics.metric import Image
 from dsgformer_arch.metrics.psnr_ssim import RADIUS, mean_where_whole, psnr_from, ssim_map
-from dsgformer_arch.metrics.registration import Image
 
 ITERATIONS = 100
 GAUSSIAN_SIDE = 5

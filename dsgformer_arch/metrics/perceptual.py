@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from dsgformer_arch.errors import UserError
-from dsgformer_arch.metrics.registration import Image, metric
+from dsgformer_arch.metrics.metric import Image, metric
+from dsgformer_arch.utils.errors import UserError
 
 
 @functools.cache

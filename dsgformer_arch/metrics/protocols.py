@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dsgformer_arch.errors import UserError
+from dsgformer_arch.metrics.metric import Image
 from dsgformer_arch.metrics.psnr_ssim import psnr_rgb, ssim_basicsr, ssim_matlab_rgb, ssim_skimage
 from dsgformer_arch.metrics.rain import psnr_rain, ssim_rain
 from dsgformer_arch.metrics.realblur import ecc_converged, psnr_realblur, ssim_realblur
-from dsgformer_arch.metrics.registration import Image
 from dsgformer_arch.metrics.rsblur import psnr_rsblur, ssim_rsblur
+from dsgformer_arch.utils.errors import UserError
 
 ROUNDING = (
     'clipped to [0, 1], times 255 in float32, rounded to the nearest integer (halves to even): '

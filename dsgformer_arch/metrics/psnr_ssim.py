@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from skimage.metrics import structural_similarity
 
-from dsgformer_arch.metrics.registration import Image, metric
+from dsgformer_arch.metrics.metric import Image, metric
 
 SIGMA = 1.5
 RADIUS = 5

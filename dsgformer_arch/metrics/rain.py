@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from dsgformer_arch.metrics.metric import Image, metric
 from dsgformer_arch.metrics.psnr_ssim import mean_where_whole, psnr_from, ssim_map
-from dsgformer_arch.metrics.registration import Image, metric
 
 
 def luma(bgr: Image) -> Image:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dsgformer_arch.metrics.alignment import align
-from dsgformer_arch.metrics.registration import Image, metric
+from dsgformer_arch.metrics.metric import Image, metric
 
 
 @metric

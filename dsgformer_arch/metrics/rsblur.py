@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 from dsgformer_arch.metrics.alignment import Alignment, align
-from dsgformer_arch.metrics.registration import Image, metric
+from dsgformer_arch.metrics.metric import Image, metric
 
 
 def align_and_clip(img: Image, img2: Image) -> Alignment:

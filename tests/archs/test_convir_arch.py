@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsgformer_arch.archs.convir_arch import BatchNorm, ConvIR, DynamicFilter, SquareFilter
-from dsgformer_arch.errors import UserError
+from dsgformer_arch.utils.errors import UserError
 from tests.conformance.check import check, fill_state_dict
 
 CONFORMANCE = Path(__file__).resolve().parents[1] / 'conformance'

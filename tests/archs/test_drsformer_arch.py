@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsgformer_arch.archs.drsformer_arch import DRSformer, ExpertCompensator, LayerNorm, TopKSparseAttention
-from dsgformer_arch.errors import UserError
+from dsgformer_arch.utils.errors import UserError
 from tests.conformance.check import check, fill_state_dict, make_input
 
 CONFORMANCE = Path(__file__).resolve().parents[1] / 'conformance'

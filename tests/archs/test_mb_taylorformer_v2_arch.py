@@ -17,7 +17,7 @@ from dsgformer_arch.archs.mb_taylorformer_v2_arch import (
     MBTaylorFormerV2,
     SelectiveFusion,
 )
-from dsgformer_arch.errors import UserError
+from dsgformer_arch.utils.errors import UserError
 from tests.conformance.check import check, fill_state_dict, make_input
 
 FIXTURES = Path(__file__).parents[1] / 'conformance'

@@ -14,8 +14,8 @@ from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 
 from dsgformer_arch.archs.spandrel_arch import IPT, FFTformer, MPRNet, NAFNet, Restormer
-from dsgformer_arch.errors import UserError
 from dsgformer_arch.restore import restore
+from dsgformer_arch.utils.errors import UserError
 from tests.conformance.check import check
 
 FIXTURES = Path(__file__).resolve().parents[1] / 'conformance'

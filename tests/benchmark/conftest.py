@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from dsgformer_arch import zoo
 from dsgformer_arch.benchmark import record as records
-from dsgformer_arch.systems import DSGFORMER, NAFNET64
+from dsgformer_arch.zoo import registry
+from dsgformer_arch.zoo.systems import DSGFORMER, NAFNET64
 from tests.trees import write_pairs
 
 TINY = replace(
@@ -38,7 +39,7 @@ def tiny_systems(monkeypatch: pytest.MonkeyPatch) -> None:
     for system in (TINY, TINY_NAFNET):
         network = zoo.network_class(system.architecture)(**system.settings)
         count = sum(parameter.numel() for parameter in network.parameters())
-        monkeypatch.setitem(zoo._BY_NAME, system.name, replace(system, parameters=count))
+        monkeypatch.setitem(registry._BY_NAME, system.name, replace(system, parameters=count))
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dsgformer_arch.benchmark import record as records
-from dsgformer_arch.errors import UserError
+from dsgformer_arch.utils.errors import UserError
 from tests.benchmark.conftest import make
 
 

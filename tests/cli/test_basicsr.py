@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from dsgformer_arch.cli import basicsr
-from dsgformer_arch.errors import UserError
+from dsgformer_arch.utils.errors import UserError
 from tests.trees import SHARED, tiny_options, write_project
 
 

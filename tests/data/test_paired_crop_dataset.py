@@ -16,10 +16,10 @@ from basicsr.data.paired_image_dataset import PairedImageDataset
 from basicsr.utils import imfrombytes
 
 from dsgformer_arch.data.image_files import raw_image
-from dsgformer_arch.data.layouts import read_pairs
-from dsgformer_arch.data.lmdb_writer import CropGrid, create_lmdbs
 from dsgformer_arch.data.paired_crop_dataset import PairedCropDataset
-from dsgformer_arch.errors import UserError
+from dsgformer_arch.data.prepare.layouts import read_pairs
+from dsgformer_arch.data.prepare.lmdb_writer import CropGrid, create_lmdbs
+from dsgformer_arch.utils.errors import UserError
 from tests.trees import photograph, write_pairs
 
 

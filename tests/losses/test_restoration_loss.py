@@ -17,7 +17,6 @@ from basicsr.utils.registry import LOSS_REGISTRY
 from scipy.ndimage import correlate
 from torch import Tensor
 
-from dsgformer_arch.errors import UserError
 from dsgformer_arch.losses.restoration_loss import (
     CharbonnierRootLoss,
     ContrastLoss,
@@ -26,6 +25,7 @@ from dsgformer_arch.losses.restoration_loss import (
     MultiScaleLoss,
     PSNRLoss,
 )
+from dsgformer_arch.utils.errors import UserError
 
 Array: TypeAlias = 'np.ndarray[Any, np.dtype[np.float64]]'
 Loss: TypeAlias = Callable[..., Tensor]

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
-from dsgformer_arch.metrics.registration import Image
+from dsgformer_arch.metrics.metric import Image
 
 DATA = Path(__file__).resolve().parents[2] / '..' / 'shared' / 'data'
 

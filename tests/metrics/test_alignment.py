@@ -17,8 +17,8 @@ from skimage.metrics import structural_similarity
 
 from dsgformer_arch.metrics import alignment
 from dsgformer_arch.metrics.alignment import Alignment, AlignmentWarning, align
+from dsgformer_arch.metrics.metric import Image
 from dsgformer_arch.metrics.psnr_ssim import psnr_rgb
-from dsgformer_arch.metrics.registration import Image
 from tests.metrics.conftest import read_pair
 
 Pair = tuple[Image, Image]

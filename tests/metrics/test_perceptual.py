@@ -12,8 +12,8 @@ import pytest
 import torch
 from basicsr.metrics import calculate_metric
 
-from dsgformer_arch.errors import UserError
 from dsgformer_arch.metrics import perceptual
+from dsgformer_arch.utils.errors import UserError
 
 GENERATOR = np.random.default_rng(1)
 RESTORED, SHARP = (GENERATOR.integers(0, 256, (16, 20, 3), np.uint8) for _ in range(2))

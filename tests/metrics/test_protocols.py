@@ -10,13 +10,13 @@ import pytest
 import torch
 from basicsr.utils import tensor2img
 
-from dsgformer_arch.errors import UserError
 from dsgformer_arch.metrics import PROTOCOLS, protocol, to_uint8
+from dsgformer_arch.metrics.metric import Image
 from dsgformer_arch.metrics.psnr_ssim import psnr_rgb, ssim_basicsr, ssim_matlab_rgb, ssim_skimage
 from dsgformer_arch.metrics.rain import psnr_rain, ssim_rain
 from dsgformer_arch.metrics.realblur import psnr_realblur, ssim_realblur
-from dsgformer_arch.metrics.registration import Image
 from dsgformer_arch.metrics.rsblur import psnr_rsblur, ssim_rsblur
+from dsgformer_arch.utils.errors import UserError
 
 Pair = tuple[Image, Image]
 Metric = Callable[[Image, Image], float]

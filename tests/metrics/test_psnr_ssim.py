@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+from dsgformer_arch.metrics.metric import Image
 from dsgformer_arch.metrics.psnr_ssim import psnr_rgb, ssim_basicsr, ssim_matlab_rgb, ssim_skimage
-from dsgformer_arch.metrics.registration import Image
 
 Pair = tuple[Image, Image]
 C1, C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2

@@ -13,8 +13,8 @@ import pytest
 from skimage.color import rgb2ycbcr
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+from dsgformer_arch.metrics.metric import Image
 from dsgformer_arch.metrics.rain import luma, psnr_rain, ssim_rain
-from dsgformer_arch.metrics.registration import Image
 
 Numbered = tuple[int, Image, Image]
 

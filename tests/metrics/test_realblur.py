@@ -7,8 +7,8 @@ import pytest
 from basicsr.metrics import calculate_metric
 
 from dsgformer_arch.metrics.alignment import AlignmentWarning, align
+from dsgformer_arch.metrics.metric import Image
 from dsgformer_arch.metrics.realblur import ecc_converged, psnr_realblur, ssim_realblur
-from dsgformer_arch.metrics.registration import Image
 
 Pair = tuple[Image, Image]
 

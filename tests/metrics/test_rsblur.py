@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from dsgformer_arch.metrics.alignment import align
+from dsgformer_arch.metrics.metric import Image
 from dsgformer_arch.metrics.realblur import psnr_realblur
-from dsgformer_arch.metrics.registration import Image
 from dsgformer_arch.metrics.rsblur import psnr_rsblur, ssim_rsblur
 
 Pair = tuple[Image, Image]

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from dsgformer_arch import zoo
-from dsgformer_arch.benchmark import ablation, quality, report, speed, training
+from dsgformer_arch.benchmark.measure import ablation, quality, speed, training
+from dsgformer_arch.benchmark.render import report
 from tests.benchmark.conftest import make
 from tests.trees import write_pairs
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from dsgformer_arch import zoo
-from dsgformer_arch.checkpoint import read_checkpoint
-from dsgformer_arch.errors import guarded
+from dsgformer_arch.utils.errors import guarded
+from dsgformer_arch.zoo.checkpoint import read_checkpoint
 from tests.small_systems import SMALL, small
 
 SCRIPT = Path(__file__).resolve().parents[2] / 'tools' / 'convert_checkpoint.py'

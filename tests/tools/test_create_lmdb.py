@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from basicsr.data.paired_image_dataset import PairedImageDataset
 
-from dsgformer_arch.data.lmdb_writer import PARTIAL
-from dsgformer_arch.errors import guarded
+from dsgformer_arch.data.prepare.lmdb_writer import PARTIAL
+from dsgformer_arch.utils.errors import guarded
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 SCRIPT = CHECKOUT / 'tools' / 'create_lmdb.py'

@@ -1,0 +1,295 @@
+"""Local statistics at test time (TLC), for networks trained on crops and run on whole images.
+
+Chu X., Chen L., Chen C., Lu X., "Improving Image Restoration by Revisiting Global Information
+Aggregation", ECCV 2022, arXiv 2112.04491.  Releases followed: megvii-research/TLC (MPRNet, Restormer),
+megvii-research/NAFNet (NAFNet) and Tombs98/MHNet (MHNet), each in its exact form (`fast_imp=False`).
+
+A mean over all pixels, or a channel attention whose scores are sums over all pixels, sees in training
+a crop and in a test the whole image.  Here both see a window of the crop's order instead:
+
+- each mean (`nn.AdaptiveAvgPool2d(1)`) becomes the mean over a window around each pixel, and the
+  windows at the border are those that touch it;
+- each channel attention runs on a grid of windows that cover the map, spread evenly and overlapping
+  where they do not fit, and the results are averaged where windows overlap.
+
+A window is `base_size / train_size` times the size that the feature map has in training, so a layer
+at half the resolution has windows of half the size.
+
+TLC has no release for DRSformer and DSGformer; theirs is made from the two rules above.  DRSformer's
+experts are then weighted for each pixel, and DSGformer's blocks run in their literal form.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Sequence
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from spandrel_extra_arches.architectures.Restormer.__arch.restormer_arch import Attention
+from torch import Tensor, nn
+
+from dsgformer_arch.archs.layers.padding import padded_size
+from dsgformer_arch.utils.errors import UserError
+
+Window = tuple[int, int]
+"""Height and width in pixels of a feature map."""
+
+
+def use_local_pooling(
+    network: nn.Module, train_size: int | Sequence[int], base_size: int | Sequence[int] | None = None
+) -> nn.Module:
+    """Make a network's global statistics local, in place.
+
+    Keys and values of the state dict stay as they are.  Images that are no larger than the windows are
+    restored exactly as before.  Called again, it sets other windows.  A network that is to be compiled
+    is compiled after this.
+
+    Args:
+        network: NAFNet, MPRNet, MHNet, Restormer, DRSformer or DSGformer, wrapped or bare, or another
+            whose only global statistics are `nn.AdaptiveAvgPool2d(1)` modules.  MHNet's channel
+            attention stays global, as in its release.
+        train_size: side, or height and width, of the crops that it was trained on, in pixels.
+        base_size: the same of the windows at full resolution; 1.5 times `train_size` by default, which
+            all the releases use.
+
+    Returns:
+        `network`.
+
+    Raises:
+        UserError: a size is no positive number, or the network has no statistics to make local.
+    """
+    train = _pair(train_size, 'train_size')
+    base = (train[0] * 3 // 2, train[1] * 3 // 2) if base_size is None else _pair(base_size, 'base_size')
+    statistics = [*_local_pools(network), *_local_attentions(network)]
+    if not statistics:
+        raise UserError(
+            f'local pooling: {type(network).__name__} has no global statistics that could be made local; '
+            'switch local pooling off for it.'
+        )
+    sizes = _training_sizes(network, train)
+    for name, local in statistics:
+        height, width = sizes[name]
+        local.window = (max(1, height * base[0] // train[0]), max(1, width * base[1] // train[1]))
+    return network
+
+
+class LocalAvgPool2d(nn.Module):
+    """The mean over a window around each pixel; in the place of `nn.AdaptiveAvgPool2d(1)`.
+
+    Args:
+        window: height and width of the window; None for the whole map.
+    """
+
+    def __init__(self, window: Window | None = None) -> None:
+        super().__init__()
+        self.window = window
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to the same, or to (N, C, 1, 1) where the window covers the map."""
+        height, width = x.shape[-2:]
+        rows, columns = self.window or (height, width)
+        if rows >= height and columns >= width:
+            return F.adaptive_avg_pool2d(x, 1)
+        # Running sums need more bits than the half precisions have.
+        mean = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean = _sliding_mean(_sliding_mean(mean, min(columns, width), -1), min(rows, height), -2)
+        left, top = width - mean.shape[-1], height - mean.shape[-2]
+        mean = F.pad(mean, (left // 2, left - left // 2, top // 2, top - top // 2), mode='replicate')
+        return mean.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f'window={self.window}'
+
+
+def _sliding_mean(x: Tensor, length: int, dim: int) -> Tensor:
+    """Means of `length` neighbours along `dim`, which loses `length - 1`."""
+    # One dimension at a time: the sums stay smaller, and more exact, than those of an integral image.
+    total = x.cumsum(dim)
+    zero = torch.zeros_like(total.narrow(dim, 0, 1))
+    total = torch.cat([zero, total], dim)
+    count = total.shape[dim] - length
+    return (total.narrow(dim, length, count) - total.narrow(dim, 0, count)) / length
+
+
+def windowed(core: Callable[..., Tensor], maps: Sequence[Tensor], window: Window) -> Tensor:
+    """Apply a function of whole feature maps to windows, and average where they overlap.
+
+    The windows cover the map with as few rows and columns of them as possible, spread evenly (TLC's
+    Restormer).  One window's worth of memory is needed at a time, besides the result.
+
+    Args:
+        core: takes maps of shape (N, ·, h, w), as many as there are in `maps`; returns one, (N, C, h, w).
+        maps: of shape (N, ·, H, W), all with the same N, H and W.
+        window: height and width of the windows; larger ones than the map are cut to it.
+
+    Returns:
+        (N, C, H, W); exactly `core(*maps)` if one window covers the map.
+    """
+    height, width = maps[0].shape[-2:]
+    rows, columns = min(window[0], height), min(window[1], width)
+    tops, lefts = _starts(height, rows), _starts(width, columns)
+    if len(tops) == len(lefts) == 1:
+        return core(*maps)
+    total: Tensor | None = None
+    for top, left in itertools.product(tops, lefts):
+        inside = (..., slice(top, top + rows), slice(left, left + columns))
+        part = core(*(x[inside] for x in maps))
+        if total is None:
+            total = part.new_zeros(*part.shape[:-2], height, width)
+        total[inside] += part
+    assert total is not None
+    return total / (_covers(tops, rows, total, -2)[:, None] * _covers(lefts, columns, total, -1))
+
+
+def _starts(size: int, window: int) -> list[int]:
+    """Where windows start that cover `size`: the fewest, spread evenly, the last one flush with the end."""
+    number = -(-size // window)
+    step = -(-(size - window) // (number - 1)) if number > 1 else 1
+    return sorted({min(i * step, size - window) for i in range(number)})
+
+
+def _covers(starts: Sequence[int], window: int, like: Tensor, dim: int) -> Tensor:
+    """How many windows cover each position along `dim`, (size,)."""
+    position = torch.arange(like.shape[dim], device=like.device)
+    inside = [(start <= position) & (position < start + window) for start in starts]
+    return torch.stack(inside).sum(0).to(like.dtype)
+
+
+class Windowed:
+    """`windowed` of one function, with windows that are set later.
+
+    Args:
+        core: as in `windowed`.
+        window: as in `windowed`; None for the whole map.
+    """
+
+    def __init__(self, core: Callable[..., Tensor], window: Window | None = None) -> None:
+        self.core = core
+        self.window = window
+
+    def __call__(self, *maps: Tensor) -> Tensor:
+        return self.core(*maps) if self.window is None else windowed(self.core, maps, self.window)
+
+
+class MDTA(Attention):
+    """Restormer's channel attention with the part that is global apart, which spandrel's class has not.
+
+    Existing modules are given this class.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to the same."""
+        return self.project_out(self.attend(self.qkv_dwconv(self.qkv(x))))
+
+    def attend(self, qkv: Tensor) -> Tensor:
+        """Q, K and V stacked, (N, 3C, H, W), to softmax(τ Q Kᵀ) V, (N, C, H, W)."""
+        n, c, h, w = qkv.shape
+        q, k, v = qkv.reshape(n, 3, self.num_heads, c // 3 // self.num_heads, h * w).unbind(1)
+        scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1) * self.temperature
+        return (scores.softmax(dim=-1) @ v).reshape(n, c // 3, h, w)
+
+
+def _window_mdta(attention: Any) -> Windowed:
+    attention.__class__ = MDTA
+    return _window_tksa(attention)
+
+
+def _window_tksa(attention: Any) -> Windowed:
+    attention.attend = Windowed(MethodType(type(attention).attend, attention))
+    return attention.attend
+
+
+def _window_dsga(block: Any) -> Windowed:
+    # The fast forms of the block sum over the whole map at once; the literal one asks its attention.
+    block.forward = block.literal
+    attention = block.attention
+    attention.forward = Windowed(MethodType(type(attention).forward, attention))
+    return attention.forward
+
+
+CHANNEL_ATTENTIONS: dict[str, tuple[str, Callable[[Any], Windowed]]] = {
+    'Restormer': ('Attention', _window_mdta),
+    'DRSformer': ('TopKSparseAttention', _window_tksa),
+    'DSGformer': ('DSGA', _window_dsga),
+}
+"""By class of the network: the class that holds a channel attention, and how to give that windows.
+
+Names, as these networks stand above this module; and by network, as MHNet leaves DRSformer's global.
+"""
+
+Local = tuple[str, LocalAvgPool2d | Windowed]
+"""The name of a module whose input has the size of the feature map, and what takes the window."""
+
+
+def _local_pools(network: nn.Module) -> list[Local]:
+    """Put a `LocalAvgPool2d` in the place of every pooling to one pixel."""
+    for parent in network.modules():
+        for name, child in parent.named_children():
+            if isinstance(child, nn.AdaptiveAvgPool2d) and child.output_size in (1, (1, 1)):
+                setattr(parent, name, LocalAvgPool2d())
+    return [(name, module) for name, module in network.named_modules() if isinstance(module, LocalAvgPool2d)]
+
+
+def _local_attentions(network: nn.Module) -> list[Local]:
+    """Give windows to every channel attention of the networks in `CHANNEL_ATTENTIONS`."""
+    return [
+        (name, give_windows(module))
+        for system, (holder, give_windows) in CHANNEL_ATTENTIONS.items()
+        if any(_is_a(module, system) for module in network.modules())
+        for name, module in network.named_modules()
+        if _is_a(module, holder)
+    ]
+
+
+def _is_a(module: nn.Module, name: str) -> bool:
+    """Whether the module's class, or one that it derives from, has this name."""
+    return any(kind.__name__ == name for kind in type(module).__mro__)
+
+
+def _training_sizes(network: nn.Module, train: Sequence[int]) -> dict[str, Window]:
+    """Height and width of what each module takes in for an image of `train` pixels, by the module's name.
+
+    A module that runs several times, on parts of the image (MPRNet), has the size of the first.
+    """
+    sizes: dict[str, Window] = {}
+
+    def noting(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            if inputs and isinstance(inputs[0], Tensor) and inputs[0].ndim == 4:
+                sizes.setdefault(name, (inputs[0].shape[-2], inputs[0].shape[-1]))
+
+        return note
+
+    shapes = _without_data(network)
+    for name, module in shapes.named_modules():
+        module.register_forward_pre_hook(noting(name))
+    multiple, minimum = getattr(network, 'pad_multiple', 1), getattr(network, 'min_size', 1)
+    height, width = (padded_size(side, multiple, minimum) for side in train)
+    first = next(module for module in shapes.modules() if isinstance(module, nn.Conv2d))
+    with torch.no_grad():
+        shapes(first.weight.new_empty(1, first.in_channels, height, width))
+    return sizes
+
+
+def _without_data(network: nn.Module) -> nn.Module:
+    """A copy whose tensors have shapes but no data: running it costs neither time nor memory."""
+    memo: dict[int, Any] = {}
+    for parameter in network.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.to('meta'), parameter.requires_grad)
+    for buffer in network.buffers():
+        memo[id(buffer)] = buffer.to('meta')
+    return copy.deepcopy(network, memo)
+
+
+def _pair(size: int | Sequence[int], name: str) -> Window:
+    """A size as height and width."""
+    pair = tuple(size) if isinstance(size, Sequence) else (size, size)
+    if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
+        raise UserError(
+            f'local pooling: {name} is {size!r}; give a number of pixels or a height and a width.'
+        )
+    return pair

@@ -1,0 +1,218 @@
+"""Training runs that differ in the network only; what `training` and `ablation` are made of.
+
+Every run of a seed sees the same crops in the same order, flipped and turned
+alike, under the same loss, optimiser and schedule.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from dsgformer_arch.benchmark.measure.pairs import from_lmdbs
+from dsgformer_arch.metrics.metric import Image
+from dsgformer_arch.metrics.protocols import protocol, to_uint8
+from dsgformer_arch.restore import final_output, order_memory, predict, restore
+from dsgformer_arch.utils.errors import UserError
+
+PROTOCOL = """\
+The same data, order, crops, flips and quarter turns for every system of a seed; L1 loss on the final \
+output; AdamW (betas 0.9 and 0.999, weight decay 1e-4), gradient norms clipped at {clip}, {warmup:.0%} of \
+the budget linear warm-up to {lr:g}, then a cosine to 1e-6; crops of {patch}×{patch}, batch {batch}, \
+float32. PSNR and SSIM are the means over the held-out images under the protocol `gopro` (8-bit RGB; \
+MATLAB's SSIM of the volume), of the weights as they are, without averaging. Validation and set-up count as \
+no training time."""
+
+WARMUP = 0.05
+CLIP = 0.1
+FLOOR = 1e-6
+
+Images = list[Image]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What all runs share.
+
+    Attributes:
+        iterations: length of a run, or None where `seconds` bounds it.
+        seconds: the same as a time; exactly one of both is given.
+        batch: crops in a step.
+        patch: side of the crops.
+        lr: peak of the learning rate.
+        validations: how often a run is measured, the end included.
+    """
+
+    iterations: int | None
+    seconds: float | None
+    batch: int
+    patch: int
+    lr: float
+    validations: int
+
+    def describe(self) -> str:
+        """The protocol in words."""
+        return PROTOCOL.format(clip=CLIP, warmup=WARMUP, lr=self.lr, patch=self.patch, batch=self.batch)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Pairs in memory, uint8 RGB: (sharp, blurred) for training and for validation.
+
+    Attributes:
+        train: to learn from.
+        test: held out.
+        digest: of all files; equal data, equal digest.
+    """
+
+    train: tuple[Images, Images]
+    test: tuple[Images, Images]
+    digest: str = ''
+
+
+def read(folder: str | Path, patch: int) -> Data:
+    """Read `{train,test}_{gt,lq}.lmdb` of a folder.
+
+    Raises:
+        UserError: an LMDB is missing or empty, pairs do not match, or an image is smaller than `patch`.
+    """
+    splits: dict[str, tuple[Images, Images]] = {}
+    digests = []
+    for split in ('train', 'test'):
+        pairs = from_lmdbs(Path(folder) / split)
+        digests.append(pairs.check())
+        blurred, sharp = zip(*(pairs.images(key) for key in pairs.keys), strict=True)
+        splits[split] = ([*sharp], [*blurred])
+    smallest = min(min(image.shape[:2]) for image in splits['train'][0])
+    if smallest < patch:
+        raise UserError(
+            f'--patch is {patch}, but {folder} has training images of {smallest} pixels; lower it'
+        )
+    return Data(splits['train'], splits['test'], '-'.join(digests))
+
+
+def batches(pairs: tuple[Images, Images], recipe: Recipe, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless batches of (sharp, blurred) crops, (batch, 3, patch, patch) in [0, 1].
+
+    They follow from the seed alone.
+    """
+    random = np.random.RandomState(seed)
+    sharp, blurred = pairs
+    while True:
+        crops: list[list[NDArray[Any]]] = [[], []]
+        for _ in range(recipe.batch):
+            i = random.randint(len(sharp))
+            height, width = sharp[i].shape[:2]
+            top, left = random.randint(height - recipe.patch + 1), random.randint(width - recipe.patch + 1)
+            flip, turns = random.randint(2), random.randint(4)
+            for kind, images in enumerate((sharp, blurred)):
+                crop = images[i][top : top + recipe.patch, left : left + recipe.patch]
+                crops[kind].append(np.rot90(crop[:, ::-1] if flip else crop, turns))
+        gt, lq = (torch.from_numpy(np.stack(c)).permute(0, 3, 1, 2).float() / 255 for c in crops)
+        yield gt, lq
+
+
+def learning_rate(fraction: float, peak: float) -> float:
+    """The rate when `fraction` of the budget is spent."""
+    if fraction < WARMUP:
+        return peak * max(fraction / WARMUP, 0.02)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, (fraction - WARMUP) / (1 - WARMUP))))
+    return FLOOR + (peak - FLOOR) * cosine
+
+
+def train(
+    build: Callable[[], nn.Module],
+    data: Data,
+    recipe: Recipe,
+    seed: int,
+    device: torch.device,
+    tick: Callable[[float], None] = lambda fraction: None,
+) -> dict[str, Any]:
+    """Train one network once.
+
+    Args:
+        build: makes the network; its initial weights follow from `seed`.
+        data: what `read` returned.
+        recipe: what all runs share.
+        seed: of the weights and of the data's order.
+        device: where to train.
+        tick: told after each iteration how much of the budget is spent.
+
+    Returns:
+        `psnr`, `ssim` of the end, `iterations`, `seconds`, and `curve`, a list of points with
+        `iteration`, `seconds`, `psnr`, `ssim`, `loss` (mean since the point before).
+    """
+    torch.manual_seed(seed)
+    network = order_memory(build().to(device), torch.channels_last).train()
+    offset = getattr(network, 'input_offset', 0.0)
+    optimizer = torch.optim.AdamW(network.parameters(), recipe.lr, weight_decay=1e-4, fused=True)
+    stream = batches(data.train, recipe, seed)
+    curve: list[dict[str, float]] = []
+    losses: list[Tensor] = []
+    seconds, iteration, fraction, due = 0.0, 0, 0.0, 1
+    while fraction < 1:
+        gt, lq = (t.to(device).contiguous(memory_format=torch.channels_last) for t in next(stream))
+        started = time.perf_counter()
+        for group in optimizer.param_groups:
+            group['lr'] = learning_rate(fraction, recipe.lr)
+        optimizer.zero_grad(set_to_none=True)
+        loss = nn.functional.l1_loss(final_output(network, predict(network, lq, offset)), gt)
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), CLIP)
+        optimizer.step()
+        if device.type == 'cuda':
+            torch.cuda.synchronize(device)
+        seconds += time.perf_counter() - started
+        iteration += 1
+        losses.append(loss.detach())
+        fraction = iteration / recipe.iterations if recipe.iterations else seconds / (recipe.seconds or 1)
+        if fraction >= due / recipe.validations:
+            due = int(fraction * recipe.validations) + 1
+            point = {'iteration': iteration, 'seconds': seconds, **validate(network, data, device)}
+            curve.append({**point, 'loss': torch.stack(losses).mean().item()})
+            losses.clear()
+        tick(min(1.0, fraction))
+    end = curve[-1]
+    return {
+        'psnr': end['psnr'],
+        'ssim': end['ssim'],
+        'iterations': iteration,
+        'seconds': seconds,
+        'curve': curve,
+    }
+
+
+def validate(network: nn.Module, data: Data, device: torch.device) -> dict[str, float]:
+    """Mean PSNR and SSIM of the restored held-out images under `gopro`."""
+    scores = [
+        score(to_uint8(restore(network, as_tensor(blurred).to(device))[0].cpu()), sharp)
+        for sharp, blurred in zip(*data.test, strict=True)
+    ]
+    return {key: float(np.mean([s[key] for s in scores])) for key in ('psnr', 'ssim')}
+
+
+def blurred_scores(data: Data) -> dict[str, float]:
+    """The same of the blurred images themselves: what doing nothing reaches."""
+    scores = [score(blurred, sharp) for sharp, blurred in zip(*data.test, strict=True)]
+    return {key: float(np.mean([s[key] for s in scores])) for key in ('psnr', 'ssim')}
+
+
+def score(image: Image, sharp: Image) -> dict[str, float]:
+    """`psnr` and `ssim` of the protocol `gopro`, without the columns beside them."""
+    columns = protocol('gopro').columns
+    pair = [np.ascontiguousarray(i[..., ::-1]) for i in (image, sharp)]
+    return {key: columns[key](*pair) for key in ('psnr', 'ssim')}
+
+
+def as_tensor(image: Image) -> Tensor:
+    """(1, 3, H, W) in [0, 1] of uint8 RGB (H, W, 3)."""
+    return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float() / 255

@@ -1,0 +1,139 @@
+"""Crops a second that a data loader delivers, against BasicSR's own on the same LMDB.
+
+A GPU that takes 15 steps a second at batch 8 asks for 120 pairs of crops a
+second; what a loader gives decides whether it waits.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsgformer_arch.benchmark import record as records
+from dsgformer_arch.utils.progress import track
+
+DATASETS = ('PairedImageDataset', 'PairedCropDataset')
+
+PROTOCOL = """\
+Batches from BasicSR's `build_dataloader` with persistent workers, random crops, flips and turns; after one \
+untimed batch, {seconds:g} seconds for each data set in turn, {rounds} rounds; medians of pairs of crops a \
+second. The page cache is warm."""
+
+
+def run(
+    data: str,
+    patch: int = 256,
+    batch: int = 8,
+    workers: int = 1,
+    rounds: int = 3,
+    seconds: float = 5.0,
+    out: Path = Path('results/benchmark/loader'),
+    resume: bool = False,
+    device: str = 'cpu',
+) -> int:
+    """Measure both data sets on `data`_gt.lmdb and `data`_lq.lmdb; write `out`.json and `out`.md.
+
+    Args:
+        data: the common start of two LMDBs, such as `datasets/gopro/train`.
+        patch: side of the crops.
+        batch: pairs in a batch.
+        workers: loader processes.
+        rounds: turns.
+        seconds: of a turn.
+        out: results without their ending.
+        resume: keep what `out`.json has.
+        device: not used; loaders run on the CPU.
+
+    Returns:
+        0.
+    """
+    settings = {
+        'data': records.data_name(data),
+        'patch': patch,
+        'batch': batch,
+        'workers': workers,
+        'rounds': rounds,
+    }
+    path = records.beside(out, '.json')
+    record = records.start('loader', settings, PROTOCOL.format(seconds=seconds, rounds=rounds), path, resume)
+    if not record.rows:
+        rates: dict[str, list[float]] = {name: [] for name in DATASETS}
+        for name in track(list(DATASETS) * rounds, 'measuring loaders'):
+            rates[name].append(crops_per_second(name, data, patch, batch, workers, seconds))
+        record.rows = [
+            {
+                'dataset': name,
+                'pairs_per_second': statistics.median(values),
+                'lowest': min(values),
+                'highest': max(values),
+            }
+            for name, values in rates.items()
+        ]
+        record.save(path)
+    records.write_text(records.beside(out, '.md'), page(record))
+    print(table(record))
+    print(f'wrote {path} and {records.beside(out, ".md")}', file=sys.stderr)
+    return 0
+
+
+def crops_per_second(name: str, data: str, patch: int, batch: int, workers: int, seconds: float) -> float:
+    """Pairs of crops a second that a loader on one data set class delivers."""
+    from basicsr.data import build_dataloader, build_dataset
+    from basicsr.data.data_sampler import EnlargedSampler
+
+    options: dict[str, Any] = {
+        'name': name, 'type': name, 'phase': 'train', 'scale': 1, 'gt_size': patch, 'use_hflip': True,
+        'use_rot': True, 'dataroot_gt': f'{data}_gt.lmdb', 'dataroot_lq': f'{data}_lq.lmdb',
+        'io_backend': {'type': 'lmdb'}, 'batch_size_per_gpu': batch, 'num_worker_per_gpu': workers,
+        'persistent_workers': workers > 0,
+    }  # fmt: skip
+    dataset = build_dataset(options)
+    sampler = EnlargedSampler(dataset, 1, 0, ratio=1000)
+    loader = build_dataloader(dataset, options, num_gpu=0, sampler=sampler, seed=0)
+    batches = iter(loader)
+    next(batches)
+    count, started = 0, time.perf_counter()
+    while time.perf_counter() - started < seconds:
+        pair = next(batches)
+        assert isinstance(pair['lq'], torch.Tensor)
+        count += pair['lq'].shape[0]
+    return count / (time.perf_counter() - started)
+
+
+COLUMNS = {'dataset': 'data set class', 'rate': 'pairs a second', 'ratio': 'ratio'}
+
+
+def cells(record: records.Record) -> list[dict[str, str | None]]:
+    """The table's rows as text: both loaders, and how many times BasicSR's own each delivers."""
+    base = record.rows[0]['pairs_per_second']
+    return [
+        {
+            'dataset': row['dataset'],
+            'rate': f'{row["pairs_per_second"]:.1f} ({row["lowest"]:.1f} to {row["highest"]:.1f})',
+            'ratio': f'{row["pairs_per_second"] / base:.2f}',
+        }
+        for row in record.rows
+    ]
+
+
+def table(record: records.Record) -> str:
+    """Both loaders as a Markdown table."""
+    return records.markdown_table(COLUMNS, cells(record))
+
+
+def note(record: records.Record) -> str:
+    """What a reader of the table has to know."""
+    s = record.settings
+    return (
+        f'Crops of {s["patch"]}×{s["patch"]} from `{s["data"]}`, batch {s["batch"]}, workers: {s["workers"]}.'
+    )
+
+
+def page(record: records.Record) -> str:
+    """The Markdown page of a run."""
+    return records.markdown_page('Data loaders', record, [note(record), table(record)])

@@ -1,0 +1,101 @@
+"""What a device can do at best, measured: the least time that a system could take.
+
+Two ceilings, the rate of a large product of matrices and that of a large copy, each the best of
+several runs on random numbers, in the precision of the system.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from dsgformer_arch import ops, zoo
+from dsgformer_arch.archs.dsgformer_arch import DSGA
+from dsgformer_arch.benchmark.measure import machine
+from dsgformer_arch.restore import PRECISIONS
+
+SIDE = {'cpu': 4096, 'cuda': 8192}
+"""Of the square matrices, by device type."""
+
+COPIED = {'cpu': 1 << 28, 'cuda': 1 << 32}
+"""Bytes of the copied tensor."""
+
+RUNS = 5
+
+
+@dataclass(frozen=True)
+class Rates:
+    """The ceilings of a device.
+
+    Attributes:
+        operations: floating-point operations a second in a product of matrices, two to a multiply-add.
+        bytes: read and written, a second, in a copy.
+    """
+
+    operations: float
+    bytes: float
+
+    def floor(self, multiply_adds: float, traffic: float) -> float:
+        """Least seconds for so many multiply-adds and bytes: the larger of the two times."""
+        return max(2 * multiply_adds / self.operations, traffic / self.bytes)
+
+
+def measure(device: torch.device, precisions: Iterable[str]) -> dict[str, Rates]:
+    """The ceilings of `device` in each of `fp32`, `bf16` or `fp16`."""
+    copied = _bytes(device)
+    return {kind: Rates(_operations(device, PRECISIONS[kind]), copied) for kind in precisions}
+
+
+def _operations(device: torch.device, dtype: torch.dtype) -> float:
+    side = SIDE.get(device.type, SIDE['cpu'])
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    product = torch.empty_like(a)
+    return 2 * side**3 / _least(lambda: torch.mm(a, b, out=product), device)
+
+
+def _bytes(device: torch.device) -> float:
+    size = COPIED.get(device.type, COPIED['cpu'])
+    source = torch.randint(256, (size,), device=device, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    return 2 * size / _least(lambda: target.copy_(source), device)
+
+
+def _least(call: Callable[[], Any], device: torch.device) -> float:
+    times = []
+    for _ in range(RUNS + 1):
+        machine.wait(device)
+        begun = time.perf_counter()
+        call()
+        machine.wait(device)
+        times.append(time.perf_counter() - begun)
+    return min(times[1:])
+
+
+def least_traffic(name: str, height: int, width: int, precision: str) -> int:
+    """Bytes that a system's blocks have to move for one image, as far as they are known.
+
+    Of DSGformer's block: X is read for Q Kᵀ, read again for what that map weighs, and Y is written.
+
+    Returns:
+        0 for networks of other blocks, which would have to be counted each in its own way.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), ops.use('plain'):
+        network = zoo.create(name).eval()
+        blocks = [module for module in network.modules() if isinstance(module, DSGA)]
+        numbers = 0
+
+        def count(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+            nonlocal numbers
+            numbers += 2 * given[0].numel() + output.numel()
+
+        for block in blocks:
+            block.register_forward_hook(count)
+        if blocks:
+            network(torch.empty(1, 3, height, width))
+    return numbers * PRECISIONS[precision].itemsize

@@ -1,0 +1,1 @@
+"""What makes data: folder layouts, LMDB writer, synthetic blur, the sample set."""

@@ -1,0 +1,602 @@
+"""Image pairs → the two LMDBs that BasicSR's `PairedImageDataset` reads.
+
+Each split becomes `<split>_lq.lmdb` and `<split>_gt.lmdb`: folders with `data.mdb`, `meta_info.txt` (lines
+`<key>.png (h,w,c) <level>`, as `basicsr.utils.lmdb_util` writes them) and a record of what they were made
+from.  Whole images are stored as the bytes of their files.  A file is read once: its check and its copy share
+that reading, so a fault is found while the set is being copied, and then the copy is dropped.
+
+Everything is written into the hidden folder `PARTIAL` of the output folder, under names that BasicSR refuses,
+brought to the disk (fsync), and only then renamed.  Whoever kills the process leaves that folder and no
+LMDB that is not whole; the next run keeps what is finished and makes the rest anew.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from threading import Event
+from typing import Any, TextIO, TypeVar
+
+import cv2
+import lmdb
+import numpy as np
+from numpy.typing import NDArray
+
+from dsgformer_arch.data.image_files import BadImageError, Shape, check_image, raw_image
+from dsgformer_arch.data.prepare.layouts import Pair, Split
+from dsgformer_arch.utils.errors import UserError
+from dsgformer_arch.utils.progress import track
+
+T = TypeVar('T')
+R = TypeVar('R')
+
+SIDES = ('lq', 'gt')
+PARTIAL = '.create_lmdb.partial'
+RECORD = 'create_lmdb.json'
+META_INFO = 'meta_info.txt'
+META_LINE = re.compile(r'(\S+)\.png \((\d+),(\d+),(\d+)\) \d+')
+
+PNG_LEVEL = 1  # BasicSR's default for LMDBs; for whole images a filler, since their level cannot be known
+BATCH_BYTES = 32 * 2**20  # what waits in memory for one write transaction
+FIRST_MAP_BYTES = 2**30  # address space, neither memory nor disk; doubled whenever it is full
+NEARLY_FULL_BYTES = 2 * BATCH_BYTES  # LMDB calls a write that a full disk cut short an input/output error
+
+
+@dataclass(frozen=True)
+class CropGrid:
+    """Overlapping square crops, placed as BasicSR's `extract_subimages` does with a threshold of 0.
+
+    Crops start at multiples of `step`; where that leaves a rest at the right or the bottom, one more crop
+    ends at the border.  With a step up to the size, every pixel is in some crop.
+
+    Attributes:
+        size: height and width of a crop in pixels.
+        step: distance between two crops' starts in pixels.
+    """
+
+    size: int
+    step: int
+
+    def corners(self, height: int, width: int) -> list[tuple[int, int]]:
+        """(top, left) of each crop, row by row; none where the image is smaller than a crop."""
+        return [(top, left) for top in self._starts(height) for left in self._starts(width)]
+
+    def _starts(self, length: int) -> list[int]:
+        last = length - self.size
+        starts = list(range(0, last + 1, self.step))
+        return starts if not starts or starts[-1] == last else [*starts, last]
+
+
+def create_lmdbs(
+    splits: Sequence[Split],
+    out: Path,
+    preset: str,
+    crop: CropGrid | None = None,
+    workers: int = 1,
+    verify: bool = False,
+    force: bool = False,
+    raw: bool = False,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Write the two LMDBs of each split into `out`: all of them or, where anything is wrong, none.
+
+    An LMDB that stands there already and was made from the same files in the same way is kept.
+
+    Args:
+        splits: what to write, from `layouts`.
+        out: the folder for the LMDBs; made where it is missing.
+        preset: name of the layout; part of the record.
+        crop: cut images into crops (keys `<key>_s001` …, PNG) instead of storing them whole.
+        workers: threads that read, check, decode and encode (all outside Python's interpreter lock).
+        verify: decode every stored image; compare shapes, and whole images' bytes with their files.
+        force: replace the LMDBs that stand there, whatever they were made from.
+        raw: store decoded 8-bit RGB without compression, of which `PairedCropDataset` reads only what a
+            crop needs; two to four times the space.
+        say: takes one line on what was done.
+
+    Raises:
+        UserError: images are unpaired, unreadable, damaged, of different sizes, or smaller than a crop (all
+            of them named); other LMDBs stand in the way; another run is at work; the disk is full.
+    """
+    targets = [target for split in splits for target in _targets(split, out, preset, crop, raw)]
+    missing = targets if force else [target for target in targets if not target.is_finished(target.final)]
+    if not force:
+        _refuse_to_replace([target.final for target in missing])
+    problems = [problem for split in splits for problem in split.problems]
+    if problems or missing or (out / PARTIAL).exists():
+        with _workspace(out) as folder:
+            todo = _drop_leftovers(folder, missing, force, say)
+            if not problems and crop is None and not raw:
+                _require_space(out, sum(target.source_bytes for target in todo))
+            dry = Event()
+            if problems:
+                dry.set()
+            for split in splits:
+                of_split = [target for target in todo if target.split is split]
+                if of_split:
+                    problems += _write_split(split, of_split, crop, raw, workers, dry)
+            if verify and not problems:
+                problems += _verify([(target, target.partial) for target in missing], crop or raw, workers)
+            _raise_problems(problems)
+            _publish(missing, folder)
+    for target in missing:
+        say(f'wrote {target.final}: {target.describe()}')
+    kept = [target for target in targets if target not in missing]
+    for target in kept:
+        say(f'kept {target.final}, complete already: {target.describe()}')
+    if verify:
+        if damaged := _verify([(target, target.final) for target in kept], crop or raw, workers):
+            listed = '\n  '.join(damaged)
+            raise UserError(
+                f'LMDBs in {out} are damaged; run again with --force to replace them:\n  {listed}'
+            )
+        say(f'verified {len(targets)} LMDBs: every image decodes and has the size that it should')
+
+
+# --- what is to be made, and from what ----------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class _Target:
+    """One LMDB: what it is made from and where it stands while it is made and when it is finished."""
+
+    split: Split
+    side: str
+    final: Path
+    partial: Path
+    made_from: dict[str, Any]
+
+    @property
+    def source_bytes(self) -> int:
+        return int(self.made_from['bytes'])
+
+    def path_of(self, pair: Pair) -> Path:
+        return pair.lq if self.side == 'lq' else pair.gt
+
+    def is_finished(self, folder: Path) -> bool:
+        """Does `folder` hold the whole LMDB, made from the files as they are now?"""
+        record = _read_record(folder)
+        return (
+            record.get('made_from') == self.made_from
+            and (folder / META_INFO).is_file()
+            and (folder / 'data.mdb').is_file()
+            and (folder / 'data.mdb').stat().st_size == record.get('data_bytes')
+        )
+
+    def describe(self) -> str:
+        record = _read_record(self.final)
+        return f'{record["images"]} images, {_in_words(record["data_bytes"])}'
+
+
+def _targets(split: Split, out: Path, preset: str, crop: CropGrid | None, raw: bool) -> list[_Target]:
+    digest = hashlib.sha256()
+    sizes = dict.fromkeys(SIDES, 0)
+    for pair in split.pairs:
+        digest.update(pair.key.encode())
+        for side, path in zip(SIDES, (pair.lq, pair.gt), strict=True):
+            try:
+                status = path.stat()
+            except OSError:
+                continue  # reading it will fail too, and say why
+            digest.update(f' {side} {status.st_size} {status.st_mtime_ns}'.encode())
+            sizes[side] += status.st_size
+    how = {
+        'format': 1,
+        'preset': preset,
+        'split': split.name,
+        'crop': [crop.size, crop.step] if crop else None,
+        'pairs': len(split.pairs),
+        'files': digest.hexdigest(),
+        **({'raw': True} if raw else {}),
+    }
+    return [
+        _Target(
+            split,
+            side,
+            final=out / f'{split.name}_{side}.lmdb',
+            partial=out / PARTIAL / f'{split.name}_{side}',
+            made_from={**how, 'side': side, 'bytes': sizes[side]},
+        )
+        for side in SIDES
+    ]
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    try:
+        record = json.loads((folder / RECORD).read_text())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _refuse_to_replace(paths: Iterable[Path]) -> None:
+    standing = [path for path in paths if os.path.lexists(path)]
+    if standing:
+        names = ', '.join(path.name for path in standing)
+        raise UserError(
+            f'{standing[0].parent} already holds {names}, made from other files or otherwise, or not whole; '
+            'give another folder, or --force to replace'
+        )
+
+
+def _raise_problems(problems: Sequence[str]) -> None:
+    if problems:
+        count = f'{len(problems)} problems' if len(problems) > 1 else '1 problem'
+        listed = '\n  '.join(problems)
+        raise UserError(
+            f'{count} with the images, so no LMDB was written; mend or remove what is named here:\n  {listed}'
+        )
+
+
+def _in_words(size: int) -> str:
+    return f'{size / 1e9:.1f} GB' if size >= 1e9 else f'{size / 1e6:.1f} MB'
+
+
+# --- the folder in which LMDBs grow -------------------------------------------------------------------------
+
+
+@contextmanager
+def _workspace(out: Path) -> Iterator[Path]:
+    """Hold the folder `PARTIAL` of `out` for this process alone, and remove it afterwards.
+
+    After an interrupt, or a fault of the program, it stays: the next run uses what is finished in it.
+    """
+    folder = out / PARTIAL
+    created = [path for path in (out.absolute(), *out.absolute().parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        _remove(folder, created)
+        raise UserError(_cannot_write(out, error)) from error
+    try:
+        _lock(handle, folder)
+        try:
+            yield folder
+        except UserError:
+            _remove(folder, created)
+            raise
+        except (OSError, lmdb.Error) as error:
+            sentence = _cannot_write(out, error)  # before the space is free again
+            _remove(folder, created)
+            raise UserError(sentence) from error
+        _remove(folder, created)
+    finally:
+        os.close(handle)
+
+
+def _lock(handle: int, folder: Path) -> None:
+    """Lock the folder that `handle` has open; the kernel undoes this however the process ends."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held = os.path.samestat(os.fstat(handle), folder.stat())
+    except (BlockingIOError, FileNotFoundError):
+        held = False
+    if not held:
+        raise UserError(
+            f'another run is writing to {folder.parent}; wait for it to end, or give another folder'
+        )
+
+
+def _remove(folder: Path, created: Iterable[Path]) -> None:
+    """Remove the workspace, and of the folders made for it those that hold nothing else."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):
+        for path in created:
+            path.rmdir()
+
+
+def _cannot_write(out: Path, error: OSError | lmdb.Error) -> str:
+    full = getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT) or 'No space left' in str(error)
+    with suppress(OSError):
+        full |= isinstance(error, lmdb.Error) and shutil.disk_usage(out).free < NEARLY_FULL_BYTES
+    if full:
+        return f'the disk of {out} is full, so no LMDB was written; free some space or give another folder'
+    reason = getattr(error, 'strerror', None) or str(error)
+    return f'cannot write to {out} ({reason}), so no LMDB was written; give another folder'
+
+
+def _require_space(out: Path, needed: int) -> None:
+    free = shutil.disk_usage(out).free
+    if needed > free:
+        raise UserError(
+            f'the LMDBs need {_in_words(needed)}, but the disk of {out} has {_in_words(free)} free; '
+            'free some space or give another folder'
+        )
+
+
+def _drop_leftovers(
+    folder: Path, missing: Sequence[_Target], force: bool, say: Callable[[str], None]
+) -> list[_Target]:
+    """Remove what an interrupted run left, except what it finished; return what is still to be written."""
+    finished = [] if force else [target for target in missing if target.is_finished(target.partial)]
+    for target in finished:
+        say(f'took over {target.final.name}, which an interrupted run had finished')
+    leftovers = set(folder.iterdir()) - {target.partial for target in finished}
+    for path in leftovers:
+        shutil.rmtree(path)
+    if leftovers:
+        say(f'removed what an interrupted run left unfinished in {folder}')
+    return [target for target in missing if target not in finished]
+
+
+def _publish(targets: Sequence[_Target], folder: Path) -> None:
+    """Rename finished LMDBs to their final places."""
+    for target in targets:
+        if os.path.lexists(target.final):
+            os.rename(target.final, folder / f'replaced_{target.final.name}')
+        os.rename(target.partial, target.final)
+    _sync_folder(folder.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring a folder's list of names to the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# --- reading, checking and cutting images -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Image:
+    """What is stored under one key."""
+
+    key: str
+    data: bytes
+    shape: Shape
+
+
+@dataclass
+class _Prepared:
+    """A pair that is ready to be stored, or what is wrong with it."""
+
+    images: dict[str, list[_Image]] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+
+def _prepare(pair: Pair, crop: CropGrid | None, raw: bool, dry: Event) -> _Prepared:
+    prepared = _Prepared()
+    whole: dict[str, _Image] = {}
+    for side, path in zip(SIDES, (pair.lq, pair.gt), strict=True):
+        image = _load(pair.key, path)
+        if isinstance(image, str):
+            prepared.problems.append(image)
+        else:
+            whole[side] = image
+    if prepared.problems:
+        return prepared
+    shape, partner = whole['lq'].shape, whole['gt'].shape
+    if shape.size != partner.size:
+        prepared.problems.append(
+            f'{pair.lq}: is {_size(shape)}, but its partner {pair.gt} is {_size(partner)}'
+        )
+    elif crop is None and not raw:
+        prepared.images = {side: [image] for side, image in whole.items()}
+    elif crop is not None and min(shape.size) < crop.size:
+        prepared.problems.append(
+            f'{pair.lq}: is {_size(shape)}, smaller than crops of {crop.size}x{crop.size}'
+        )
+    else:
+        for side, path in zip(SIDES, (pair.lq, pair.gt), strict=True):
+            pixels = _decode(whole[side].data)
+            if pixels is None:
+                prepared.problems.append(f'{path}: cannot be decoded')
+            elif raw and (pixels.dtype != np.uint8 or pixels.shape[2:] != (3,)):
+                prepared.problems.append(f'{path}: is no 8-bit RGB image, which --raw asks for')
+            elif not dry.is_set():
+                prepared.images[side] = list(_encoded(pair.key, pixels, crop, raw))
+    return prepared
+
+
+def _load(key: str, path: Path) -> _Image | str:
+    """Read and check a file; return what is wrong with it instead, if anything is."""
+    try:
+        data = path.read_bytes()
+        return _Image(key, data, check_image(data))
+    except OSError as error:
+        return f'{path}: cannot be read ({error.strerror})'
+    except BadImageError as error:
+        return f'{path}: {error}'
+
+
+def _size(shape: Shape) -> str:
+    return f'{shape.width}x{shape.height}'
+
+
+def _decode(data: bytes) -> NDArray[Any] | None:
+    """Decode with all channels and bits; None where OpenCV cannot."""
+    try:
+        return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    except cv2.error:
+        return None
+
+
+def _shape(pixels: NDArray[Any]) -> Shape:
+    return Shape(pixels.shape[0], pixels.shape[1], 1 if pixels.ndim == 2 else pixels.shape[2])
+
+
+def _encoded(key: str, pixels: NDArray[Any], crop: CropGrid | None, raw: bool) -> Iterator[_Image]:
+    for name, part in _cut(key, pixels, crop) if crop else [(key, pixels)]:
+        if raw:
+            data = raw_image(part)
+        else:
+            data = cv2.imencode('.png', part, [cv2.IMWRITE_PNG_COMPRESSION, PNG_LEVEL])[1].tobytes()
+        yield _Image(name, data, _shape(part))
+
+
+def _cut(key: str, pixels: NDArray[Any], crop: CropGrid) -> Iterator[tuple[str, NDArray[Any]]]:
+    for number, (top, left) in enumerate(crop.corners(*pixels.shape[:2]), 1):
+        cut = np.ascontiguousarray(pixels[top : top + crop.size, left : left + crop.size])
+        yield f'{key}_s{number:03d}', cut
+
+
+def _in_order(work: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
+    """Like `Executor.map`, but with a bounded number of results waiting."""
+    waiting: deque[Future[R]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+# --- writing and verifying ----------------------------------------------------------------------------------
+
+
+def _write_split(
+    split: Split, targets: Sequence[_Target], crop: CropGrid | None, raw: bool, workers: int, dry: Event
+) -> list[str]:
+    """Write one split's LMDBs into the workspace; return what is wrong with its images.
+
+    From the first problem on, here or in an earlier split, `dry` is set: the rest is checked, not written.
+    """
+    problems: list[str] = []
+    what = f'{"checking" if dry.is_set() else "writing"} {split.name}'
+    prepare = partial(_prepare, crop=crop, raw=raw, dry=dry)
+    with ExitStack() as stack:
+        files = (
+            {}
+            if dry.is_set()
+            else {target.side: stack.enter_context(_LmdbFile(target)) for target in targets}
+        )
+        for prepared in track(_in_order(prepare, split.pairs, workers), what, len(split.pairs)):
+            if prepared.problems:
+                problems += prepared.problems
+                dry.set()
+            if not dry.is_set():
+                for side, file in files.items():
+                    for image in prepared.images[side]:
+                        file.put(image)
+        if not dry.is_set():
+            for file in files.values():
+                file.finish()
+    return problems
+
+
+class _LmdbFile:
+    """One LMDB that grows in the workspace.  Only `finish` makes it one that counts."""
+
+    def __init__(self, target: _Target) -> None:
+        self._folder = target.partial
+        self._made_from = target.made_from
+        self._folder.mkdir()
+        self._meta_info = open(self._folder / f'{META_INFO}.partial', 'w', encoding='ascii')  # noqa: SIM115
+        self._environment = lmdb.open(str(self._folder), map_size=FIRST_MAP_BYTES, sync=False, lock=False)
+        self._batch: list[_Image] = []
+        self._batch_bytes = 0
+        self._images = 0
+
+    def __enter__(self) -> _LmdbFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._environment.close()
+        self._meta_info.close()
+
+    def put(self, image: _Image) -> None:
+        self._batch.append(image)
+        self._batch_bytes += len(image.data)
+        if self._batch_bytes >= BATCH_BYTES:
+            self._commit()
+
+    def _commit(self) -> None:
+        while True:
+            try:
+                with self._environment.begin(write=True) as transaction:
+                    for image in self._batch:
+                        transaction.put(image.key.encode('ascii'), image.data)
+                break
+            except lmdb.MapFullError:
+                self._environment.set_mapsize(2 * self._environment.info()['map_size'])
+        for image in self._batch:
+            shape = image.shape
+            self._meta_info.write(
+                f'{image.key}.png ({shape.height},{shape.width},{shape.channels}) {PNG_LEVEL}\n'
+            )
+        self._images += len(self._batch)
+        self._batch.clear()
+        self._batch_bytes = 0
+
+    def finish(self) -> None:
+        """Write what waits, bring everything to the disk, and add the record last."""
+        self._commit()
+        self._environment.sync(True)
+        self._environment.close()
+        _sync_file(self._meta_info)
+        os.rename(self._meta_info.name, self._folder / META_INFO)
+        record = {
+            'made_from': self._made_from,
+            'images': self._images,
+            'data_bytes': (self._folder / 'data.mdb').stat().st_size,
+        }
+        with open(self._folder / f'{RECORD}.partial', 'w', encoding='ascii') as file:
+            json.dump(record, file, indent=1)
+            _sync_file(file)
+        _sync_folder(self._folder)
+        os.rename(self._folder / f'{RECORD}.partial', self._folder / RECORD)
+        _sync_folder(self._folder)
+
+
+def _sync_file(file: TextIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+
+
+def _verify(places: Sequence[tuple[_Target, Path]], recoded: object, workers: int) -> list[str]:
+    """Decode every image of finished LMDBs; return what differs from `meta_info.txt` or from the files.
+
+    Bytes are compared with the files' unless the images were `recoded` (cropped or stored raw).
+    """
+    problems: list[str] = []
+    for target, folder in places:
+        sources = {pair.key: target.path_of(pair) for pair in target.split.pairs} if not recoded else {}
+        lines = (folder / META_INFO).read_text('ascii').splitlines()
+        with closing(lmdb.open(str(folder), readonly=True, lock=False, readahead=False)) as environment:
+            check = partial(_verify_image, environment, target.final.name, sources)
+            what = f'verifying {target.final.name}'
+            found = track(_in_order(check, lines, workers), what, len(lines))
+            problems += [problem for problem in found if problem]
+            if environment.stat()['entries'] != len(lines):
+                problems.append(f'{target.final}: its meta_info.txt does not list what it holds')
+    return problems
+
+
+def _verify_image(
+    environment: lmdb.Environment, name: str, sources: dict[str, Path], line: str
+) -> str | None:
+    match = META_LINE.fullmatch(line)
+    if not match:
+        return f'{name}: its meta_info.txt has the line {line!r}'
+    key = match[1]
+    with environment.begin() as transaction:
+        data = transaction.get(key.encode('ascii'))
+    pixels = None if data is None else _decode(data)
+    where = sources.get(key, f'{name}, key {key}')
+    if pixels is None:
+        return f'{where}: cannot be decoded'
+    if _shape(pixels) != Shape(*(int(number) for number in match.groups()[1:])):
+        return f'{where}: decodes to {_size(_shape(pixels))}, which is not what its header gives'
+    if key in sources:
+        image = _load(key, sources[key])
+        if isinstance(image, str) or image.data != data:
+            return f'{where}: differs from what is stored of it in {name}'
+    return None

@@ -1,0 +1,1 @@
+"""Errors, progress, files and text: what every part of the package uses."""

@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import cv2
+import pytest
+from torch import nn
+
+from dsgformer_arch import zoo
+from dsgformer_arch.benchmark.measure import learning, training
+from dsgformer_arch.benchmark.measure.complexity import multiply_adds
+from dsgformer_arch.utils.errors import UserError
+from tests.benchmark.conftest import Greedy, make
+
+QUICK: dict[str, Any] = {'iterations': 2, 'batch': 1, 'patch': 16, 'validations': 2}
+
+
+@pytest.fixture(autouse=True)
+def small_matches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, 'MATCH_SIZE', 16)
+
+
+def rows_of(out: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads(out.with_suffix('.json').read_text())['rows']
+    return rows
+
+
+def test_every_system_and_seed_has_its_row_and_its_curve(sample: Path, tmp_path: Path) -> None:
+    out = tmp_path / 'r' / 'training'
+    assert training.run(['tiny', 'tiny_nafnet'], str(sample), seeds=2, out=out, **QUICK) == 0
+    rows = rows_of(out)
+    assert [(row['model'], row['seed']) for row in rows] == [
+        ('tiny', 0), ('tiny_nafnet', 0), ('tiny', 1), ('tiny_nafnet', 1),
+    ]  # fmt: skip
+    for row in rows:
+        assert [point['iteration'] for point in row['curve']] == [1, 2]
+        assert row['parameters'] == zoo.get(row['model']).parameters
+        assert row['multiply_adds'] == multiply_adds(row['model'], 16, 16)
+    assert '| tiny_nafnet | as published |' in out.with_suffix('.md').read_text()
+    assert cv2.imread(str(out.with_suffix('.png'))) is not None
+
+
+def test_resume_trains_what_is_missing_only(
+    sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / 'training'
+    training.run(['tiny'], str(sample), seeds=1, out=out, **QUICK)
+    first = rows_of(out)
+    with pytest.raises(UserError, match=r'other settings \(seeds\)'):
+        training.run(['tiny'], str(sample), seeds=2, out=out, resume=True, **QUICK)
+    monkeypatch.setattr(learning, 'train', lambda *_: pytest.fail('trained again'))
+    assert training.run(['tiny'], str(sample), seeds=1, out=out, resume=True, **QUICK) == 0
+    assert rows_of(out) == first
+
+
+def test_a_system_that_fails_is_reported_and_tried_again_on_resume(
+    sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / 'training'
+    create = zoo.create
+
+    def greedy(name: str, **settings: Any) -> nn.Module:
+        return Greedy() if name == 'tiny' else create(name, **settings)
+
+    monkeypatch.setattr(zoo, 'create', greedy)
+    monkeypatch.setattr(training, 'cost', lambda name, overrides: {'parameters': 1, 'multiply_adds': 1})
+    assert training.run(['tiny', 'tiny_nafnet'], str(sample), seeds=1, out=out, **QUICK) == 1
+    tiny, other = rows_of(out)
+    assert tiny['error'] == 'does not fit in memory'
+    assert other['psnr'] > 0
+    assert '| does not fit in memory |' in out.with_suffix('.md').read_text()
+    monkeypatch.setattr(zoo, 'create', create)
+    again = training.run(['tiny', 'tiny_nafnet'], str(sample), seeds=1, out=out, resume=True, **QUICK)
+    assert again == 0
+    assert {row['model']: 'psnr' in row for row in rows_of(out)} == {'tiny': True, 'tiny_nafnet': True}
+
+
+def test_matched_widths_are_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert training.matched('tiny', 'tiny') == {}
+    found = training.matched('tiny_nafnet', 'tiny')
+    target = multiply_adds('tiny', 16, 16)
+    distance = {
+        width: abs(multiply_adds('tiny_nafnet', 16, 16, width=width) / target - 1) for width in range(2, 20)
+    }
+    assert found == {'width': min(distance, key=lambda width: distance[width])}
+
+
+def test_several_widths_are_scaled_together() -> None:
+    assert training.widths_of('mprnet') == {'n_feat': 96, 'scale_unetfeats': 48, 'scale_orsnetfeats': 32}
+    assert training.widths_of('restormer') == {'dim': 48}
+    assert training.scaled((24, 48, 72, 96), 1 / 4) == (6, 12, 18, 24)
+    assert training.scaled(96, 1 / 16) == 6
+    assert training.scaled(4, 1 / 100) == 1
+
+
+def test_what_cannot_be_matched_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match='ipt has no widths'):
+        training.matched('ipt', 'tiny')
+
+    def never(name: str, *_: Any, **overrides: Any) -> int:
+        if overrides:
+            raise RuntimeError('heads do not divide it')
+        return 10**9
+
+    monkeypatch.setattr(training, 'multiply_adds', never)
+    with pytest.raises(UserError, match=r'no width of tiny_nafnet comes near the 1\.0 G'):
+        training.matched('tiny_nafnet', 'tiny')
+
+
+def test_the_table_has_means_spreads_and_gains() -> None:
+    blurred, line = training.table(make('training')).splitlines()[2:]
+    assert blurred.startswith('| (blurred) |')
+    assert '| 26.50 (26.00 to 27.00) | +1.50 | 0.8000 | 8 | 2 |' in line

@@ -1,0 +1,186 @@
+"""The training model: other networks than DSGformer, several outputs, precision, EMA, progressive sizes."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from basicsr.utils.registry import ARCH_REGISTRY
+from torch import Tensor, nn
+
+from dsgformer_arch.models.restoration_model import RestorationModel
+from dsgformer_arch.utils.errors import UserError
+from tests.trees import tiny_options
+
+
+class Pyramid(nn.Module):
+    """Two outputs, the second one full size; its sides must be multiples of 6."""
+
+    pad_multiple = 6
+    min_size = 12
+    final_output = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 3, 3, padding=1)
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        assert x.shape[-1] % 6 == 0
+        assert x.shape[-2] % 6 == 0
+        y = self.norm(self.layer(x))
+        return [y[..., ::2, ::2], y]
+
+
+@pytest.fixture
+def _pyramid(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ARCH_REGISTRY._obj_map, 'Pyramid', Pyramid)
+
+
+def build(tmp_path: Path, **changes: Any) -> RestorationModel:
+    options = tiny_options() | {'is_train': True, 'dist': False, 'rank': 0, 'world_size': 1}
+    options['path'] |= {'models': str(tmp_path), 'training_states': str(tmp_path), 'log': str(tmp_path)}
+    options['path'] |= {'experiments_root': str(tmp_path), 'visualization': str(tmp_path)}
+    options['train'] |= changes.pop('train', {})
+    options |= changes
+    return RestorationModel(copy.deepcopy(options))
+
+
+def batch(count: int = 2, size: int = 24) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    gt = torch.rand(count, 3, size, size, generator=generator)
+    return {'gt': gt, 'lq': nn.functional.avg_pool2d(gt, 3, 1, 1)}
+
+
+def step(model: RestorationModel, data: dict[str, Tensor], iteration: int = 1) -> None:
+    model.feed_data(data)
+    model.optimize_parameters(iteration)
+
+
+@pytest.mark.usefixtures('_pyramid')
+def test_several_outputs_are_judged_on_the_final_one(tmp_path: Path) -> None:
+    model = build(tmp_path, network_g={'type': 'Pyramid'})
+    data = batch()
+    step(model, data)
+    assert model.output.shape == data['gt'].shape
+    expected = nn.functional.l1_loss(model.output, data['gt'])
+    assert model.log_dict['l_pixel'] == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.usefixtures('_pyramid')
+def test_pictures_are_padded_to_what_a_network_needs(tmp_path: Path) -> None:
+    model = build(tmp_path, network_g={'type': 'Pyramid'})
+    model.feed_data({'lq': torch.rand(1, 3, 7, 17)})
+    model.test()
+    assert model.output.shape == (1, 3, 7, 17)
+
+
+@pytest.mark.usefixtures('_pyramid')
+def test_averages_follow_parameters_and_buffers(tmp_path: Path) -> None:
+    model = build(tmp_path, network_g={'type': 'Pyramid'}, train={'ema_decay': 0.75})
+    before = [p.clone() for p in model.net_g_ema.parameters()]
+    step(model, batch())
+    for old, average, new in zip(before, model.net_g_ema.parameters(), model.net_g.parameters(), strict=True):
+        torch.testing.assert_close(average, 0.75 * old + 0.25 * new)
+    torch.testing.assert_close(model.net_g_ema.norm.running_mean, model.net_g.norm.running_mean)
+
+
+def test_gradients_are_clipped(tmp_path: Path) -> None:
+    model = build(tmp_path, train={'grad_clip': 1e-3})
+    step(model, batch())
+    norm = torch.stack([p.grad.norm() for p in model.net_g.parameters()]).norm()
+    assert norm <= 1e-3 * (1 + 1e-4)
+
+
+def test_bf16_trains_close_to_float32(tmp_path: Path) -> None:
+    losses = []
+    for amp in (None, 'bf16'):
+        torch.manual_seed(0)
+        model = build(tmp_path, train={'amp': amp, 'channels_last': True})
+        step(model, batch())
+        losses.append(model.log_dict['l_pixel'])
+        assert all(p.dtype == torch.float32 for p in model.net_g.parameters())
+    assert losses[1] == pytest.approx(losses[0], rel=0.03)
+    assert losses[1] != losses[0]
+
+
+def test_loss_falls(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = build(tmp_path, train={'ema_decay': 0})
+    data = batch()
+    values = []
+    for iteration in range(1, 31):
+        step(model, data, iteration)
+        values.append(model.log_dict['l_pixel'])
+    assert values[-1] < 0.92 * values[0]
+
+
+def test_several_losses_are_summed(tmp_path: Path) -> None:
+    second = {'edge_opt': {'type': 'CharbonnierLoss', 'loss_weight': 0.5}}
+    model = build(tmp_path, train=second)
+    step(model, batch())
+    assert set(model.log_dict) == {'l_pixel', 'l_edge'}
+
+
+def test_progressive_sizes(tmp_path: Path) -> None:
+    stages = {'iters': [2, 3], 'batch_sizes': [2, 1], 'gt_sizes': [8, 16]}
+    model = build(tmp_path, train={'progressive': stages})
+    shapes = []
+    for iteration in range(1, 5):
+        step(model, batch(2, 24), iteration)
+        shapes.append(tuple(model.lq.shape))
+        assert model.gt.shape == model.lq.shape
+    assert shapes == [(2, 3, 8, 8), (2, 3, 8, 8), (1, 3, 16, 16), (1, 3, 16, 16)]
+
+
+def test_progressive_crops_stay_paired(tmp_path: Path) -> None:
+    model = build(tmp_path, train={'progressive': {'iters': [1], 'batch_sizes': [1], 'gt_sizes': [8]}})
+    data = batch(3, 24)
+    model.feed_data({'gt': data['gt'], 'lq': data['gt'] + 1})
+    model.shrink_batch(1)
+    torch.testing.assert_close(model.lq, model.gt + 1)
+
+
+@pytest.mark.parametrize('optimiser', ['AdamW', 'Adam', 'SGD', 'RAdam'])
+def test_any_optimiser_of_torch(optimiser: str, tmp_path: Path) -> None:
+    model = build(tmp_path, train={'optim_g': {'type': optimiser, 'lr': 1e-3}})
+    assert type(model.optimizers[0]).__name__ == optimiser
+    step(model, batch())
+
+
+def test_unknown_optimiser_scheduler_and_settings(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match='Adamm'):
+        build(tmp_path, train={'optim_g': {'type': 'Adamm', 'lr': 1e-3}})
+    with pytest.raises(UserError, match='momentun'):
+        build(tmp_path, train={'optim_g': {'type': 'SGD', 'lr': 1e-3, 'momentun': 0.9}})
+    with pytest.raises(UserError, match='CosineLR'):
+        build(tmp_path, train={'scheduler': {'type': 'CosineLR'}})
+
+
+def test_schedulers_of_basicsr_and_torch(tmp_path: Path) -> None:
+    for settings in (
+        {'type': 'MultiStepLR', 'milestones': [2], 'gamma': 0.5},
+        {'type': 'CosineAnnealingRestartLR', 'periods': [4], 'restart_weights': [1]},
+        {'type': 'CosineAnnealingLR', 'T_max': 4},
+    ):
+        model = build(tmp_path, train={'scheduler': settings})
+        step(model, batch())
+        model.update_learning_rate(2)
+        assert model.get_current_learning_rate()[0] > 0
+
+
+def test_saved_state_holds_what_resuming_needs(tmp_path: Path) -> None:
+    model = build(tmp_path)
+    step(model, batch())
+    model.save(epoch=3, current_iter=1)
+    state = torch.load(tmp_path / '1.state', weights_only=True)
+    assert (state['epoch'], state['iter']) == (3, 1)
+    draws = torch.rand(3)
+    other = build(tmp_path)
+    other.resume_training(state)
+    assert torch.equal(torch.rand(3), draws)
+    assert other.trained_seconds == pytest.approx(model.trained_seconds)
+    assert not list(tmp_path.glob('*.part*'))
