@@ -36,6 +36,8 @@ setup(
         'addict',
         'safetensors',
         'tqdm',
+        'filelock',
+        'requests',
     ],
     extras_require={
         'benchmark': ['matplotlib', 'psutil'],
