@@ -268,6 +268,25 @@ def worker_init_fn(worker_id: int, num_workers: int, rank: int, seed: int) -> No
     random.seed(int(state[1]))
 
 
+def epochs_that_data_sets_do_not_know() -> None:
+    """Tell a data set which epoch begins, where it has a method `set_epoch`.
+
+    BasicSR tells its sampler only, so a data set whose items follow from seed, epoch and index, whichever
+    worker makes them, would give the same items in every epoch.
+    """
+    sampler: Any = importlib.import_module('basicsr.data.data_sampler').EnlargedSampler
+    upstream = sampler.set_epoch
+    if upstream.__module__ == __name__:
+        return
+
+    def set_epoch(self: Any, epoch: int) -> None:
+        upstream(self, epoch)
+        if hasattr(self.dataset, 'set_epoch'):
+            self.dataset.set_epoch(epoch)
+
+    sampler.set_epoch = set_epoch
+
+
 REPAIRS: tuple[Callable[[], None], ...] = (
     missing_torchvision_operators,
     removed_functional_tensor,
@@ -276,6 +295,7 @@ REPAIRS: tuple[Callable[[], None], ...] = (
     distributed_without_gpus,
     forced_seed_that_seeds_nothing,
     workers_that_repeat_themselves,
+    epochs_that_data_sets_do_not_know,
 )
 
 

@@ -14,6 +14,18 @@ from dsgformer_arch import compat
 from tests.trees import ROOT
 
 CHECKS = {
+    'epochs_that_data_sets_do_not_know': """
+        import types
+        from basicsr.data.data_sampler import EnlargedSampler
+        told = []
+        class Items(list):
+            set_epoch = staticmethod(told.append)
+        for items in (Items('abc'), [1, 2, 3]):
+            sampler = EnlargedSampler(items, 1, 0)
+            sampler.set_epoch(7)
+            assert sampler.epoch == 7
+        assert told == [7]
+    """,
     'missing_torchvision_operators': 'import torchvision.transforms',
     'removed_functional_tensor': """
         import basicsr.data.degradations

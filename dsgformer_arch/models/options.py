@@ -144,17 +144,24 @@ class _Checker:
         if phase not in ('train', 'val', 'test') or (phase == 'test') == is_train:
             allowed = 'train, val, val_1, val_2 …' if is_train else 'test, test_1, test_2 …'
             raise self.fault(f'{where}: data sets are called {allowed} here')
-        needed = ['name', 'type', 'io_backend']
+        needed = ['name', 'type']
         if phase == 'train':
             needed += ['gt_size', 'use_hflip', 'use_rot', 'batch_size_per_gpu', 'num_worker_per_gpu']
         kind = dataset.get('type')
         if kind is not None:
             self.registered(f'{where}: type', kind, DATASET_REGISTRY)
-        known = DATASET | set(getattr(DATASET_REGISTRY.get(kind), 'options', ())) if kind else DATASET
-        self.keys(where, dataset, [*needed, 'dataroot_gt', 'dataroot_lq'], known)
+        data_set = DATASET_REGISTRY.get(kind) if kind else None
+        # Data sets that read other things than pairs say what they need, and check it.
+        needed += getattr(data_set, 'required', ('io_backend', 'dataroot_gt', 'dataroot_lq'))
+        known = DATASET | set(getattr(data_set, 'options', ()))
+        self.keys(where, dataset, needed, known)
         for key in ('gt_size', 'batch_size_per_gpu', 'dataset_enlarge_ratio'):
             if key in dataset and phase == 'train':
                 self.number(f'{where}: {key}', dataset[key], least=1)
+        check = getattr(data_set, 'check_options', None)
+        if check is not None:
+            check(dataset, f'{self.path}: {where}')
+            return
         backend = self.section(f'{where}: io_backend', dataset['io_backend']).get('type')
         if backend not in ('lmdb', 'disk'):
             raise self.fault(f'{where}: io_backend: type is {backend!r}; choose lmdb or disk')
