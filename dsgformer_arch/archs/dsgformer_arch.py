@@ -210,7 +210,7 @@ class DSGA(nn.Module):
 
     def forward(self, X: Tensor) -> Tensor:
         if ops.fast(X):
-            return ops.dsga.forward(self, X)
+            return ops.block.forward(self, X)
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self.literal, X, use_reentrant=False)
         return self.literal(X)
@@ -317,8 +317,8 @@ class DSGformer(nn.Module):
         if ops.fast(x):
             x = x.contiguous(memory_format=torch.channels_last)
         D = self.decode(self.encode(x))
-        # The kernel of ops.steps.tail is made for three channels.
-        S = ops.steps.tail(self.tail, D, x) if self.patch == 1 else self.tail(D) + x
+        # The kernel of ops.resampling.tail is made for three channels.
+        S = ops.resampling.tail(self.tail, D, x) if self.patch == 1 else self.tail(D) + x
         S = F.pixel_shuffle(S, self.patch)
         if not torch.compiler.is_compiling():
             ops.memory.kept.trim()
@@ -326,14 +326,14 @@ class DSGformer(nn.Module):
 
     def encode(self, B: Tensor) -> Features:
         """E1–E4 of an image, taken apart into `patch`×`patch` channels, whose sides are multiples of 8."""
-        x = ops.steps.head(self.head, B)  # H
+        x = ops.resampling.head(self.head, B)  # H
         levels = []
         for i, blocks in enumerate(cast(Iterable[nn.Sequential], self.encoder)):
             # Not blocks(x), which would hold the level's input till its end.
             for block in blocks:
                 x = block(x)
             if i < len(self.down):
-                x = ops.steps.down(cast(nn.Conv2d, self.down[i]), x)
+                x = ops.resampling.down(cast(nn.Conv2d, self.down[i]), x)
             levels.append(x)
         return Features(*levels)
 
@@ -343,7 +343,7 @@ class DSGformer(nn.Module):
         x = E4 + E3
         decoder = cast(Iterable[nn.Sequential], self.decoder)
         for up, blocks, skip in zip(self.up, decoder, (E2, E1, None), strict=True):
-            x = ops.steps.up(cast(nn.Sequential, up), x, skip)
+            x = ops.resampling.up(cast(nn.Sequential, up), x, skip)
             for block in blocks:
                 x = block(x)
         return x

@@ -76,15 +76,20 @@ class RestorationModel(SRModel):
         self.trained_seconds = 0.0
         self.iteration_started = time.monotonic()
         self.first_iteration: int | None = None
+        channels_last = opt['is_train'] and opt['train'].get('channels_last')
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         super().__init__(opt)
+
+    def model_to_device(self, net: nn.Module) -> nn.Module:
+        """Put a network on the device, in its memory format, and wrap it for several processes."""
+        # DistributedDataParallel lays out its gradient buckets by the strides that it finds when it wraps.
+        return super().model_to_device(order_memory(net.to(self.device), self.memory_format))
 
     def init_training_settings(self) -> None:
         train = self.opt['train']
         self.net_g.train()
         self.amp = AMP_TYPES.get(train.get('amp'))
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp is torch.float16)
-        self.memory_format = torch.channels_last if train.get('channels_last') else torch.contiguous_format
-        order_memory(self.net_g, self.memory_format)
         self.ema_decay = train.get('ema_decay', 0)
         if self.ema_decay > 0:
             self.net_g_ema = build_network(self.opt['network_g']).to(self.device)

@@ -1,19 +1,12 @@
-"""Fast forms of DTSAS, DFGB and the block, beside the literal ones that they must equal.
+"""Fast implementations of DSGformer's block, beside the reference implementation that they must equal.
 
-One switch says which form runs: automatic by default, the literal one with
+`block.py` chooses one: automatically by default, the reference with
 `DSGFORMER_PLAIN=1` in the environment or inside `with ops.use('plain')`.
 """
 
 from __future__ import annotations
 
-from torch import Tensor
+from dsgformer_arch.ops import block, memory, resampling
+from dsgformer_arch.ops.block import Path, fast, path, use
 
-from dsgformer_arch.ops import dsga, memory, steps
-from dsgformer_arch.ops.switch import Path, path, use
-
-__all__ = ['Path', 'dsga', 'fast', 'memory', 'path', 'steps', 'use']
-
-
-def fast(X: Tensor) -> bool:
-    """Whether a fast form of the block runs for X of shape (N, C, H, W)."""
-    return path() != 'plain' and X.is_floating_point() and not X.is_meta
+__all__ = ['Path', 'block', 'fast', 'memory', 'path', 'resampling', 'use']

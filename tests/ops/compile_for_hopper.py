@@ -1,4 +1,4 @@
-"""Compile what `dsga_triton.restored` would launch on a Hopper GPU, on a machine without one.
+"""Compile what `gpu.restored` would launch on a Hopper GPU, on a machine without one.
 
 `python -m tests.ops.compile_for_hopper C heads attention score gate` prints, as JSON, the bytes of
 code and of shared memory of each kernel.  A process of its own, as Triton decides when it is imported
@@ -16,8 +16,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
-from dsgformer_arch.ops import dsga, dsga_triton
-from tests.ops.test_dsga import _block, _image
+from dsgformer_arch.ops import eager, gpu
+from tests.ops.test_block import _block, _image
 
 
 class _Hopper:
@@ -45,7 +45,7 @@ def main(channels: int, heads: int, *switches: str) -> None:
     block = _block(channels, heads, switches).float()  # type: ignore[arg-type]
     x = _image(1, channels, 16, 32).permute(0, 2, 3, 1).contiguous()
     with torch.inference_mode():
-        dsga_triton.restored(x.bfloat16(), x.bfloat16(), dsga.Weights.of(block, torch.bfloat16))
+        gpu.restored(x.bfloat16(), x.bfloat16(), eager.Weights.of(block, torch.bfloat16))
     sizes = {
         name: {'code': len(kernel.asm['cubin']), 'shared': kernel.metadata.shared}
         for name, kernel in kernels.items()

@@ -1,36 +1,21 @@
-"""Compiles and calls `dsga_kernel.cpp`: the block for a CPU in one piece, and the steps outside the levels.
-
-The user's C++ compiler builds it the first time that it is needed (a few
-seconds), into the user's cache folder; later runs load what is there.  Without
-a compiler, on a processor for which oneDNN has no small matrix products, or if
-the kernel fails a comparison with the eager form, the eager form runs.
-"""
+"""Calls the compiled kernels of `kernel.cpp`."""
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import logging
-import os
-import platform
-import shlex
-import shutil
 import subprocess
-import tempfile
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from dsgformer_arch.ops import memory
-from dsgformer_arch.ops.switch import compiled_forms_take
+from dsgformer_arch.ops import memory, selftest
+from dsgformer_arch.ops.cpu import build
 
 if TYPE_CHECKING:
-    from dsgformer_arch.ops.dsga import Weights
-
-SOURCE = Path(__file__).with_name('dsga_kernel.cpp')
+    from dsgformer_arch.ops.eager import Weights
 
 TYPES = (torch.float32, torch.bfloat16)
 
@@ -70,20 +55,6 @@ class _Step(ctypes.Structure):
     ]
 
 
-def computes_in(x: Tensor, *widths: int) -> torch.dtype | None:
-    """The type in which the kernel takes products of `x` of such widths: autocast's, or that of x.
-
-    Returns:
-        None where the kernel cannot run: it takes numbers on a CPU, without gradients.
-    """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return None
-    if x.device.type != 'cpu' or any(width % LANES for width in widths) or not compiled_forms_take(x):
-        return None
-    dtype = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else x.dtype
-    return dtype if dtype in TYPES and _works(dtype) else None
-
-
 def restored(x: Tensor, weights: Weights) -> Tensor:
     """Y of the block, without gradients.
 
@@ -92,7 +63,7 @@ def restored(x: Tensor, weights: Weights) -> Tensor:
         weights: in float32, whatever the type of x.
 
     Returns:
-        (N, H, W, C), contiguous, as `dsga.whole` gives it.
+        (N, H, W, C), contiguous, as `eager.whole` gives it.
     """
     _, height, width, channels = x.shape
     y = memory.kept.empty(x.shape, x.dtype)
@@ -202,84 +173,21 @@ def _stepped(
 
 
 def _enter(name: str, dtype: torch.dtype, call: ctypes.Structure) -> None:
-    entry = getattr(library(), f'{name}_{str(dtype).removeprefix("torch.")}')
+    entry = getattr(build.library(), f'{name}_{str(dtype).removeprefix("torch.")}')
     if entry(ctypes.byref(call)):
         raise RuntimeError('oneDNN has no small matrix product for this processor')
 
 
 @lru_cache(maxsize=len(TYPES))
-def _works(dtype: torch.dtype) -> bool:
+def works(dtype: torch.dtype) -> bool:
     """Whether the kernel can be had for `dtype`, and gives on a small image what the eager form gives."""
-    from dsgformer_arch.ops import trial  # which imports this module
 
     def form(x: Tensor, residual: Tensor, weights: Weights) -> Tensor:
         return restored(x, weights)
 
     try:
-        library()
+        build.library()
     except (OSError, RuntimeError, subprocess.SubprocessError) as reason:
         _LOG.info('the eager form of DSGA runs, as there is no kernel here: %s', reason)
         return False
-    return trial.passes(form, 2 * LANES, 2, dtype, torch.device('cpu'), torch.float32)
-
-
-@lru_cache(maxsize=1)
-def library() -> ctypes.CDLL:
-    """The compiled kernel.
-
-    Raises:
-        OSError, RuntimeError, subprocess.SubprocessError: if it cannot be built or loaded here.
-    """
-    return ctypes.CDLL(str(_built()))
-
-
-def _built() -> Path:
-    compiler = shlex.split(os.environ.get('CXX', '')) or ['c++']
-    if shutil.which(compiler[0]) is None:
-        raise RuntimeError(f'there is no compiler {compiler[0]!r}')
-    torch_folder = Path(torch.__file__).parent
-    command = [
-        *compiler,
-        *(
-            '-O3',
-            '-march=native',
-            '-fno-math-errno',
-            '-std=c++20',
-            '-fopenmp',
-            '-fPIC',
-            '-DAT_PARALLEL_OPENMP=1',
-        ),
-        f'-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}',
-        f'-I{torch_folder / "include"}',
-    ]
-    version = _run([*compiler, '--version'])
-    identity = '\0'.join([SOURCE.read_text(), *command, version, torch.__version__, _processor()])
-    name = hashlib.sha256(identity.encode()).hexdigest()[:16]
-    folder = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'dsgformer_arch'
-    target = folder / f'dsga-{name}.so'
-    if not target.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            compiled, linked = Path(scratch, 'dsga.o'), Path(scratch, 'dsga.so')
-            _run([*command, '-c', str(SOURCE), '-o', str(compiled)])
-            # OpenMP is not linked: its symbols come with torch, whose threads are then the only ones.
-            libraries = [f'-L{torch_folder / "lib"}', '-ltorch_cpu', '-lc10']
-            _run([*compiler, '-shared', str(compiled), '-o', str(linked), *libraries])
-            os.replace(linked, target)
-    return target
-
-
-def _run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    if done.returncode:
-        raise RuntimeError(f'{command[0]} failed: {done.stderr.strip()[-2000:]}')
-    return done.stdout
-
-
-def _processor() -> str:
-    """What `-march=native` depends on: a cache folder may be shared by several machines."""
-    try:
-        lines = Path('/proc/cpuinfo').read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(('flags', 'Features'))), platform.processor())
+    return selftest.passes(form, 2 * LANES, 2, dtype, torch.device('cpu'), torch.float32)

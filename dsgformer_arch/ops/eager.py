@@ -1,7 +1,7 @@
-"""The block DSGA, channels last throughout, in the order that moves the least memory.
+"""The block DSGA in PyTorch's operations, channels last, in the order that moves the least memory.
 
-Literal form: `dsgformer_arch.archs.dsgformer_arch.DSGA.literal`.  Two forms of
-the same arithmetic stand here:
+Reference implementation: `dsgformer_arch.archs.dsgformer_arch.DSGA.literal`.
+Two implementations of the same arithmetic:
 
 * `whole` takes whole tensors and is differentiable: for training, for
   `torch.compile`, for export and for small images.
@@ -15,8 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from types import ModuleType
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -25,8 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from dsgformer_arch.ops import dfgb, dtsas, native
-from dsgformer_arch.ops.switch import compiled_forms_take
+from dsgformer_arch.ops import dfgb, dtsas
 
 if TYPE_CHECKING:
     from dsgformer_arch.archs.dsgformer_arch import DSGA
@@ -98,62 +96,6 @@ class Weights:
 def _wide(dtype: torch.dtype) -> torch.dtype:
     """The type of sums over pixels and of the c×c maps: float32, or float64 for float64."""
     return torch.promote_types(dtype, torch.float32)
-
-
-def forward(block: DSGA, X: Tensor) -> Tensor:
-    """Y of the block, by the form that suits the call.
-
-    Under autocast the parameters and X are cast once, here; the sum with X
-    keeps the type of X where that is the wider, as in the literal form.
-
-    Args:
-        block: the block whose parameters are used.
-        X: (N, C, H, W), channels-last for speed.
-
-    Returns:
-        (N, C, H, W), channels-last.
-    """
-    if native.computes_in(X, X.shape[1] // block.attention.heads) == X.dtype:
-        y = native.restored(X.permute(0, 2, 3, 1).contiguous(), Weights.of(block, torch.float32))
-        return y.permute(0, 3, 1, 2)
-    device = X.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else X.dtype
-    with torch.autocast(device, enabled=False):
-        weights = Weights.of(block, dtype)
-        residual = X.permute(0, 2, 3, 1).contiguous()
-        x = residual.to(dtype)
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            y = whole(x, residual, weights)
-        elif (triton := _triton(x, weights)) is not None:
-            if torch.is_grad_enabled():
-                y = without_activations(triton.restored, residual, weights)
-            else:
-                y = triton.restored(x, residual, weights)
-        elif torch.is_grad_enabled():
-            keep = not block.recompute and x.nbytes <= KEPT_BYTES.get(device, 0)
-            y = whole(x, residual, weights) if keep else recomputing(x, residual, weights, block.recompute)
-        elif strip_rows(x) >= x.shape[1]:
-            y = whole(x, residual, weights)
-        else:
-            y = in_strips(x, residual, weights)
-        return y.permute(0, 3, 1, 2)
-
-
-def _triton(x: Tensor, weights: Weights) -> ModuleType | None:
-    """The kernels for a GPU, where they take x."""
-    if x.device.type != 'cuda' or not compiled_forms_take(x):
-        return None
-    kernels = _triton_kernels()
-    return kernels if kernels is not None and kernels.suits(x, weights) else None
-
-
-@lru_cache(maxsize=1)
-def _triton_kernels() -> ModuleType | None:
-    try:
-        from dsgformer_arch.ops import dsga_triton
-    except ImportError:  # of Triton, which PyTorch brings for Linux and NVIDIA's GPUs
-        return None
-    return dsga_triton
 
 
 def whole(x: Tensor, residual: Tensor, weights: Weights) -> Tensor:

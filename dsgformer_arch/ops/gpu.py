@@ -10,7 +10,7 @@ W_p LN(X) does, and nothing else between X and Y:
 * `_output` reads V and U before W_d and the residual, and writes Y; of more
   than 128 channels it writes the gated product, and the library multiplies it.
 
-Each equals its eager form in `dsga.py`, `dtsas.py` and `dfgb.py`, with sums in
+Each equals its eager form in `eager.py`, `dtsas.py` and `dfgb.py`, with sums in
 float32 that those round on the way.  Triton's interpreter runs them on a CPU
 (`TRITON_INTERPRET=1`), which is how they are tested without a GPU.
 
@@ -27,10 +27,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsgformer_arch.ops import dfgb, dsga, dtsas, trial
+from dsgformer_arch.ops import dfgb, dtsas, eager, selftest
 
 if TYPE_CHECKING:
-    from dsgformer_arch.ops.dsga import Weights
+    from dsgformer_arch.ops.eager import Weights
 
 TYPES = (torch.bfloat16, torch.float16)
 """Those of the matrix units.  Of float32 they would keep 10 bits."""
@@ -71,27 +71,27 @@ def suits(x: Tensor, weights: Weights) -> bool:
 @lru_cache(maxsize=64)
 def _works(device: torch.device, dtype: torch.dtype, channels: int, heads: int) -> bool:
     """Whether the kernels compile, and give on a small image what the eager form gives."""
-    return trial.passes(restored, channels, heads, dtype, device)
+    return selftest.passes(restored, channels, heads, dtype, device)
 
 
 def restored(x: Tensor, residual: Tensor, weights: Weights) -> Tensor:
-    """`dsga.whole` without gradients: a batch at once, or where that is large, strips of each image."""
+    """`eager.whole` without gradients: a batch at once, or where that is large, strips of each image."""
     y = torch.empty_like(residual)
     taps = weights.depthwise.flatten(1).t().contiguous()
     n, height, _, channels = x.shape
-    rows = dsga.strip_rows(x)
+    rows = eager.strip_rows(x)
     with torch.cuda.device_of(x):  # Triton launches on the current device
         if n * height <= rows:
-            ((_, P),) = dsga.strips(x, weights, weights.project_in, height, project)
+            ((_, P),) = eager.strips(x, weights, weights.project_in, height, project)
             attention = sparse_map(gram(P[..., : 2 * channels], taps, weights.heads), weights, x.dtype)
             output(P[..., 2 * channels :], taps[:, 2 * channels :], attention, weights, residual, y)
             return y
         for_qk, for_vu = weights.project_in.split(2 * channels)
         for image, kept, out in zip(x.split(1), residual.split(1), y.split(1), strict=True):
-            strips = dsga.strips(image, weights, for_qk, rows, project)
+            strips = eager.strips(image, weights, for_qk, rows, project)
             sums = reduce(torch.add, (gram(P, taps, weights.heads) for _, P in strips))
             attention = sparse_map(sums, weights, x.dtype)
-            for part, P in dsga.strips(image, weights, for_vu, rows, project):
+            for part, P in eager.strips(image, weights, for_vu, rows, project):
                 output(P, taps[:, 2 * channels :], attention, weights, kept[:, part], out[:, part])
     return y
 
@@ -100,12 +100,12 @@ def project(x: Tensor, weights: Weights, project_in: Tensor, P: Tensor) -> None:
     """Write W_p LN(x) into `P`; both of (N, rows, W, channels), each image contiguous."""
     n, rows, width, channels = x.shape
     if channels > WIDEST_FUSED:
-        dsga.project(x, weights, project_in, P)
+        eager.project(x, weights, project_in, P)
         return
     _project[(triton.cdiv(rows * width, PIXELS), n)](
         x, weights.norm_weight, weights.norm_bias, project_in, P,
         rows * width, project_in.shape[0], x.stride(0), P.stride(0),
-        C=channels, CP=_power(channels), PIXELS=PIXELS, WIDE=64, EPSILON=dsga.LN_EPSILON,
+        C=channels, CP=_power(channels), PIXELS=PIXELS, WIDE=64, EPSILON=eager.LN_EPSILON,
         PRECISION=_precision(x), num_warps=8, num_stages=2,
     )  # fmt: skip
 

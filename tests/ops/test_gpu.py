@@ -17,8 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dsgformer_arch import ops
 from dsgformer_arch.archs.dsgformer_arch import DSGA, DSGformer
-from dsgformer_arch.ops import dsga, native
-from tests.ops.test_dsga import SWITCHES, _block, _block_with_ties, _error, _image
+from dsgformer_arch.ops import block as dispatch
+from dsgformer_arch.ops import eager
+from tests.ops.test_block import SWITCHES, _block, _block_with_ties, _error, _image
 
 pytest.importorskip('triton', reason='Triton is not installed')
 
@@ -39,15 +40,15 @@ def interpreted() -> ModuleType:
 
     if not triton.knobs.runtime.interpret:
         pytest.skip('Triton does not interpret its kernels here, as there is a GPU')
-    from dsgformer_arch.ops import dsga_triton
+    from dsgformer_arch.ops import gpu
 
-    return dsga_triton
+    return gpu
 
 
 def _restored(module: ModuleType, block: DSGA, X: Tensor, dtype: torch.dtype) -> Tensor:
     with torch.inference_mode():
         x = X.permute(0, 2, 3, 1).contiguous()
-        return module.restored(x.to(dtype), x, dsga.Weights.of(block, dtype)).permute(0, 3, 1, 2)
+        return module.restored(x.to(dtype), x, eager.Weights.of(block, dtype)).permute(0, 3, 1, 2)
 
 
 def _compare(interpreted: ModuleType, block: DSGA, X: Tensor) -> None:
@@ -68,7 +69,7 @@ def test_equals_the_literal_form(
     strip: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(dsga.STRIP_BYTES, 'cpu', strip)
+    monkeypatch.setitem(eager.STRIP_BYTES, 'cpu', strip)
     _compare(interpreted, _block(channels, heads), _image(size[0], channels, *size[1:]))
 
 
@@ -113,8 +114,8 @@ def test_gradients_equal_the_literal_ones(interpreted: ModuleType, frozen: bool)
 
     block.float()
     residual = X.detach().float().permute(0, 2, 3, 1).contiguous().requires_grad_(not frozen)
-    weights = dsga.Weights.of(block, torch.float32)
-    y = dsga.without_activations(interpreted.restored, residual, weights)
+    weights = eager.Weights.of(block, torch.float32)
+    y = eager.without_activations(interpreted.restored, residual, weights)
     given = [value for value in (residual, *block.parameters()) if value.requires_grad]
     ours = torch.autograd.grad(y, given, seed.permute(0, 2, 3, 1).float())
     for mine, exact in zip(ours, theirs, strict=True):
@@ -132,9 +133,9 @@ def test_training_keeps_nothing_but_x(interpreted: ModuleType) -> None:
         sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    weights = dsga.Weights.of(block, torch.float32)
+    weights = eager.Weights.of(block, torch.float32)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        dsga.without_activations(interpreted.restored, residual, weights)
+        eager.without_activations(interpreted.restored, residual, weights)
     assert residual.nbytes <= sum(sizes.values()) < 1.3 * residual.nbytes
 
 
@@ -144,7 +145,7 @@ def test_tensors_without_numbers_take_the_eager_form(
     monkeypatch.setattr(interpreted, 'suits', lambda *_: True)
     with FakeTensorMode():
         x = torch.empty(1, 8, 8, 16, device='cuda', dtype=torch.bfloat16)
-    assert dsga._triton(x, SimpleNamespace(heads=1)) is None  # type: ignore[arg-type]
+    assert dispatch._triton(x, SimpleNamespace(heads=1)) is None  # type: ignore[arg-type]
 
 
 def test_the_network_restores_and_trains_with_them(
@@ -153,13 +154,13 @@ def test_the_network_restores_and_trains_with_them(
     network = DSGformer(width=16, num_blocks=(1, 1, 1, 1))
     calls: list[tuple[int, ...]] = []
 
-    def restored(x: Tensor, residual: Tensor, weights: dsga.Weights) -> Tensor:
+    def restored(x: Tensor, residual: Tensor, weights: eager.Weights) -> Tensor:
         calls.append(tuple(x.shape))
         return interpreted.restored(x, residual, weights)
 
     kernels = SimpleNamespace(restored=restored)
-    monkeypatch.setattr(dsga, '_triton', lambda x, weights: kernels)
-    monkeypatch.setattr(native, 'computes_in', lambda x, *widths: None)
+    monkeypatch.setattr(dispatch, '_triton', lambda x, weights: kernels)
+    monkeypatch.setattr(dispatch, 'computes_in', lambda x, *widths: None)
     image = torch.rand(1, 3, 9, 16)
     with ops.use('plain'):
         literal = network(image)
@@ -230,13 +231,13 @@ class TestOnAGpu:
     def test_is_no_worse_than_the_literal_form(
         self, channels: int, heads: int, dtype: torch.dtype, grad: bool
     ) -> None:
-        from dsgformer_arch.ops import dsga_triton
+        from dsgformer_arch.ops import gpu
 
         block, X = _block(channels, heads).cuda(), _image(2, channels, 45, 70).cuda()
         exact = block.literal(X)
         block.float()
         weights = SimpleNamespace(heads=heads)
-        assert dsga_triton.suits(X.permute(0, 2, 3, 1).to(dtype), weights)  # type: ignore[arg-type]
+        assert gpu.suits(X.permute(0, 2, 3, 1).to(dtype), weights)  # type: ignore[arg-type]
         with torch.set_grad_enabled(grad), torch.autocast('cuda', dtype):
             ours, literal = block(X.to(dtype)), block.literal(X.to(dtype))
         assert ours.dtype == literal.dtype

@@ -1,4 +1,4 @@
-"""A compiled form of the block is tried on a small image before it is trusted."""
+"""A compiled implementation of the block is tried on a small image before it is trusted."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import logging
 import torch
 from torch import Tensor
 
-from dsgformer_arch.ops import dsga
+from dsgformer_arch.ops import eager
 
 _LOG = logging.getLogger(__name__)
 
 
 def passes(
-    form: dsga.Form,
+    form: eager.Form,
     channels: int,
     heads: int,
     dtype: torch.dtype,
@@ -33,7 +33,7 @@ def passes(
     x = (_random(1, 11, 13, channels) * 4).to(device)
     try:
         with torch.no_grad():
-            expected = dsga.whole(x, x, _weights(channels, heads, torch.float32, device))
+            expected = eager.whole(x, x, _weights(channels, heads, torch.float32, device))
             weights = _weights(channels, heads, weights_dtype or dtype, device)
             given = form(x.to(dtype), x.to(dtype), weights)
         error = ((given - expected).abs().max() / expected.abs().max()).item()
@@ -47,9 +47,9 @@ def passes(
     return True
 
 
-def _weights(channels: int, heads: int, dtype: torch.dtype, device: torch.device) -> dsga.Weights:
+def _weights(channels: int, heads: int, dtype: torch.dtype, device: torch.device) -> eager.Weights:
     """Random ones; those that `Weights` wants in float32 at least stay so."""
-    return dsga.Weights(
+    return eager.Weights(
         norm_weight=torch.ones(channels, device=device),
         norm_bias=torch.zeros(channels, device=device),
         project_in=_random(4 * channels, channels).to(device, dtype),

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from dsgformer_arch import ops
 from dsgformer_arch.archs.dsgformer_arch import DSGA, DSGformer
-from dsgformer_arch.ops import dsga, native
+from dsgformer_arch.ops import eager
+from dsgformer_arch.ops.cpu import binding, build
 
 SWITCHES = list(
     itertools.product(('dtsas', 'mdta'), ('relu2', 'relu', 'softmax'), ('dfgb', 'gelu', 'simplegate'))
@@ -60,7 +61,7 @@ def _error(ours: Tensor, exact: Tensor) -> float:
 @pytest.fixture
 def strips(monkeypatch: pytest.MonkeyPatch) -> None:
     """Strips of 8 rows, however small the image."""
-    monkeypatch.setitem(dsga.STRIP_BYTES, 'cpu', 1)
+    monkeypatch.setitem(eager.STRIP_BYTES, 'cpu', 1)
 
 
 @pytest.mark.parametrize('switches', SWITCHES)
@@ -77,7 +78,7 @@ def test_whole_equals_the_literal_form(switches: tuple[str, str, str], size: tup
 def test_strips_equal_the_literal_form(switches: tuple[str, str, str], size: tuple[int, int, int]) -> None:
     block, X = _block(switches=switches), _image(size[0], 16, *size[1:])
     with torch.inference_mode():
-        assert dsga.strip_rows(X.permute(0, 2, 3, 1)) == 8
+        assert eager.strip_rows(X.permute(0, 2, 3, 1)) == 8
         torch.testing.assert_close(block(X), block.literal(X), rtol=1e-12, atol=1e-12)
 
 
@@ -89,7 +90,7 @@ def test_gradients_equal_the_literal_ones(
     block, X = _block(switches=switches), _image(2, 16, 12, 9).requires_grad_()
     block.recompute = kept == 'X'
     if kept == 'some':
-        monkeypatch.setitem(dsga.KEPT_BYTES, 'cpu', 0)
+        monkeypatch.setitem(eager.KEPT_BYTES, 'cpu', 0)
     inputs = [X, *block.parameters()]
     literal, fast = block.literal(X), block(X)
     torch.testing.assert_close(fast, literal, rtol=1e-12, atol=1e-12)
@@ -127,7 +128,7 @@ def test_training_keeps_less_than_the_literal_form(monkeypatch: pytest.MonkeyPat
     block, X = _block(), _image(1, 16, 64, 64).requires_grad_()
     literal = kept(block, X, literal=True)
     assert kept(block, X, literal=False) < literal
-    monkeypatch.setitem(dsga.KEPT_BYTES, 'cpu', 0)
+    monkeypatch.setitem(eager.KEPT_BYTES, 'cpu', 0)
     assert kept(block, X, literal=False) < literal / 3
     block.recompute = True
     assert kept(block, X, literal=False) < literal / 8
@@ -269,11 +270,11 @@ class TestKernel:
 
     @pytest.fixture(autouse=True)
     def _kernel(self) -> None:
-        if not native._works(torch.float32):
+        if not binding.works(torch.float32):
             pytest.skip('no compiler, or no small matrix products for this processor')
 
     def test_bfloat16_works_where_the_processor_has_it(self) -> None:
-        assert native._works(torch.bfloat16) or not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        assert binding.works(torch.bfloat16) or not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
     @pytest.mark.parametrize('threads', [1, 3])
     @pytest.mark.parametrize('size', [*SIZES, (1, 70, 140), (1, 8, 300)])
@@ -299,19 +300,19 @@ class TestKernel:
     def _compare(block: DSGA, X: Tensor) -> None:
         with torch.inference_mode():
             exact = block.literal(X)
-            weights = dsga.Weights.of(block.float(), torch.float32)
+            weights = eager.Weights.of(block.float(), torch.float32)
             x = X.float().permute(0, 2, 3, 1).contiguous()
-            assert native.computes_in(X.float(), X.shape[1] // block.attention.heads) == torch.float32
-            assert _error(native.restored(x, weights).permute(0, 3, 1, 2), exact) < 1e-5
+            assert ops.block.computes_in(X.float(), X.shape[1] // block.attention.heads) == torch.float32
+            assert _error(binding.restored(x, weights).permute(0, 3, 1, 2), exact) < 1e-5
 
-    @pytest.mark.parametrize('dtype', native.TYPES)
+    @pytest.mark.parametrize('dtype', binding.TYPES)
     def test_gives_the_same_twice(self, dtype: torch.dtype) -> None:
         block, X = _block(32, 1).to(dtype), _image(1, 32, 100, 50).to(dtype)
         with torch.inference_mode():
             assert torch.equal(block(X), block(X))
 
     def test_not_a_number_is_passed_on(self) -> None:
-        for dtype in native.TYPES:
+        for dtype in binding.TYPES:
             block, X = _block(32, 1).to(dtype), _image(1, 32, 16, 16).to(dtype)
             X[0, 0, 3, 3] = float('nan')
             with torch.inference_mode():
@@ -361,11 +362,11 @@ def test_runs_without_a_compiler(tmp_path: Path) -> None:
     code = """
 import torch
 from dsgformer_arch.archs.dsgformer_arch import DSGA
-from dsgformer_arch.ops import native
+from dsgformer_arch.ops.cpu import binding
 block, X = DSGA(16, 1), torch.rand(1, 16, 16, 16)
 with torch.inference_mode():
     torch.testing.assert_close(block(X), block.literal(X), rtol=1e-4, atol=1e-5)
-assert not native._works(torch.float32)
+assert not binding.works(torch.float32)
 """
     environment = os.environ | {'CXX': 'no-such-compiler', 'XDG_CACHE_HOME': str(tmp_path)}
     done = subprocess.run(
@@ -375,6 +376,6 @@ assert not native._works(torch.float32)
 
 
 def test_a_wrong_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, 'library', lambda: None)
-    monkeypatch.setattr(native, 'restored', lambda x, weights: torch.full_like(x, float('nan')))
-    assert not native._works.__wrapped__(torch.float32)
+    monkeypatch.setattr(build, 'library', lambda: None)
+    monkeypatch.setattr(binding, 'restored', lambda x, weights: torch.full_like(x, float('nan')))
+    assert not binding.works.__wrapped__(torch.float32)

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from dsgformer_arch import ops
 from dsgformer_arch.archs.dsgformer_arch import DSGformer
-from dsgformer_arch.ops import memory, native, steps
+from dsgformer_arch.ops import memory
+from dsgformer_arch.ops import resampling as steps
+from dsgformer_arch.ops.cpu import binding, build
 
 Step = Callable[..., Tensor]
 
@@ -41,7 +43,7 @@ SIZES = [(1, 8, 8), (2, 5, 3), (1, 17, 131), (1, 1, 1), (1, 40, 64)]
 @pytest.fixture(autouse=True)
 def _kernel() -> None:
     try:
-        native.library()
+        build.library()
     except (OSError, RuntimeError) as reason:
         pytest.skip(f'no kernel here: {reason}')
 
@@ -80,7 +82,7 @@ def test_autocast_is_no_worse_than_the_modules(case: str, size: tuple[int, int, 
 
 def test_gradients_and_other_types_go_through_the_modules(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ('convolved', 'downsampled', 'upsampled', 'summed'):
-        monkeypatch.delattr(native, name)
+        monkeypatch.delattr(binding, name)
     image = _random(1, 3, 16, 16)
     NETWORK(image).sum().backward()
     with torch.inference_mode():

@@ -3,7 +3,7 @@
 Each is one product of matrices a row of pixels: the head takes the 27 numbers
 around a pixel, a 2×2 convolution of stride 2 pairs of neighbours, which lie side
 by side in channels-last order; PixelShuffle puts pairs of neighbours side by
-side, and the tail makes 27 numbers of a pixel.  On a CPU, `dsga_kernel.cpp`
+side, and the tail makes 27 numbers of a pixel.  On a CPU, `cpu/resampling.h`
 computes them; elsewhere the modules run as they stand.
 """
 
@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsgformer_arch.ops import native
+from dsgformer_arch.ops.block import computes_in
+from dsgformer_arch.ops.cpu import binding
 
 
 def head(conv: nn.Conv2d, x: Tensor) -> Tensor:
@@ -28,13 +29,13 @@ def head(conv: nn.Conv2d, x: Tensor) -> Tensor:
     Returns:
         (N, C, H, W), channels-last on the fast path.
     """
-    dtype = native.computes_in(x, conv.out_channels)
+    dtype = computes_in(x, conv.out_channels)
     if dtype is None:
         return cast(Tensor, conv(x))
     # (C, 3, 3, 3) as (C, (row, column, 3)), filled up to whole vectors
     weight = conv.weight.float().permute(0, 2, 3, 1).flatten(1)
-    weight = F.pad(weight, (0, -weight.shape[1] % native.LANES))
-    return _channels_first(native.convolved(_channels_last(x, dtype), weight, _bias(conv)))
+    weight = F.pad(weight, (0, -weight.shape[1] % binding.LANES))
+    return _channels_first(binding.convolved(_channels_last(x, dtype), weight, _bias(conv)))
 
 
 def down(conv: nn.Conv2d, x: Tensor) -> Tensor:
@@ -47,12 +48,12 @@ def down(conv: nn.Conv2d, x: Tensor) -> Tensor:
     Returns:
         (N, C', H/2, W/2), channels-last on the fast path.
     """
-    dtype = native.computes_in(x, 2 * x.shape[1], conv.out_channels)
+    dtype = computes_in(x, 2 * x.shape[1], conv.out_channels)
     if dtype is None:
         return cast(Tensor, conv(x))
     # (C', C, 2, 2) as (row, C', (column, C)): what a row of the image is multiplied with
     weight = conv.weight.float().permute(2, 0, 3, 1).contiguous()
-    return _channels_first(native.downsampled(_channels_last(x, dtype), weight, _bias(conv)))
+    return _channels_first(binding.downsampled(_channels_last(x, dtype), weight, _bias(conv)))
 
 
 def up(shuffled: nn.Sequential, x: Tensor, skip: Tensor | None) -> Tensor:
@@ -68,13 +69,13 @@ def up(shuffled: nn.Sequential, x: Tensor, skip: Tensor | None) -> Tensor:
     """
     conv = cast(nn.Conv2d, shuffled[0])
     fine = conv.out_channels // 4
-    dtype = native.computes_in(x, 2 * fine, x.shape[1])
+    dtype = computes_in(x, 2 * fine, x.shape[1])
     if dtype is None:
         return cast(Tensor, shuffled(x)) if skip is None else cast(Tensor, shuffled(x)) + skip
     # (4C, C') with PixelShuffle's (C, row, column) first, as (row, (column, C), C')
     weight = conv.weight.float().view(fine, 2, 2, -1).permute(1, 2, 0, 3).contiguous()
     added = None if skip is None else _channels_last(skip, dtype)
-    return _channels_first(native.upsampled(_channels_last(x, dtype), weight, added))
+    return _channels_first(binding.upsampled(_channels_last(x, dtype), weight, added))
 
 
 def tail(conv: nn.Conv2d, x: Tensor, image: Tensor) -> Tensor:
@@ -88,14 +89,14 @@ def tail(conv: nn.Conv2d, x: Tensor, image: Tensor) -> Tensor:
     Returns:
         (N, 3, H, W), channels-last on the fast path.
     """
-    dtype = native.computes_in(x, x.shape[1])
+    dtype = computes_in(x, x.shape[1])
     if dtype is None or image.dtype != torch.float32:
         return cast(Tensor, conv(x)) + image
     # (3, C, 3, 3) as ((row, column, 3), C): a pixel gives its numbers to the neighbours that see it there
     weight = conv.weight.float().permute(2, 3, 0, 1).flatten(0, 2)
-    weight = F.pad(weight, (0, 0, 0, -weight.shape[0] % native.LANES))
+    weight = F.pad(weight, (0, 0, 0, -weight.shape[0] % binding.LANES))
     skip = _channels_last(image, image.dtype)
-    return _channels_first(native.summed(_channels_last(x, dtype), weight, _bias(conv), skip))
+    return _channels_first(binding.summed(_channels_last(x, dtype), weight, _bias(conv), skip))
 
 
 def _channels_last(x: Tensor, dtype: torch.dtype) -> Tensor:

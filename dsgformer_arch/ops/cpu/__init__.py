@@ -1,0 +1,1 @@
+"""The block compiled for a CPU."""
