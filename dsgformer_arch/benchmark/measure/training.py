@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
 import statistics
@@ -122,12 +121,6 @@ def cost(name: str, overrides: dict[str, Any]) -> dict[str, Any]:
     return {'parameters': parameters, 'multiply_adds': macs}
 
 
-WIDTHS = (
-    'width', 'dim', 'n_feat', 'scale_unetfeats', 'scale_orsnetfeats', 'channels', 'decoder_channels',
-    'base_channel',
-)  # fmt: skip
-"""What releases call the settings that hold numbers of channels; all of a system's are scaled together."""
-
 NARROWEST, WIDEST = 2, 128
 """Widths that `--match` tries for the first level of a system."""
 
@@ -143,13 +136,14 @@ def matched(name: str, reference: str) -> dict[str, Any]:
     """
     if name == reference:
         return {}
-    widths = widths_of(name)
+    system = zoo.get(name)
+    kind = zoo.network_class(system.architecture)
+    if not kind.width_settings:
+        raise UserError(f'--match: {name} has no widths that could be scaled; leave it out')
     target = multiply_adds(reference, MATCH_SIZE, MATCH_SIZE)
-    first = next(iter(widths.values()))
-    lead = first if isinstance(first, int) else first[0]
     nearest, best = math.inf, {}
     for width in range(NARROWEST, WIDEST + 1):
-        overrides = {key: scaled(value, width / lead) for key, value in widths.items()}
+        overrides = kind.scaled_widths(system.settings, width)
         ratio = spent(name, overrides) / target
         distance = abs(math.log(ratio))
         if distance < nearest:
@@ -176,27 +170,6 @@ def spent(name: str, overrides: dict[str, Any]) -> float:
         return math.inf
     finally:
         torch_says.disabled = before
-
-
-def widths_of(name: str) -> dict[str, int | Sequence[int]]:
-    """The settings of a system that hold numbers of channels, and their values.
-
-    Raises:
-        UserError: it has none.
-    """
-    system = zoo.get(name)
-    parameters = inspect.signature(zoo.network_class(system.architecture).__init__).parameters
-    values = {key: system.settings.get(key, parameters[key].default) for key in WIDTHS if key in parameters}
-    if not values:
-        raise UserError(f'--match: {name} has no widths that could be scaled; leave it out')
-    return values
-
-
-def scaled(value: int | Sequence[int], factor: float) -> int | tuple[int, ...]:
-    """A number of channels, or one for each level, times a factor."""
-    if isinstance(value, int):
-        return max(1, round(value * factor))
-    return tuple(max(1, round(v * factor)) for v in value)
 
 
 COLUMNS = {

@@ -100,7 +100,7 @@ def row(system: System) -> tuple[str, ...]:
 
 def padding(system: System) -> str:
     """What a system pads to: a multiple, and the least size where that is larger."""
-    network: Any = zoo.create_without_data(system.name)
+    network: Any = zoo.create_on_meta(system.name)
     multiple, least = network.pad_multiple, network.min_size
     return f'{multiple}, at least {least}' if least > multiple else f'{multiple}'
 

@@ -88,11 +88,16 @@ def test_matched_widths_are_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_several_widths_are_scaled_together() -> None:
-    assert training.widths_of('mprnet') == {'n_feat': 96, 'scale_unetfeats': 48, 'scale_orsnetfeats': 32}
-    assert training.widths_of('restormer') == {'dim': 48}
-    assert training.scaled((24, 48, 72, 96), 1 / 4) == (6, 12, 18, 24)
-    assert training.scaled(96, 1 / 16) == 6
-    assert training.scaled(4, 1 / 100) == 1
+    def scaled(name: str, width: int) -> dict[str, Any]:
+        system = zoo.get(name)
+        return zoo.network_class(system.architecture).scaled_widths(system.settings, width)
+
+    assert scaled('mprnet', 6) == {'n_feat': 6, 'scale_unetfeats': 3, 'scale_orsnetfeats': 2}
+    assert scaled('mprnet', 1)['scale_orsnetfeats'] == 1
+    assert scaled('restormer', 12) == {'dim': 12}
+    assert scaled('mb_taylorformer_v2_l', 6) == {'dim': (6, 12, 18, 24)}
+    assert scaled('nafnet64', 32) == {'width': 32}
+    assert scaled('ipt', 8) == {}
 
 
 def test_what_cannot_be_matched_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
