@@ -81,7 +81,7 @@ def computes_in(x: Tensor, *widths: int) -> torch.dtype | None:
 
 
 def trains_in(X: Tensor, heads: int) -> torch.dtype | None:
-    """The type in which the kernel for training takes X of shape (N, C, H, W), as `computes_in`; None if it does not."""
+    """As `computes_in`, for the kernel that trains: takes X of shape (N, C, H, W) and the number of heads."""
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return None
     if X.device.type != 'cpu' or not X.numel() or not compiled_forms_take(X):

@@ -48,8 +48,10 @@ def passes(
     return True
 
 
-def trains(form: Callable[[Tensor, eager.Weights], Tensor], channels: int, heads: int, dtype: torch.dtype) -> bool:
-    """Whether `form(x, weights)` and its gradients are right on a CPU, up to rounding; if not, the log says why.
+def trains(
+    form: Callable[[Tensor, eager.Weights], Tensor], channels: int, heads: int, dtype: torch.dtype
+) -> bool:
+    """Whether `form(x, weights)` and its gradients are right on a CPU; if not, the log says why.
 
     Args:
         form: what is tried; takes its weights in float32.

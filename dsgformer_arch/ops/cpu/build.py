@@ -1,4 +1,4 @@
-"""Compiles `kernel.cpp`, the block for a CPU in one piece and the steps outside the levels, and `backward.cpp`.
+"""Compiles `kernel.cpp`, which restores, and `backward.cpp`, which trains.
 
 The user's C++ compiler builds each the first time that it is needed (a few
 seconds), into the user's cache folder; later runs load what is there.  Without
@@ -16,7 +16,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -26,7 +26,7 @@ FOLDER = Path(__file__).parent
 SOURCES = sorted([*FOLDER.glob('*.cpp'), *FOLDER.glob('*.h')])
 
 
-@lru_cache(maxsize=None)
+@cache
 def library(source: str = 'kernel.cpp') -> ctypes.CDLL:
     """The library compiled from `source`, a file of this folder.
 

@@ -87,7 +87,9 @@ class _Settings(NamedTuple):
 
 class _Block(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, settings: _Settings, recompute: bool, x: Tensor, *parameters: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, settings: _Settings, recompute: bool, x: Tensor, *parameters: Tensor | None
+    ) -> Tensor:
         n, height, width, channels = x.shape
         held = [None if value is None else value.contiguous() for value in parameters]
         y = memory.kept.empty(x.shape, x.dtype)
