@@ -100,6 +100,11 @@ inline typename W::V load(const typename W::S* p) {
 
 template <class W>
 inline typename W::V load(const bf16* p) {
+#if defined(__AVX512F__)
+  if constexpr (W::L == 16)
+    return (typename W::V)_mm512_slli_epi32(
+        _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16);
+#endif
   return (typename W::V)(__builtin_convertvector(*reinterpret_cast<const typename W::H*>(p), typename W::B) << 16);
 }
 
@@ -691,6 +696,20 @@ struct Sums {
 
 // ---------------------------------------------------------------- an image
 
+#define DSGFORMER_INLINE inline __attribute__((always_inline))
+
+// A block of 8×8 pixels, and what an image has of one at its end.
+struct Whole {
+  static constexpr bool whole = true;
+  static constexpr int64_t rows = BLOCK, columns = BLOCK, pixels = PIXELS;
+  int64_t top, left;
+};
+
+struct Part {
+  static constexpr bool whole = false;
+  int64_t top, left, rows, columns, pixels;
+};
+
 template <class W, class T>
 class Image {
  public:
@@ -720,12 +739,12 @@ class Image {
     }
   }
 
-  // W_p LN(X) of some rows of blocks.
-  void project(const T* x, T* p, int64_t first, int64_t last) const {
+  // W_p LN(X) of the rows of pixels from `top` to `bottom`.
+  void project(const T* x, T* p, int64_t top, int64_t bottom) const {
     Scratch scratch;
     T* normal = scratch.take<T>(PIXELS * C_);
     S* mean = scratch.take<S>(2 * PIXELS);
-    for (int64_t y = first * BLOCK; y < std::min(last * BLOCK, height_); ++y)
+    for (int64_t y = top; y < std::min(bottom, height_); ++y)
       for (int64_t j = 0; j < width_; j += PIXELS) {
         const int64_t pixels = std::min(PIXELS, width_ - j);
         normalise(x + (y * width_ + j) * C_, pixels, normal, mean, mean + PIXELS);
@@ -741,18 +760,20 @@ class Image {
     T* qk = scratch.take<T>(PIXELS * 2 * C_);
     T* pairs = scratch.take<T>((PIXELS + 1) * 2 * C_);
     S* squares = sums + C_ * c_;
-    each_block(first, last, [&](const Block& b) {
-      for (int64_t k = 0; k < 2 * C_; k += L) {
+    each_block(first, last, [&](const auto& b) {
+      const int64_t C = C_;
+      T* out = qk;
+      for (int64_t k = 0; k < 2 * C; k += L) {
         V total = load<W>(squares + k);
-        convolve(p, b, k, k, [&](int64_t pixel, V v) {
+        convolve(p, b, k, k, [&](int64_t pixel, int64_t, V v) {
           total += v * v;
-          store<W>(qk + pixel * 2 * C_ + k, v);
+          store<W>(out + pixel * 2 * C + k, v);
         });
         store<W>(squares + k, total);
       }
-      const T* both = paired(qk, b.pixels, 2 * C_, pairs);
+      const T* both = paired(qk, b.pixels, 2 * C, pairs);
       for (int64_t h = 0; h < t_.heads; ++h)
-        outer_product(c_, c_, b.pixels, both + h * c_ * PAIR<T>, 2 * C_, both + (C_ + h * c_) * PAIR<T>, 2 * C_,
+        outer_product(c_, c_, b.pixels, both + h * c_ * PAIR<T>, 2 * C, both + (C + h * c_) * PAIR<T>, 2 * C,
                       sums + h * c_ * c_, c_);
     });
   }
@@ -764,28 +785,31 @@ class Image {
     T* gated = scratch.take<T>(PIXELS * C_);
     S* av = scratch.take<S>(PIXELS * C_);
     const T* vu = p + plane();
-    each_block(first, last, [&](const Block& b) {
+    each_block(first, last, [&](const auto& b) {
+      const int64_t C = C_, gate = t_.gate;
+      const S* attended = av;
+      T* out = gated;
       attend(vu, b, maps, v, av);
-      for (int64_t k = 0; k < C_; k += L) {
+      for (int64_t k = 0; k < C; k += L) {
         V block[PIXELS];
         gate_input(vu, b, k, block);
         if (w_.mask) {
           Spectrum<W> spectrum;
           transform<W>(block, spectrum);
-          inverse<W>(spectrum, w_.mask + k, C_, block);
+          inverse<W>(spectrum, w_.mask + k, C, block);
         }
         each_pixel(b, [&](int64_t pixel, int64_t at) {
           V slope;
-          const V u = t_.gate == IDENTITY ? block[at] : gelu<W, false>(block[at], slope);
-          store<W>(gated + pixel * C_ + k, u * load<W>(av + pixel * C_ + k));
+          const V u = gate == IDENTITY ? block[at] : gelu<W, false>(block[at], slope);
+          store<W>(out + pixel * C + k, u * load<W>(attended + pixel * C + k));
         });
       }
-      rows_product(b.pixels, C_, C_, gated, C_, w_.out, av, C_);
+      rows_product(b.pixels, C, C, gated, C, w_.out, av, C);
       for (int64_t r = 0; r < b.rows; ++r) {
-        const int64_t offset = ((b.top + r) * width_ + b.left) * C_;
-        const S* out = av + r * b.columns * C_;
-        for (int64_t i = 0; i < b.columns * C_; i += L)
-          store<W>(y + offset + i, load<W>(x + offset + i) + load<W>(out + i));
+        const int64_t offset = ((b.top + r) * width_ + b.left) * C, count = b.columns * C;
+        const S* sums = av + r * count;
+        for (int64_t i = 0; i < count; i += L)
+          store<W>(y + offset + i, load<W>(x + offset + i) + load<W>(sums + i));
       }
     });
   }
@@ -809,56 +833,62 @@ class Image {
     T* pairs[2] = {scratch.take<T>((PIXELS + 1) * C_), scratch.take<T>((PIXELS + 1) * C_)};
     const T* vu = p + plane();
     T* d_vu = d + plane();
-    each_block(first, last, [&](const Block& b) {
+    each_block(first, last, [&](const auto& b) {
+      const int64_t C = C_, c = c_, gate = t_.gate, stride = stride_;
+      T *out = gated, *d_out = d_av, *d_u = d_vu + ((b.top + 1) * stride + b.left + 1) * 2 * C + C;
+      const S *attended = av, *outer = d_gated;
       attend(vu, b, maps, v, av);
       copy_block(dy, b, given);
-      rows_product(b.pixels, C_, C_, given, C_, w_.out_back, d_gated, C_);
-      for (int64_t k = 0; k < C_; k += L) {
-        V block[PIXELS] = {};
-        Spectrum<W> spectrum, of_gradient;
+      rows_product(b.pixels, C, C, given, C, w_.out_back, d_gated, C);
+      for (int64_t k = 0; k < C; k += L) {
+        V block[PIXELS];
+        Spectrum<W> spectrum;
         gate_input(vu, b, k, block);
         if (w_.mask) {
           transform<W>(block, spectrum);
-          inverse<W>(spectrum, w_.mask + k, C_, block);
+          inverse<W>(spectrum, w_.mask + k, C, block);
         }
         each_pixel(b, [&](int64_t pixel, int64_t at) {
           V slope = splat<W>(1);
-          const V u = t_.gate == IDENTITY ? block[at] : gelu<W, true>(block[at], slope);
-          const V attended = load<W>(av + pixel * C_ + k), g = load<W>(d_gated + pixel * C_ + k);
-          store<W>(gated + pixel * C_ + k, u * attended);
-          store<W>(d_av + pixel * C_ + k, u * g);
-          block[at] = slope * g * attended;
+          const V u = gate == IDENTITY ? block[at] : gelu<W, true>(block[at], slope);
+          const V a = load<W>(attended + pixel * C + k), g = load<W>(outer + pixel * C + k);
+          store<W>(out + pixel * C + k, u * a);
+          store<W>(d_out + pixel * C + k, u * g);
+          block[at] = slope * g * a;
         });
         if (w_.mask) {
-          for (int64_t y = 0; y < BLOCK; ++y)
-            for (int64_t x = 0; x < BLOCK; ++x)
-              if (y >= b.rows || x >= b.columns) block[y * BLOCK + x] = V{};
+          if constexpr (!b.whole)
+            for (int64_t y = 0; y < BLOCK; ++y)
+              for (int64_t x = 0; x < BLOCK; ++x)
+                if (y >= b.rows || x >= b.columns) block[y * BLOCK + x] = V{};
+          Spectrum<W> of_gradient;
           transform<W>(block, of_gradient);
-          mask_gradient<W>(spectrum, of_gradient, sums.mask + k, C_);
-          inverse<W>(of_gradient, w_.mask + k, C_, block);
-          // the repeated border hands its gradient to what it repeats
-          for (int64_t y = 0; y < BLOCK; ++y)
-            for (int64_t x = b.columns; x < BLOCK; ++x) block[y * BLOCK + b.columns - 1] += block[y * BLOCK + x];
-          for (int64_t y = b.rows; y < BLOCK; ++y)
-            for (int64_t x = 0; x < b.columns; ++x) block[(b.rows - 1) * BLOCK + x] += block[y * BLOCK + x];
+          mask_gradient<W>(spectrum, of_gradient, sums.mask + k, C);
+          inverse<W>(of_gradient, w_.mask + k, C, block);
+          if constexpr (!b.whole) {
+            // the repeated border hands its gradient to what it repeats
+            for (int64_t y = 0; y < BLOCK; ++y)
+              for (int64_t x = b.columns; x < BLOCK; ++x) block[y * BLOCK + b.columns - 1] += block[y * BLOCK + x];
+            for (int64_t y = b.rows; y < BLOCK; ++y)
+              for (int64_t x = 0; x < b.columns; ++x) block[(b.rows - 1) * BLOCK + x] += block[y * BLOCK + x];
+          }
         }
-        each_pixel(b, [&](int64_t pixel, int64_t at) {
-          store<W>(d_vu + padded(b, pixel) + C_ + k, block[at]);
-        });
+        for (int64_t y = 0; y < b.rows; ++y)
+          for (int64_t x = 0; x < b.columns; ++x)
+            store<W>(d_u + (y * stride + x) * 2 * C + k, block[y * BLOCK + x]);
       }
       // dV, in rows of the block
       for (int64_t h = 0; h < t_.heads; ++h)
         for (int64_t r = 0; r < b.rows; ++r)
-          rows_product(b.columns, c_, c_, d_av + r * b.columns * C_ + h * c_, C_, maps_back + h * c_ * c_,
-                       d_vu + padded(b, r * b.columns) + h * c_, 2 * C_);
-      const T* a = paired(d_av, b.pixels, C_, pairs[0]);
-      const T* other = paired(v, b.pixels, C_, pairs[1]);
+          rows_product(b.columns, c, c, d_av + r * b.columns * C + h * c, C, maps_back + h * c * c,
+                       d_vu + ((b.top + 1 + r) * stride + b.left + 1) * 2 * C + h * c, 2 * C);
+      const T* a = paired(d_av, b.pixels, C, pairs[0]);
+      const T* other = paired(v, b.pixels, C, pairs[1]);
       for (int64_t h = 0; h < t_.heads; ++h)
-        outer_product(c_, c_, b.pixels, a + h * c_ * PAIR<T>, C_, other + h * c_ * PAIR<T>, C_, d_maps + h * c_ * c_,
-                      c_);
-      a = paired(given, b.pixels, C_, pairs[0]);
-      other = paired(gated, b.pixels, C_, pairs[1]);
-      outer_product(C_, C_, b.pixels, a, C_, other, C_, sums.project_out, C_);
+        outer_product(c, c, b.pixels, a + h * c * PAIR<T>, C, other + h * c * PAIR<T>, C, d_maps + h * c * c, c);
+      a = paired(given, b.pixels, C, pairs[0]);
+      other = paired(gated, b.pixels, C, pairs[1]);
+      outer_product(C, C, b.pixels, a, C, other, C, sums.project_out, C);
     });
   }
 
@@ -868,19 +898,23 @@ class Image {
     Scratch scratch;
     T* qk = scratch.take<T>(PIXELS * 2 * C_);
     S* out = scratch.take<S>(PIXELS * 2 * C_);
-    each_block(first, last, [&](const Block& b) {
-      for (int64_t k = 0; k < 2 * C_; k += L)
-        convolve(p, b, k, k, [&](int64_t pixel, V v) { store<W>(qk + pixel * 2 * C_ + k, v); });
+    each_block(first, last, [&](const auto& b) {
+      const int64_t C = C_, c = c_, stride = stride_;
+      T *values = qk, *to = d + ((b.top + 1) * stride + b.left + 1) * 2 * C;
+      const S* sums = out;
+      for (int64_t k = 0; k < 2 * C; k += L)
+        convolve(p, b, k, k, [&](int64_t pixel, int64_t, V v) { store<W>(values + pixel * 2 * C + k, v); });
       for (int64_t h = 0; h < t_.heads; ++h) {
-        rows_product(b.pixels, c_, c_, qk + C_ + h * c_, 2 * C_, dg_t + h * c_ * c_, out + h * c_, 2 * C_);
-        rows_product(b.pixels, c_, c_, qk + h * c_, 2 * C_, dg + h * c_ * c_, out + C_ + h * c_, 2 * C_);
+        rows_product(b.pixels, c, c, qk + C + h * c, 2 * C, dg_t + h * c * c, out + h * c, 2 * C);
+        rows_product(b.pixels, c, c, qk + h * c, 2 * C, dg + h * c * c, out + C + h * c, 2 * C);
       }
-      for (int64_t k = 0; k < 2 * C_; k += L) {
+      for (int64_t k = 0; k < 2 * C; k += L) {
         const V twice = 2 * load<W>(d_squares + k);
-        for (int64_t pixel = 0; pixel < b.pixels; ++pixel) {
-          const int64_t at = pixel * 2 * C_ + k;
-          store<W>(d + padded(b, pixel) + k, load<W>(out + at) + twice * load<W>(qk + at));
-        }
+        for (int64_t y = 0; y < b.rows; ++y)
+          for (int64_t x = 0; x < b.columns; ++x) {
+            const int64_t at = (y * b.columns + x) * 2 * C + k;
+            store<W>(to + (y * stride + x) * 2 * C + k, load<W>(sums + at) + twice * load<W>(values + at));
+          }
       }
     });
   }
@@ -896,163 +930,177 @@ class Image {
     S* scale = mean + PIXELS;
     S* dn = scratch.take<S>(PIXELS * C_);
     T* pairs[2] = {scratch.take<T>((PIXELS + 1) * 4 * C_), scratch.take<T>((PIXELS + 1) * C_)};
-    each_block(first, last, [&](const Block& b) {
-      for (int64_t k = 0; k < 4 * C_; k += L) depthwise_gradient(p, d, b, k, dp, sums.depthwise);
+    each_block(first, last, [&](const auto& b) {
+      const int64_t C = C_, width = width_;
+      for (int64_t k = 0; k < 4 * C; k += L) depthwise_gradient(p, d, b, k, dp, sums.depthwise);
       copy_block(x, b, in);
       normalise(in, b.pixels, normal, mean, scale);
-      const T* a = paired(dp, b.pixels, 4 * C_, pairs[0]);
-      outer_product(4 * C_, C_, b.pixels, a, 4 * C_, paired(normal, b.pixels, C_, pairs[1]), C_, sums.project_in, C_);
-      rows_product(b.pixels, C_, 4 * C_, dp, 4 * C_, w_.in_back, dn, C_);
-      V along[PIXELS] = {}, whole[PIXELS] = {};
-      for (int64_t k = 0; k < C_; k += L) {
-        const V weight = load<W>(w_.norm_weight + k);
-        V d_weight = load<W>(sums.norm + k), d_bias = load<W>(sums.norm + C_ + k);
+      const T* a = paired(dp, b.pixels, 4 * C, pairs[0]);
+      outer_product(4 * C, C, b.pixels, a, 4 * C, paired(normal, b.pixels, C, pairs[1]), C, sums.project_in, C);
+      rows_product(b.pixels, C, 4 * C, dp, 4 * C, w_.in_back, dn, C);
+      V along[PIXELS], whole[PIXELS];
+      for (int64_t pixel = 0; pixel < b.pixels; ++pixel) along[pixel] = whole[pixel] = V{};
+      const T* own = in;
+      const S *g_in = dn, *means = mean, *scales = scale, *weights = w_.norm_weight;
+      for (int64_t k = 0; k < C; k += L) {
+        const V weight = load<W>(weights + k);
+        V d_weight = load<W>(sums.norm + k), d_bias = load<W>(sums.norm + C + k);
         for (int64_t pixel = 0; pixel < b.pixels; ++pixel) {
-          const V g = load<W>(dn + pixel * C_ + k);
-          const V unit = (load<W>(in + pixel * C_ + k) - mean[pixel]) * scale[pixel];
+          const V g = load<W>(g_in + pixel * C + k);
+          const V unit = (load<W>(own + pixel * C + k) - means[pixel]) * scales[pixel];
+          const V product = g * unit;
           d_bias += g;
-          d_weight += g * unit;
+          d_weight += product;
           whole[pixel] += g * weight;
-          along[pixel] += g * weight * unit;
+          along[pixel] += product * weight;
         }
         store<W>(sums.norm + k, d_weight);
-        store<W>(sums.norm + C_ + k, d_bias);
+        store<W>(sums.norm + C + k, d_bias);
       }
-      for (int64_t pixel = 0; pixel < b.pixels; ++pixel) {
-        const S m = sum<W>(whole[pixel]) / C_, n = sum<W>(along[pixel]) / C_, r = scale[pixel];
-        const int64_t at = ((b.top + pixel / b.columns) * width_ + b.left + pixel % b.columns) * C_;
-        for (int64_t k = 0; k < C_; k += L) {
-          const V unit = (load<W>(in + pixel * C_ + k) - mean[pixel]) * r;
-          const V g = load<W>(dn + pixel * C_ + k) * load<W>(w_.norm_weight + k);
-          store<W>(dx + at + k, load<W>(dy + at + k) + (g - m - unit * n) * r);
+      const S share = S(1) / C;
+      for (int64_t y = 0; y < b.rows; ++y) {
+        const int64_t row = ((b.top + y) * width + b.left) * C;
+        for (int64_t j = 0; j < b.columns; ++j) {
+          const int64_t pixel = y * b.columns + j, at = row + j * C;
+          const S m = sum<W>(whole[pixel]) * share, n = sum<W>(along[pixel]) * share;
+          const S r = scales[pixel], mu = means[pixel];
+          for (int64_t k = 0; k < C; k += L) {
+            const V unit = (load<W>(own + pixel * C + k) - mu) * r;
+            const V g = load<W>(g_in + pixel * C + k) * load<W>(weights + k);
+            store<W>(dx + at + k, load<W>(dy + at + k) + (g - m - unit * n) * r);
+          }
         }
       }
     });
   }
 
  private:
-  struct Block {
-    int64_t top, left, rows, columns, pixels;  // those that the image has
-  };
-
   template <class F>
   void each_block(int64_t first, int64_t last, const F& f) const {
     for (int64_t top = first * BLOCK; top < std::min(last * BLOCK, height_); top += BLOCK)
       for (int64_t left = 0; left < width_; left += BLOCK) {
         const int64_t rows = std::min(BLOCK, height_ - top), columns = std::min(BLOCK, width_ - left);
-        f(Block{top, left, rows, columns, rows * columns});
+        if (rows * columns == PIXELS)
+          f(Whole{top, left});
+        else
+          f(Part{top, left, rows, columns, rows * columns});
       }
   }
 
   // f(pixel of those that the image has, the same in the whole block).
-  template <class F>
-  static void each_pixel(const Block& b, const F& f) {
-    if (b.pixels == PIXELS) {
+  template <class B, class F>
+  static DSGFORMER_INLINE void each_pixel(const B& b, const F& f) {
+    if constexpr (b.whole) {
       for (int64_t pixel = 0; pixel < PIXELS; ++pixel) f(pixel, pixel);
-      return;
+    } else {
+      for (int64_t y = 0; y < b.rows; ++y)
+        for (int64_t x = 0; x < b.columns; ++x) f(y * b.columns + x, y * BLOCK + x);
     }
-    for (int64_t y = 0, pixel = 0; y < b.rows; ++y)
-      for (int64_t x = 0; x < b.columns; ++x, ++pixel) f(pixel, y * BLOCK + x);
   }
 
-  // Where a pixel of the block begins in a plane of 2C channels.
-  int64_t padded(const Block& b, int64_t pixel) const {
-    return ((b.top + 1 + pixel / b.columns) * stride_ + b.left + 1 + pixel % b.columns) * 2 * C_;
-  }
-
-  void copy_block(const T* image, const Block& b, T* out) const {
+  template <class B>
+  void copy_block(const T* image, const B& b, T* out) const {
     for (int64_t r = 0; r < b.rows; ++r)
       std::memcpy(static_cast<void*>(out + r * b.columns * C_), image + ((b.top + r) * width_ + b.left) * C_,
                   b.columns * C_ * sizeof(T));
   }
 
   void normalise(const T* x, int64_t pixels, T* out, S* mean, S* scale) const {
+    const int64_t C = C_;
+    const S *weight = w_.norm_weight, *bias = w_.norm_bias, share = S(1) / C;
     for (int64_t p = 0; p < pixels; ++p) {
       V total = {}, squares = {};
-      for (int64_t k = 0; k < C_; k += L) total += load<W>(x + p * C_ + k);
-      const S m = sum<W>(total) / C_;
-      for (int64_t k = 0; k < C_; k += L) {
-        const V d = load<W>(x + p * C_ + k) - m;
+      for (int64_t k = 0; k < C; k += L) total += load<W>(x + p * C + k);
+      const S m = sum<W>(total) * share;
+      for (int64_t k = 0; k < C; k += L) {
+        const V d = load<W>(x + p * C + k) - m;
         squares += d * d;
       }
-      const S r = 1 / std::sqrt(sum<W>(squares) / C_ + EPSILON);
+      const S r = 1 / std::sqrt(sum<W>(squares) * share + EPSILON);
       mean[p] = m, scale[p] = r;
-      for (int64_t k = 0; k < C_; k += L)
-        store<W>(out + p * C_ + k,
-                 (load<W>(x + p * C_ + k) - m) * (r * load<W>(w_.norm_weight + k)) + load<W>(w_.norm_bias + k));
+      for (int64_t k = 0; k < C; k += L)
+        store<W>(out + p * C + k, (load<W>(x + p * C + k) - m) * (r * load<W>(weight + k)) + load<W>(bias + k));
     }
   }
 
-  // The pixels of a block and those around it, of L channels of a plane, from channel k.
-  void gather(const T* plane, const Block& b, int64_t k, V out[HALO * HALO]) const {
-    const T* from = plane + (b.top * stride_ + b.left) * 2 * C_ + k;
-    for (int64_t y = 0; y < b.rows + 2; ++y, from += stride_ * 2 * C_)
-      for (int64_t x = 0; x < b.columns + 2; ++x) out[y * HALO + x] = load<W>(from + x * 2 * C_);
+  // The pixels of a block and those around it, of L channels of a plane, from channel k.  Asks for those of the next.
+  template <class B>
+  DSGFORMER_INLINE void gather(const T* plane, const B& b, int64_t k, V out[HALO * HALO]) const {
+    const int64_t step = 2 * C_, row = stride_ * step;
+    const T* from = plane + b.top * row + b.left * step + k;
+    for (int64_t y = 0; y < b.rows + 2; ++y, from += row)
+      for (int64_t x = 0; x < b.columns + 2; ++x) {
+        out[y * HALO + x] = load<W>(from + x * step);
+        if (b.whole && x >= 2) __builtin_prefetch(from + (x + BLOCK) * step);
+      }
   }
 
-  // f(pixel, W_d P there) of L channels: from k of the plane, from `kernel` of the 4C kernels.
-  template <class F>
-  void convolve(const T* plane, const Block& b, int64_t k, int64_t kernel, const F& f) const {
+  static DSGFORMER_INLINE V neighbourhood(const V* a, const V w[9]) {
+    V s = w[0] * a[0], t = w[3] * a[HALO], u = w[6] * a[2 * HALO];
+    s += w[1] * a[1], t += w[4] * a[HALO + 1], u += w[7] * a[2 * HALO + 1];
+    s += w[2] * a[2], t += w[5] * a[HALO + 2], u += w[8] * a[2 * HALO + 2];
+    return s + t + u;
+  }
+
+  // f(pixel, the same in the whole block, W_d P there) of L channels: from k of the plane, from `kernel` of the 4C.
+  template <class B, class F>
+  DSGFORMER_INLINE void convolve(const T* plane, const B& b, int64_t k, int64_t kernel, const F& f) const {
     V around[HALO * HALO];
     gather(plane, b, k, around);
     V w[9];
     for (int i = 0; i < 9; ++i) w[i] = load<W>(w_.depthwise + i * 4 * C_ + kernel);
-    for (int64_t y = 0, pixel = 0; y < b.rows; ++y)
-      for (int64_t x = 0; x < b.columns; ++x, ++pixel) {
-        const V* a = around + y * HALO + x;
-        V s = w[0] * a[0], t = w[3] * a[HALO], u = w[6] * a[2 * HALO];
-        s += w[1] * a[1], t += w[4] * a[HALO + 1], u += w[7] * a[2 * HALO + 1];
-        s += w[2] * a[2], t += w[5] * a[HALO + 2], u += w[8] * a[2 * HALO + 2];
-        f(pixel, s + t + u);
-      }
+    for (int64_t y = 0; y < b.rows; ++y)
+      for (int64_t x = 0; x < b.columns; ++x)
+        f(y * b.columns + x, y * BLOCK + x, neighbourhood(around + y * HALO + x, w));
   }
 
   // V of a block, and A V.
-  void attend(const T* vu, const Block& b, const T* maps, T* v, S* av) const {
-    for (int64_t k = 0; k < C_; k += L)
-      convolve(vu, b, k, 2 * C_ + k, [&](int64_t pixel, V value) { store<W>(v + pixel * C_ + k, value); });
+  template <class B>
+  void attend(const T* vu, const B& b, const T* maps, T* v, S* av) const {
+    const int64_t C = C_;
+    for (int64_t k = 0; k < C; k += L)
+      convolve(vu, b, k, 2 * C + k, [&](int64_t pixel, int64_t, V value) { store<W>(v + pixel * C + k, value); });
     for (int64_t h = 0; h < t_.heads; ++h)
-      rows_product(b.pixels, c_, c_, v + h * c_, C_, maps + h * c_ * c_, av + h * c_, C_);
+      rows_product(b.pixels, c_, c_, v + h * c_, C, maps + h * c_ * c_, av + h * c_, C);
   }
 
   // U of a whole block, its border repeated where the image ends within it.
-  void gate_input(const T* vu, const Block& b, int64_t k, V block[PIXELS]) const {
-    if (b.pixels == PIXELS) {
-      convolve(vu, b, C_ + k, 3 * C_ + k, [&](int64_t pixel, V v) { block[pixel] = v; });
-      return;
+  template <class B>
+  DSGFORMER_INLINE void gate_input(const T* vu, const B& b, int64_t k, V block[PIXELS]) const {
+    convolve(vu, b, C_ + k, 3 * C_ + k, [&](int64_t, int64_t at, V v) { block[at] = v; });
+    if constexpr (!b.whole) {
+      for (int64_t y = 0; y < b.rows; ++y)
+        for (int64_t x = b.columns; x < BLOCK; ++x) block[y * BLOCK + x] = block[y * BLOCK + b.columns - 1];
+      for (int64_t y = b.rows; y < BLOCK; ++y)
+        for (int64_t x = 0; x < BLOCK; ++x) block[y * BLOCK + x] = block[(b.rows - 1) * BLOCK + x];
     }
-    convolve(vu, b, C_ + k, 3 * C_ + k,
-             [&](int64_t pixel, V v) { block[pixel / b.columns * BLOCK + pixel % b.columns] = v; });
-    for (int64_t y = 0; y < b.rows; ++y)
-      for (int64_t x = b.columns; x < BLOCK; ++x) block[y * BLOCK + x] = block[y * BLOCK + b.columns - 1];
-    for (int64_t y = b.rows; y < BLOCK; ++y)
-      for (int64_t x = 0; x < BLOCK; ++x) block[y * BLOCK + x] = block[(b.rows - 1) * BLOCK + x];
   }
 
   // dP of L of the 4C channels, and what the block adds to the gradient of their kernels.
-  void depthwise_gradient(const T* p, const T* d, const Block& b, int64_t k, T* dp, S* d_kernels) const {
-    const int64_t half = k / (2 * C_) * plane(), channel = k % (2 * C_);
-    V of_p[HALO * HALO], of_d[HALO * HALO], w[9], total[9];
+  template <class B>
+  DSGFORMER_INLINE void depthwise_gradient(const T* p, const T* d, const B& b, int64_t k, T* dp, S* d_kernels) const {
+    const int64_t C = C_, half = k / (2 * C) * plane(), channel = k % (2 * C);
+    V of_p[HALO * HALO], of_d[HALO * HALO], w[9];
     gather(p + half, b, channel, of_p);
     gather(d + half, b, channel, of_d);
-    for (int i = 0; i < 9; ++i) total[i] = load<W>(d_kernels + i * 4 * C_ + k);
-    for (int64_t y = 0; y < b.rows; ++y)
-      for (int64_t x = 0; x < b.columns; ++x) {
-        const V* a = of_p + y * HALO + x;
-        const V g = of_d[(y + 1) * HALO + x + 1];
+    {
+      V total[9];
 #pragma GCC unroll 9
-        for (int i = 0; i < 9; ++i) total[i] += g * a[i / 3 * HALO + i % 3];
-      }
-    for (int i = 0; i < 9; ++i) store<W>(d_kernels + i * 4 * C_ + k, total[i]);
-    for (int i = 0; i < 9; ++i) w[8 - i] = load<W>(w_.depthwise + i * 4 * C_ + k);
-    for (int64_t y = 0, pixel = 0; y < b.rows; ++y)
-      for (int64_t x = 0; x < b.columns; ++x, ++pixel) {
-        const V* a = of_d + y * HALO + x;
-        V s = w[0] * a[0], t = w[3] * a[HALO], u = w[6] * a[2 * HALO];
-        s += w[1] * a[1], t += w[4] * a[HALO + 1], u += w[7] * a[2 * HALO + 1];
-        s += w[2] * a[2], t += w[5] * a[HALO + 2], u += w[8] * a[2 * HALO + 2];
-        store<W>(dp + pixel * 4 * C_ + k, s + t + u);
-      }
+      for (int i = 0; i < 9; ++i) total[i] = load<W>(d_kernels + i * 4 * C + k);
+      for (int64_t y = 0; y < b.rows; ++y)
+        for (int64_t x = 0; x < b.columns; ++x) {
+          const V* a = of_p + y * HALO + x;
+          const V g = of_d[(y + 1) * HALO + x + 1];
+#pragma GCC unroll 9
+          for (int i = 0; i < 9; ++i) total[i] += g * a[i / 3 * HALO + i % 3];
+        }
+#pragma GCC unroll 9
+      for (int i = 0; i < 9; ++i) store<W>(d_kernels + i * 4 * C + k, total[i]);
+    }
+    for (int i = 0; i < 9; ++i) w[8 - i] = load<W>(w_.depthwise + i * 4 * C + k);
+    for (int64_t y = 0; y < b.rows; ++y)
+      for (int64_t x = 0; x < b.columns; ++x)
+        store<W>(dp + (y * b.columns + x) * 4 * C + k, neighbourhood(of_d + y * HALO + x, w));
   }
 
   const Training& t_;
@@ -1101,6 +1149,21 @@ void expect(bool sound) {
   if (!sound) throw std::bad_alloc();
 }
 
+// Two passes over the rows of blocks, where the second needs of the first its own row and its neighbours.
+// A thread alone lets the second follow one row behind the first: what it reads is still in the cache.
+template <class Parts, class First, class Second>
+void in_turn(const Parts& parts, const Plan& plan, int64_t rows, const First& first, const Second& second) {
+  if (plan.parts > 1) {
+    parts(first);
+    parts(second);
+    return;
+  }
+  for (int64_t i = 0; i <= rows; ++i) {
+    if (i < rows) first(0, i, i + 1);
+    if (i > 0) second(0, i - 1, i);
+  }
+}
+
 template <class W, class T>
 void forward(const Training& t) {
   using S = typename W::S;
@@ -1125,11 +1188,14 @@ void forward(const Training& t) {
         }));
       };
       image.clear_border(p);
-      parts([&](int64_t, int64_t first, int64_t last) { image.project(x, p, first, last); });
       std::fill_n(sums, plan.parts * image.gram_size(), S(0));
-      parts([&](int64_t part, int64_t first, int64_t last) {
-        image.gram(p, sums + part * image.gram_size(), first, last);
-      });
+      in_turn(parts, plan, rows,
+              [&](int64_t, int64_t first, int64_t last) {
+                image.project(x, p, first * BLOCK, last * BLOCK);
+              },
+              [&](int64_t part, int64_t first, int64_t last) {
+                image.gram(p, sums + part * image.gram_size(), first, last);
+              });
       std::fill_n(gram, image.gram_size(), S(0));
       for (int64_t part = 0; part < plan.parts; ++part)
         for (int64_t j = 0; j < image.gram_size(); ++j) gram[j] += sums[part * image.gram_size() + j];
@@ -1174,7 +1240,7 @@ void backward(const Training& t) {
       };
       if (own) {
         image.clear_border(own);
-        parts([&](int64_t, int64_t first, int64_t last) { image.project(x, own, first, last); });
+        parts([&](int64_t, int64_t first, int64_t last) { image.project(x, own, first * BLOCK, last * BLOCK); });
       }
       sparse_maps(t, gram, maps);
       image.pack_maps(maps, packed[0], true);
@@ -1188,13 +1254,14 @@ void backward(const Training& t) {
       maps_gradient(t, gram, d_maps, d_gram, mine[0].temperature, mine[0].weights);
       image.pack_maps(d_gram, packed[0], false);
       image.pack_maps(d_gram, packed[1], true);
-      parts([&](int64_t, int64_t first, int64_t last) {
-        image.score_gradient(p, d_gram + maps_size, packed[0], packed[1], d, first, last);
-      });
       T* dx = static_cast<T*>(t.dx) + i * values;
-      parts([&](int64_t part, int64_t first, int64_t last) {
-        image.input_gradient(x, dy, p, d, dx, mine[part], first, last);
-      });
+      in_turn(parts, plan, rows,
+              [&](int64_t, int64_t first, int64_t last) {
+                image.score_gradient(p, d_gram + maps_size, packed[0], packed[1], d, first, last);
+              },
+              [&](int64_t part, int64_t first, int64_t last) {
+                image.input_gradient(x, dy, p, d, dx, mine[part], first, last);
+              });
     }
   }));
   S* total = sums[0].project_in;
