@@ -62,6 +62,7 @@ constexpr int64_t BLOCK = 8;
 constexpr int64_t PIXELS = BLOCK * BLOCK;
 constexpr int64_t HALF = BLOCK / 2 + 1;
 constexpr int64_t HALO = BLOCK + 2;
+constexpr int64_t LINE = 64;  // bytes of a cache line
 
 // ---------------------------------------------------------------- vectors
 
@@ -748,9 +749,12 @@ class Image {
       for (int64_t j = 0; j < width_; j += PIXELS) {
         const int64_t pixels = std::min(PIXELS, width_ - j);
         normalise(x + (y * width_ + j) * C_, pixels, normal, mean, mean + PIXELS);
-        for (int64_t half = 0; half < 2; ++half)
-          rows_product(pixels, 2 * C_, C_, normal, C_, w_.in + half * 2 * C_ * C_,
-                       p + half * plane() + ((y + 1) * stride_ + j + 1) * 2 * C_, 2 * C_);
+        for (int64_t half = 0; half < 2; ++half) {
+          T* out = p + half * plane() + ((y + 1) * stride_ + j + 1) * 2 * C_;
+          const T* next = out + stride_ * 2 * C_;
+          for (int64_t i = 0; i < pixels * 2 * C_; i += LINE / sizeof(T)) __builtin_prefetch(next + i, 1);
+          rows_product(pixels, 2 * C_, C_, normal, C_, w_.in + half * 2 * C_ * C_, out, 2 * C_);
+        }
       }
   }
 
@@ -789,6 +793,8 @@ class Image {
       const int64_t C = C_, gate = t_.gate;
       const S* attended = av;
       T* out = gated;
+      ask_for_next<false>(x, b);
+      ask_for_next<true>(y, b);
       attend(vu, b, maps, v, av);
       for (int64_t k = 0; k < C; k += L) {
         V block[PIXELS];
@@ -837,6 +843,7 @@ class Image {
       const int64_t C = C_, c = c_, gate = t_.gate, stride = stride_;
       T *out = gated, *d_out = d_av, *d_u = d_vu + ((b.top + 1) * stride + b.left + 1) * 2 * C + C;
       const S *attended = av, *outer = d_gated;
+      ask_for_next<false>(dy, b);
       attend(vu, b, maps, v, av);
       copy_block(dy, b, given);
       rows_product(b.pixels, C, C, given, C, w_.out_back, d_gated, C);
@@ -932,6 +939,9 @@ class Image {
     T* pairs[2] = {scratch.take<T>((PIXELS + 1) * 4 * C_), scratch.take<T>((PIXELS + 1) * C_)};
     each_block(first, last, [&](const auto& b) {
       const int64_t C = C_, width = width_;
+      ask_for_next<false>(x, b);
+      ask_for_next<false>(dy, b);
+      ask_for_next<true>(dx, b);
       for (int64_t k = 0; k < 4 * C; k += L) depthwise_gradient(p, d, b, k, dp, sums.depthwise);
       copy_block(x, b, in);
       normalise(in, b.pixels, normal, mean, scale);
@@ -1028,10 +1038,25 @@ class Image {
   DSGFORMER_INLINE void gather(const T* plane, const B& b, int64_t k, V out[HALO * HALO]) const {
     const int64_t step = 2 * C_, row = stride_ * step;
     const T* from = plane + b.top * row + b.left * step + k;
-    for (int64_t y = 0; y < b.rows + 2; ++y, from += row)
-      for (int64_t x = 0; x < b.columns + 2; ++x) {
-        out[y * HALO + x] = load<W>(from + x * step);
-        if (b.whole && x >= 2) __builtin_prefetch(from + (x + BLOCK) * step);
+    for (int64_t y = 0; y < b.rows + 2; ++y) {
+      const T* at = from + y * row;
+      for (int64_t x = 0; x < b.columns + 2; ++x, at += step) out[y * HALO + x] = load<W>(at);
+    }
+    if (b.whole && k * sizeof(T) % LINE == 0)
+      for (int64_t y = 0; y < b.rows + 2; ++y) {
+        const T* at = from + y * row + HALO * step;
+#pragma GCC unroll 8
+        for (int64_t x = 0; x < BLOCK; ++x, at += step) __builtin_prefetch(at);
+      }
+  }
+
+  // Asks for the block on the right of b of an image of C channels.
+  template <bool WRITE, class B>
+  DSGFORMER_INLINE void ask_for_next(const T* image, const B& b) const {
+    if constexpr (b.whole)
+      for (int64_t y = 0; y < BLOCK; ++y) {
+        const T* at = image + ((b.top + y) * width_ + b.left + BLOCK) * C_;
+        for (int64_t i = 0; i < BLOCK * C_; i += LINE / sizeof(T)) __builtin_prefetch(at + i, WRITE);
       }
   }
 
