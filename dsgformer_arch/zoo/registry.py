@@ -32,6 +32,7 @@ from dsgformer_arch.zoo.checkpoint import (
 )
 from dsgformer_arch.zoo.padded import padded
 from dsgformer_arch.zoo.systems import SYSTEMS, Reported, System
+from dsgformer_arch.zoo.weights import read_shipped, shipped
 
 __all__ = [
     'Reported',
@@ -47,6 +48,7 @@ __all__ = [
     'nearest',
     'network_class',
     'settings_of',
+    'shipped',
 ]
 
 TrainSize = int | Sequence[int]
@@ -86,23 +88,34 @@ def network_class(architecture: str) -> Any:
     return ARCH_REGISTRY.get(architecture)
 
 
-def create(name: str, *, tlc: TrainSize | None = None, **overrides: Any) -> nn.Module:
-    """Build a system with fresh weights.
+def create(
+    name: str, *, pretrained: bool = False, tlc: TrainSize | None = None, **overrides: Any
+) -> nn.Module:
+    """Build a system, with fresh weights or with those that the package brings.
 
     It takes images (N, 3, H, W) of any size: it pads by reflection to what it needs and crops its
     outputs.  Keys of the state dict, and number and order of the outputs, are the release's.
 
     Args:
         name: one of `names()`.
+        pretrained: load the weights in the package, in float32; `weights/README.md` says what they were
+            trained on.
         tlc: train size, in pixels, for local pooling at test time; None for none.
         overrides: settings of the architecture other than the system's.
 
     Raises:
         UnknownSystemError: no system has this name.
-        UserError: the architecture has no such setting, not this value of it, or nothing to pool locally.
+        UserError: the architecture has no such setting, not this value of it, or nothing to pool locally;
+            or `pretrained`, and the package has no weights for this system.
+        CheckpointError: `pretrained`, and the weights do not fit the overrides, or are damaged.
     """
     system = get(name)
-    return _build(system.architecture, {**system.settings, **overrides}, tlc)
+    network = _build(system.architecture, {**system.settings, **overrides}, tlc)
+    if pretrained:
+        checkpoint = read_shipped(system)
+        _check_fit(network, checkpoint, f'{name} with these settings')
+        load_into(network, checkpoint)
+    return network
 
 
 def create_without_data(name: str) -> nn.Module:
@@ -194,17 +207,22 @@ def nearest(state: Mapping[str, Tensor]) -> tuple[str, float]:
 
 
 def convert(
-    source: str | os.PathLike[str], target: str | os.PathLike[str], name: str | None = None
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    name: str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[str, dict[str, Any]]:
     """Write a checkpoint as safetensors that say which system they belong to, and read them back.
 
     The file's metadata hold `format` (`'pt'`), `system` (a name, or an architecture) and `settings`
-    (JSON).  Whatever wrapped the weights is left away; their values and types stay.
+    (JSON).  Whatever wrapped the weights is left away; their values stay, and their types unless `dtype` says
+    otherwise.
 
     Args:
         source: as for `load`.
         target: the file to write; it is there whole or not at all.
         name: the system that it has to be; by default the file tells.
+        dtype: the type of all floating-point tensors, such as `torch.float16`; None keeps each one's own.
 
     Returns:
         `system` and `settings`.
@@ -223,7 +241,9 @@ def convert(
     system = name or _name_of(architecture, settings) or architecture
     metadata = {'format': 'pt', 'system': system, 'settings': json.dumps(settings, sort_keys=True)}
     # Safetensors refuse tensors that share memory or have gaps.
-    state = {key: tensor.detach().clone().contiguous() for key, tensor in checkpoint.state.items()}
+    state = {
+        key: _cast(tensor.detach(), dtype).clone().contiguous() for key, tensor in checkpoint.state.items()
+    }
 
     def write(temporary: str) -> None:
         save_file(state, temporary, metadata)
@@ -236,6 +256,10 @@ def convert(
     except (OSError, SafetensorError) as error:
         raise UserError(f'cannot write {os.fspath(target)}: {error}') from None
     return system, settings
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
 
 
 def _build(architecture: str, settings: Mapping[str, Any], tlc: TrainSize | None) -> nn.Module:

@@ -45,6 +45,8 @@ class System:
         tlc: whether local pooling at test time applies to it.
         compiles: `'yes'`, or what `torch.compile` cannot do and why.
         bf16: `'yes'`, or what bfloat16 autocast cannot do and why.
+        weights: the file of the package's folder `weights` that holds weights for it; empty for none.
+        sha256: of that file.
     """
 
     name: str
@@ -64,6 +66,8 @@ class System:
     tlc: bool = False
     compiles: str = 'yes'
     bf16: str = 'yes'
+    weights: str = ''
+    sha256: str = ''
 
 
 RESTORER = 'quoted by PromptRestorer (NeurIPS 2023), tables 1 and 2'
