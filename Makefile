@@ -43,11 +43,11 @@ AVERAGED := --plain --saturation 0.5 --jpeg 0.2
 pretrained: $(READY)
 	$(SYNTHESIZE) shake $(PRETRAIN)/pairs/sharp --out $(BLUR) --name street --count 500 --crop 256 --seed 1 \
 		--settings options/blur/street.yml $(AVERAGED)
-	$(SYNTHESIZE) shake $(PRETRAIN)/photographs --out $(BLUR) --name shake --count 600 --crop 256 --seed 2 \
+	$(SYNTHESIZE) shake $(PRETRAIN)/photographs --out $(BLUR) --name shake --count 300 --crop 256 --seed 2 \
 		--settings options/blur/photographs.yml $(AVERAGED)
 	$(SYNTHESIZE) shake $(PRETRAIN)/photographs --out $(BLUR) --name camera --count 500 --crop 256 --seed 3 \
 		--settings options/blur/photographs.yml
-	$(SYNTHESIZE) objects $(PRETRAIN)/photographs --out $(BLUR) --name objects --count 250 --crop 256 --seed 4 \
+	$(SYNTHESIZE) objects $(PRETRAIN)/photographs --out $(BLUR) --name objects --count 100 --crop 256 --seed 4 \
 		--settings options/blur/photographs.yml $(AVERAGED)
 	$(BIN)/basicsr train -opt options/pretrain.yml --auto_resume
 	$(BIN)/python tools/convert_checkpoint.py experiments/pretrain/models/net_g_latest.pth \
