@@ -12,6 +12,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from dsgformer_arch import zoo
 from dsgformer_arch.utils.errors import guarded
 
@@ -29,12 +31,16 @@ def parser() -> argparse.ArgumentParser:
         metavar='NAME',
         help='the system that it has to be (default: recognise it); one of ' + ', '.join(zoo.names()),
     )
+    result.add_argument(
+        '--half', action='store_true', help='store float16 numbers: half the size; reading makes them float32'
+    )
     return result
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parser().parse_args(arguments)
-    system, settings = zoo.convert(args.source, args.target, args.system)
+    dtype = torch.float16 if args.half else None
+    system, settings = zoo.convert(args.source, args.target, args.system, dtype)
     told = ', '.join(f'{key}={value}' for key, value in settings.items())
     print(f'{args.target}: {system} ({told})')
 

@@ -55,6 +55,7 @@ __all__ = [
     'nearest',
     'network_class',
     'settings_of',
+    'shipped',
 ]
 
 TrainSize = int | Sequence[int]
@@ -78,6 +79,11 @@ class UnknownSystemError(UserError):
 def names() -> list[str]:
     """The names of all systems."""
     return list(_BY_NAME)
+
+
+def shipped() -> list[str]:
+    """The names of the systems whose weights are in the package."""
+    return [name for name, system in _BY_NAME.items() if system.weights is not None]
 
 
 def get(name: str) -> System:
@@ -255,17 +261,22 @@ def nearest(state: Mapping[str, Tensor]) -> tuple[str, float]:
 
 
 def convert(
-    source: str | os.PathLike[str], target: str | os.PathLike[str], name: str | None = None
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    name: str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[str, dict[str, Any]]:
     """Write a checkpoint as safetensors that say which system they belong to, and read them back.
 
     The file's metadata hold `format` (`'pt'`), `system` (a name, or an architecture) and `settings`
-    (JSON).  Keys around the state dict are dropped; values and types of the weights stay.
+    (JSON).  Keys around the state dict are dropped; values of the weights stay, and their types unless
+    `dtype` says otherwise.
 
     Args:
         source: as for `load`.
         target: the file to write; it is there whole or not at all.
         name: the system that it has to be; by default the file tells.
+        dtype: the type of all floating-point tensors, such as `torch.float16`; None keeps each one's own.
 
     Returns:
         `system` and `settings`.
@@ -286,7 +297,9 @@ def convert(
     system = name or _name_of(architecture, settings) or architecture
     metadata = {'format': 'pt', 'system': system, 'settings': json.dumps(settings, sort_keys=True)}
     # Safetensors refuse tensors that share memory or have gaps.
-    state = {key: tensor.detach().clone().contiguous() for key, tensor in checkpoint.state.items()}
+    state = {
+        key: _cast(tensor.detach(), dtype).clone().contiguous() for key, tensor in checkpoint.state.items()
+    }
 
     def write(temporary: str) -> None:
         save_file(state, temporary, metadata)
@@ -299,6 +312,10 @@ def convert(
     except (OSError, SafetensorError) as error:
         raise UserError(f'cannot write {os.fspath(target)}: {error}') from None
     return system, settings
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
 
 
 def _build(architecture: str, settings: Mapping[str, Any], tlc: TrainSize | None) -> RestorationNetwork:

@@ -1,0 +1,88 @@
+"""The weights in the package: those that ship, and what is done about damaged ones."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dsgformer_arch import zoo
+from dsgformer_arch.utils.errors import UserError
+from dsgformer_arch.zoo import registry
+from dsgformer_arch.zoo.checkpoint import CheckpointError
+from dsgformer_arch.zoo.systems import DSGFORMER, Weights
+
+LARGEST = 6_000_000
+"""Bytes of a file."""
+
+
+@pytest.fixture
+def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A system `tiny` whose weights, in float16, are in a folder of their own."""
+    settings = {'width': 4, 'num_blocks': (1, 1, 1, 1), 'heads': (1, 1, 1, 1), 'patch': 2}
+    system = replace(DSGFORMER, name='tiny', settings=settings, reported=())
+    monkeypatch.setitem(registry._BY_NAME, 'tiny', system)
+    torch.manual_seed(3)
+    torch.save(zoo.create('tiny').state_dict(), tmp_path / 'net.pth')
+    path = tmp_path / 'tiny.safetensors'
+    zoo.convert(tmp_path / 'net.pth', path, 'tiny', torch.float16)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    complete = replace(system, weights=Weights(path.name, digest))
+    monkeypatch.setitem(registry._BY_NAME, 'tiny', complete)
+    monkeypatch.setattr(registry, 'WEIGHTS', tmp_path)
+    return path
+
+
+def test_pretrained_loads_the_weights_as_float32(published: Path) -> None:
+    torch.manual_seed(3)
+    expected = zoo.create('tiny').state_dict()
+    found = zoo.create('tiny', pretrained=True).state_dict()
+    for name, tensor in found.items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, expected[name].half().float()), name
+    fresh = zoo.create('tiny').state_dict()
+    assert not all(torch.equal(fresh[name], found[name]) for name in found)
+
+
+def test_float16_halves_the_file(published: Path) -> None:
+    whole = published.with_name('whole.safetensors')
+    zoo.convert(published.with_name('net.pth'), whole, 'tiny')
+    assert published.stat().st_size < 0.75 * whole.stat().st_size
+
+
+def test_a_changed_file_is_refused(published: Path) -> None:
+    content = bytearray(published.read_bytes())
+    content[-1] ^= 1
+    published.write_bytes(content)
+    with pytest.raises(CheckpointError, match='has the SHA-256'):
+        zoo.create('tiny', pretrained=True)
+    published.unlink()
+    with pytest.raises(UserError, match=r'tiny\.safetensors.*install the package again'):
+        zoo.create('tiny', pretrained=True)
+
+
+def test_settings_that_do_not_fit_are_refused(published: Path) -> None:
+    with pytest.raises(CheckpointError, match=r'tiny\.safetensors'):
+        zoo.create('tiny', pretrained=True, width=8)
+
+
+def test_a_system_without_weights_says_which_have_some() -> None:
+    with pytest.raises(UserError, match='no weights of restormer'):
+        zoo.create('restormer', pretrained=True)
+
+
+@pytest.mark.parametrize('name', zoo.shipped())
+def test_shipped_weights_are_small_whole_and_keep_a_flat_image(name: str) -> None:
+    """Under 6 MB, of the digest in the table, and a flat image comes back flat."""
+    weights = zoo.get(name).weights
+    assert weights is not None
+    path = registry.WEIGHTS / weights.file
+    assert path.stat().st_size < LARGEST
+    network = zoo.create(name, pretrained=True).eval()
+    grey = torch.full((1, 3, 64, 96), 0.5)
+    with torch.no_grad():
+        assert (network(grey) - grey).abs().max() < 0.01
+    assert zoo.load(path).settings == network.settings
