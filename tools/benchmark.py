@@ -11,7 +11,6 @@ benchmark.py report   results/benchmark
 from __future__ import annotations
 
 import argparse
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -177,15 +176,16 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError('the figures are drawn with matplotlib; install it with: pip install matplotlib')
     settings = vars(arguments)
     command = settings.pop('command')
-    module = import_module(
-        f'dsgformer_arch.benchmark.{"render" if command == "report" else "measure"}.{command}'
-    )
     threads = settings.pop('threads', None)
     if threads:
         torch.set_num_threads(threads)
     if command == 'quality':
         keep_freed_memory()
-    return module.run(**settings)
+    # Imported here: matplotlib and every measuring module take a second that --help need not wait for.
+    from dsgformer_arch.benchmark import commands
+    from dsgformer_arch.benchmark.render import report as reports
+
+    return reports.run(**settings) if command == 'report' else commands.run(command, **settings)
 
 
 def names(text: str) -> list[str]:

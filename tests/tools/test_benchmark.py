@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dsgformer_arch import zoo
-from dsgformer_arch.benchmark.measure import ablation, quality, speed, training
+from dsgformer_arch.benchmark import commands
 from dsgformer_arch.benchmark.render import report
 from tests.benchmark.conftest import make
 from tests.trees import write_pairs
@@ -40,11 +40,11 @@ def called(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What the subcommands are called with, in place of their work."""
     found: dict[str, Any] = {}
 
-    def record(**settings: Any) -> int:
+    def record(*command: str, **settings: Any) -> int:
         found.update(settings)
         return 0
 
-    for module in (speed, quality, training, ablation, report):
+    for module in (commands, report):
         monkeypatch.setattr(module, 'run', record)
     return found
 

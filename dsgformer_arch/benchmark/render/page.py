@@ -22,7 +22,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dsgformer_arch.benchmark.record import markdown_table
+from dsgformer_arch.benchmark.render.output import markdown_table
 from dsgformer_arch.utils.errors import UserError
 
 WEBP_QUALITY = 92

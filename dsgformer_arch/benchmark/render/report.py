@@ -14,7 +14,9 @@ from matplotlib.axes import Axes
 
 from dsgformer_arch import zoo
 from dsgformer_arch.benchmark import record as records
-from dsgformer_arch.benchmark.measure import ablation, loader, quality, speed, training
+from dsgformer_arch.benchmark.measure.ablation import ATTENTIONS
+from dsgformer_arch.benchmark.measure.quality import BLURRED, SHARP
+from dsgformer_arch.benchmark.render import ablation, loader, output, quality, speed, training
 from dsgformer_arch.benchmark.render.page import (
     Beside,
     Comparison,
@@ -160,7 +162,7 @@ def facts(record: records.Record) -> Facts:
     return Facts(
         'How these numbers were made: command, protocol, machine, versions',
         record.command,
-        records.made(record),
+        output.made(record),
     )
 
 
@@ -208,12 +210,12 @@ def table_one(results: Sequence[Result]) -> Section:
     }
     sources: list[str] = []
     rows = []
-    for name in [*zoo.names(), quality.BLURRED]:
-        said = reported(name) if name != quality.BLURRED else None
+    for name in [*zoo.names(), BLURRED]:
+        said = reported(name) if name != BLURRED else None
         if said is None and name not in measured:
             continue
         row: dict[str, str | None] = {'model': name}
-        if name != quality.BLURRED:
+        if name != BLURRED:
             row['parameters'] = f'{zoo.get(name).parameters / 1e6:.2f} M'
         if name in macs:
             row['macs'] = f'{macs[name] / 1e9:.1f} G'
@@ -248,7 +250,7 @@ def _measured_cells(row: Mapping[str, Any], record: records.Record) -> dict[str,
 
 
 def _measured_count(measured: Mapping[str, Any]) -> str:
-    count = len(measured.keys() - {quality.BLURRED})
+    count = len(measured.keys() - {BLURRED})
     return (
         f'Measured so far: {count} system{"" if count == 1 else "s"}.'
         if count
@@ -328,7 +330,7 @@ def plot_points(axis: Axes, found: Sequence[Point]) -> None:
         axis.plot(point.latency_ms, point.psnr, 'o', color=colour, markerfacecolor=face, ms=7, mew=1.6)
     axis.set(xscale='log', xlabel='latency, ms', ylabel='PSNR on GoPro, dB')
     axis.margins(x=0.25, y=0.12)
-    records.logarithmic(axis.xaxis)
+    output.logarithmic(axis.xaxis)
     for point, place in zip(found, _label_places(found), strict=True):
         axis.annotate(
             point.name, (point.latency_ms, point.psnr), xytext=(8, place), textcoords='offset points',
@@ -360,7 +362,7 @@ def quality_section(result: Result) -> Section:
     """One run of `quality`."""
     record = result.record
     cells = quality.cells(record)
-    columns = records.filled(quality.columns_of(record), cells)
+    columns = output.filled(quality.columns_of(record), cells)
     data = record.settings['data']
     caption = f'Means over the images of {data}; PSNR in dB. {quality.weights_text(record)}'
     elements: list[Element] = [Table(columns, cells, caption, own=frozenset({OWN}))]
@@ -384,8 +386,8 @@ def comparisons(result: Result) -> list[Element]:
         labels = {v: v if psnr.get(v) is None else f'{v} {psnr[v]:.2f} dB' for v in example['files']}
         files = {version: result.path.parent / file for version, file in example['files'].items()}
         caption = f'`{example["image"]}`, {example["why"]}'
-        right = first if first in files else quality.SHARP
-        found.append(Comparison(caption, files, labels, quality.BLURRED, right))
+        right = first if first in files else SHARP
+        found.append(Comparison(caption, files, labels, BLURRED, right))
     if found:
         text = (
             f'Before and after: details of the images on which {first} gains least, most, and a middling '
@@ -402,7 +404,7 @@ def speed_section(result: Result) -> Section:
     timed = sum(bool(row.get('latency_ms')) for row in record.rows)
     cells = speed.cells(record)
     alike = {key for key in ('size', 'mode') if len({cell[key] for cell in cells}) == 1}
-    columns = records.filled({key: head for key, head in speed.COLUMNS.items() if key not in alike}, cells)
+    columns = output.filled({key: head for key, head in speed.COLUMNS.items() if key not in alike}, cells)
     caption = (
         f'Ratio: how many times as long as {record.settings["models"][0]} at the same size. Spread: (largest '
         '- smallest) / median.'
@@ -439,7 +441,7 @@ def training_section(result: Result) -> Section:
 def ablation_section(result: Result) -> Section:
     """One run of `ablation`."""
     record = result.record
-    plots = [partial(ablation.plot, record=record, attention=a) for a in ablation.ATTENTIONS]
+    plots = [partial(ablation.plot, record=record, attention=a) for a in ATTENTIONS]
     elements: list[Element] = [
         Table(ablation.COLUMNS, ablation.cells(record), ablation.note(record)),
         Drawing(plots, "Points are seeds, bars their means; this run's numbers, none of the paper's."),
@@ -452,5 +454,5 @@ def loader_section(result: Result) -> Section:
     """One run of `loader`."""
     record = result.record
     return Section(
-        'Data loaders', [Table(loader.COLUMNS, loader.cells(record), loader.note(record)), facts(record)]
+        loader.TITLE, [Table(loader.COLUMNS, loader.cells(record), loader.note(record)), facts(record)]
     )

@@ -11,9 +11,11 @@ from dsgformer_arch.benchmark.measure import complexity
 from dsgformer_arch.utils.errors import UserError
 from dsgformer_arch.utils.files import write_atomically
 from dsgformer_arch.utils.progress import track
-from dsgformer_arch.zoo.systems import Reported, System
+from dsgformer_arch.zoo.systems import SYSTEMS, Reported, System
 
 BEGIN, END = '<!-- systems:begin -->', '<!-- systems:end -->'
+
+NAMES = tuple(system.name for system in SYSTEMS)
 
 SIZE = 256
 """Side of the image for which multiply-adds are counted."""
@@ -70,7 +72,7 @@ def rewrite(readme: str | os.PathLike[str]) -> bool:
 def table() -> str:
     """The table in Markdown, with its legend."""
     lines = [COLUMNS, ('---',) * len(COLUMNS)]
-    lines += [row(zoo.get(name)) for name in track(zoo.names(), 'counting systems')]
+    lines += [row(zoo.get(name)) for name in track(NAMES, 'counting systems')]
     return '\n'.join([*(f'| {" | ".join(line)} |' for line in lines), '', LEGEND])
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dsgformer_arch import zoo
-from dsgformer_arch.benchmark.measure import quality
+from dsgformer_arch.benchmark import commands
 from dsgformer_arch.benchmark.render import page as pages
 from dsgformer_arch.benchmark.render import report
 from dsgformer_arch.utils.errors import UserError
@@ -402,7 +402,7 @@ def test_quality_and_report_agree_on_the_examples(sample: Path, tmp_path: Path) 
 
     out = tmp_path / 'r' / 'quality'
     given = weights(tmp_path / 'w', 'tiny')
-    quality.run(['tiny'], str(sample / 'test'), 'gopro', given, save_images=True, out=out)
+    commands.run('quality', ['tiny'], str(sample / 'test'), 'gopro', given, save_images=True, out=out)
     report.run([str(out.parent)], tmp_path / 'r' / 'report')
     text = (tmp_path / 'r' / 'report.html').read_text()
     assert text.count('<div class="stage"') == 2
