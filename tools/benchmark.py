@@ -5,6 +5,7 @@ benchmark.py speed    --models dsgformer,restormer,nafnet64 --size 256
 benchmark.py quality  --models dsgformer --weights dsgformer=net.pth --data GOPRO/test --protocol gopro
 benchmark.py training --models dsgformer_t,nafnet32 --data datasets/sample --seconds 120 --seeds 2
 benchmark.py ablation --data datasets/sample --iterations 300 --seeds 2
+benchmark.py recipe   --data datasets/study --iterations 600 --seeds 3
 benchmark.py report   results/benchmark
 """
 
@@ -36,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
     quality(commands.add_parser('quality', help='PSNR, SSIM and more on a data set, under its protocol'))
     training(commands.add_parser('training', help='quality reached with the same data and budget'))
     ablation(commands.add_parser('ablation', help="the paper's table 2 on a budget"))
+    recipe(commands.add_parser('recipe', help='initial values, k_n, optimiser, loss and resolution compared'))
     loader(commands.add_parser('loader', help='crops a second of the data loaders'))
     report(commands.add_parser('report', help='one page of all results'))
     return top
@@ -137,6 +139,19 @@ def ablation(command: argparse.ArgumentParser) -> None:
     command.add_argument('--model', default='dsgformer_t', help='preset to vary (default: %(default)s)')
     learning(command)
     common(command, 'ablation')
+
+
+def recipe(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        '--iterations', type=positive, default=600, help='for each variant (default: %(default)s)'
+    )
+    command.add_argument('--model', default='dsgformer_h', help='preset to vary (default: %(default)s)')
+    command.add_argument(
+        '--variants', type=words, default=[], metavar='A,B,…', help='only these (default: all)'
+    )
+    learning(command)
+    command.set_defaults(seeds=3, batch=4, patch=96, validations=1)
+    common(command, 'recipe')
 
 
 def loader(command: argparse.ArgumentParser) -> None:

@@ -16,6 +16,11 @@ There is one kind of block, DSGA, and no feed-forward network:
     Q, K, V, U = W_d W_p LN(X)
     Y = X + W_p' ( DFGB(U) ⊙ DTSAS(Q, K) V )
 
+With `patch` = p > 1 the network works on p×p patches of pixels: B is taken
+apart by pixel-unshuffle before the head and put together by pixel-shuffle
+behind the tail, so that H, E1, …, D have 1/p of the sizes above.  That is this
+project's addition; p = 1 is the paper's network.
+
 The modules here hold the parameters and compute the formulas literally.  What
 runs by default is a faster form of the same numbers (`dsgformer_arch.ops`);
 `DSGFORMER_PLAIN=1` forces what stands below.
@@ -23,8 +28,10 @@ runs by default is a faster form of the same numbers (`dsgformer_arch.ops`);
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -39,6 +46,11 @@ from dsgformer_arch.archs.layers.padding import pad_to_multiple
 Score = Literal['relu2', 'relu', 'softmax']
 Attention = Literal['dtsas', 'mdta']
 Gate = Literal['dfgb', 'gelu', 'simplegate']
+AlphaInit = Literal['one', 'sqrt']
+WeightsInit = Literal['mean', 'width']
+OutputInit = Literal['random', 'zero']
+Ratio = str | float | Fraction
+"""k_n over the head's width: `'1/2'`, 0.5 or Fraction(1, 2)."""
 
 TOP_K_RATIOS = (Fraction(1, 2), Fraction(2, 3), Fraction(3, 4), Fraction(4, 5))
 """k_n over the head's width, n = 1..N; the values are DRSformer's (CVPR 2023)."""
@@ -78,6 +90,8 @@ class DTSAS(nn.Module):
         score: φ. `'relu2'` is the paper's ReLU(·)²; `'softmax'` runs over the kept entries only,
             as in DRSformer.
         ratios: k_n / c, in increasing order; k_n is rounded down and at least 1.
+        alpha_init: what α starts at: `'one'`, or `'sqrt'` for √c, the scale of scaled dot products.
+        weights_init: what each W_n starts at: `'mean'` for 1/N, or `'width'` for 1.5/c.
     """
 
     def __init__(
@@ -87,16 +101,20 @@ class DTSAS(nn.Module):
         attention: Attention = 'dtsas',
         score: Score = 'relu2',
         ratios: Sequence[Fraction] = TOP_K_RATIOS,
+        alpha_init: AlphaInit = 'one',
+        weights_init: WeightsInit = 'mean',
     ) -> None:
         super().__init__()
         self.heads = heads
         self.score = score
         width = channels // heads
-        self.temperature = nn.Parameter(torch.ones(heads, 1, 1))
+        alpha = math.sqrt(width) if alpha_init == 'sqrt' else 1.0
+        self.temperature = nn.Parameter(torch.full((heads, 1, 1), alpha))
         self.top_k: tuple[int, ...] = ()
         if attention == 'dtsas':
             self.top_k = tuple(max(1, int(width * ratio)) for ratio in ratios)
-            self.weights = nn.Parameter(torch.full((len(ratios),), 1 / len(ratios)))
+            weight = 1.5 / width if weights_init == 'width' else 1 / len(ratios)
+            self.weights = nn.Parameter(torch.full((len(ratios),), weight))
 
     def attend(self, A: Tensor) -> Tensor:
         """The sparse map Σ W_n φ(T_{k_n}(A)) of the scores A = Q Kᵀ / α, literally.  (N, heads, c, c)."""
@@ -161,6 +179,9 @@ class DSGA(nn.Module):
         score: `'relu2'`, `'relu'` or `'softmax'`, see `DTSAS`.
         gate: `'dfgb'`; `'gelu'`, which is DFGB without its filter; `'simplegate'`, U itself (NAFNet).
         recompute: keep only X for the backward pass.
+        ratios, alpha_init, weights_init: see `DTSAS`.
+        output_init: `'random'`, PyTorch's for convolutions, or `'zero'` for W_p' = 0: the block starts as
+            Y = X.
     """
 
     def __init__(
@@ -171,15 +192,21 @@ class DSGA(nn.Module):
         score: Score = 'relu2',
         gate: Gate = 'dfgb',
         recompute: bool = False,
+        ratios: Sequence[Fraction] = TOP_K_RATIOS,
+        alpha_init: AlphaInit = 'one',
+        weights_init: WeightsInit = 'mean',
+        output_init: OutputInit = 'random',
     ) -> None:
         super().__init__()
         self.recompute = recompute
         self.norm = LayerNorm(channels)
         self.project_in = nn.Conv2d(channels, 4 * channels, 1, bias=False)
         self.depthwise = nn.Conv2d(4 * channels, 4 * channels, 3, padding=1, groups=4 * channels, bias=False)
-        self.attention = DTSAS(channels, heads, attention, score)
+        self.attention = DTSAS(channels, heads, attention, score, ratios, alpha_init, weights_init)
         self.gate: nn.Module = {'dfgb': DFGB(channels), 'gelu': nn.GELU(), 'simplegate': nn.Identity()}[gate]
         self.project_out = nn.Conv2d(channels, channels, 1, bias=False)
+        if output_init == 'zero':
+            nn.init.zeros_(self.project_out.weight)
 
     def forward(self, X: Tensor) -> Tensor:
         if ops.fast(X):
@@ -205,13 +232,13 @@ class Features(NamedTuple):
 
 @ARCH_REGISTRY.register()
 class DSGformer(nn.Module):
-    """The network.  Any RGB image from 16×16 up, in [0, 1], to one of the same size.
+    """The network.  Any RGB image in [0, 1] to one of the same size.
 
-    An image whose sides are no multiples of 8 is padded by reflection and the
-    result cropped; the result is not clipped.
+    An image whose sides are no multiples of 8·`patch` is padded by reflection
+    and the result cropped; the result is not clipped.
 
     Args:
-        width: C, channels at full resolution.
+        width: C, channels of the first level.
         num_blocks: DSGA blocks of encoders 1–4; the decoder has the first three in reverse.
         heads: heads of encoders 1–4; the decoder has those of the levels that it mirrors.
         attention: `'dtsas'` (paper) or `'mdta'`.
@@ -219,13 +246,21 @@ class DSGformer(nn.Module):
         gate: `'dfgb'` (paper), `'gelu'` or `'simplegate'`.  These three are the ablation of table 2.
         recompute: recompute each block in the backward pass instead of keeping its activations: less
             memory in training for more time.
+        patch: side p of the patches of pixels that the head takes; 1 is the paper's network.
+        ratios: k_n over a head's width, increasing, each in (0, 1]: fractions such as `'1/2'`, or numbers.
+        alpha_init, weights_init, output_init: where α, W_n and W_p' start, see `DTSAS` and `DSGA`.  With
+            `output_init='zero'` the tail starts at 0 as well, so that the network starts as Ŝ = B.
+
+    Attributes:
+        settings: the keyword arguments that rebuild this network, of JSON's types (tuples aside).  `score`,
+            `gate` and `ratios` leave no trace in the shapes of a state dict.
 
     Raises:
         ValueError: for a switch that is none of the above, or heads that do not divide the widths.
     """
 
-    pad_multiple = 8
-    min_size = 8
+    pad_multiple = BLOCK
+    min_size = BLOCK
 
     def __init__(
         self,
@@ -236,34 +271,61 @@ class DSGformer(nn.Module):
         score: Score = 'relu2',
         gate: Gate = 'dfgb',
         recompute: bool = False,
+        patch: int = 1,
+        ratios: Sequence[Ratio] = TOP_K_RATIOS,
+        alpha_init: AlphaInit = 'one',
+        weights_init: WeightsInit = 'mean',
+        output_init: OutputInit = 'random',
     ) -> None:
         super().__init__()
         _check_switches(width, num_blocks, heads, attention, score, gate)
+        _check_initialisation(alpha_init, weights_init, output_init)
+        if isinstance(patch, bool) or not isinstance(patch, int) or patch < 1:
+            raise ValueError(f'DSGformer: patch is {patch!r}; give a whole number from 1 up')
+        k = _fractions(ratios)
+        self.settings: dict[str, Any] = {
+            'width': width,
+            'num_blocks': tuple(num_blocks),
+            'heads': tuple(heads),
+            'attention': attention,
+            'score': score,
+            'gate': gate,
+            'patch': patch,
+            'ratios': tuple(map(str, k)),
+        }
+        self.patch = patch
+        self.pad_multiple = self.min_size = BLOCK * patch
         C, n = width, num_blocks
+        block_settings = (attention, score, gate, recompute, k, alpha_init, weights_init, output_init)
 
         def blocks(level: int, channels: int, count: int) -> nn.Sequential:
-            settings = (channels, heads[level], attention, score, gate, recompute)
-            return nn.Sequential(*(DSGA(*settings) for _ in range(count)))
+            return nn.Sequential(*(DSGA(channels, heads[level], *block_settings) for _ in range(count)))
 
-        self.head = nn.Conv2d(3, C, 3, padding=1)
+        self.head = nn.Conv2d(3 * patch * patch, C, 3, padding=1)
         self.encoder = nn.ModuleList([blocks(i, C << i, n[i]) for i in range(4)])
         self.down = nn.ModuleList([nn.Conv2d(C << i, C << i + 1, 2, stride=2) for i in range(3)])
         self.up = nn.ModuleList([_up(8 * C, 4 * C), _up(4 * C, 2 * C), _up(2 * C, 2 * C)])
         self.decoder = nn.ModuleList([blocks(2, 4 * C, n[2]), blocks(1, 2 * C, n[1]), blocks(0, 2 * C, n[0])])
-        self.tail = nn.Conv2d(2 * C, 3, 3, padding=1)
+        self.tail = nn.Conv2d(2 * C, 3 * patch * patch, 3, padding=1)
+        if output_init == 'zero':
+            nn.init.zeros_(self.tail.weight)
+            nn.init.zeros_(cast(Tensor, self.tail.bias))
 
     def forward(self, B: Tensor) -> Tensor:
         height, width = B.shape[-2:]
-        x = pad_to_multiple(B, self.pad_multiple, self.min_size)
+        x = F.pixel_unshuffle(pad_to_multiple(B, self.pad_multiple, self.min_size), self.patch)
         if ops.fast(x):
             x = x.contiguous(memory_format=torch.channels_last)
-        S = ops.resampling.tail(self.tail, self.decode(self.encode(x)), x)
+        D = self.decode(self.encode(x))
+        # The kernel of ops.resampling.tail is made for three channels.
+        S = ops.resampling.tail(self.tail, D, x) if self.patch == 1 else self.tail(D) + x
+        S = F.pixel_shuffle(S, self.patch)
         if not torch.compiler.is_compiling():
             ops.memory.kept.trim()
         return S[..., :height, :width]
 
     def encode(self, B: Tensor) -> Features:
-        """E1–E4 of an image whose sides are multiples of 8."""
+        """E1–E4 of an image, taken apart into `patch`×`patch` channels, whose sides are multiples of 8."""
         x = ops.resampling.head(self.head, B)  # H
         levels = []
         for i, blocks in enumerate(cast(Iterable[nn.Sequential], self.encoder)):
@@ -297,8 +359,9 @@ class DSGformer(nn.Module):
     def settings_from_state(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
         """The keyword arguments of a network, read from the shapes of its state dict.
 
-        `score` leaves no trace in the shapes (nor does `gelu` against
-        `simplegate`): the paper's is assumed.
+        `score` and `ratios` leave no trace in the shapes (nor does `gelu`
+        against `simplegate`): the paper's score and the default k_n are assumed.
+        What is known of them travels in the attribute `settings` of a network.
         """
         counts = [0] * 4
         heads = [1] * 4
@@ -314,6 +377,7 @@ class DSGformer(nn.Module):
             'heads': tuple(heads),
             'attention': 'dtsas' if 'encoder.0.0.attention.weights' in state else 'mdta',
             'gate': 'dfgb' if 'encoder.0.0.gate.mask' in state else 'gelu',
+            'patch': max(1, math.isqrt(state['head.weight'].shape[1] // 3)),
         }
 
 
@@ -330,6 +394,20 @@ def dsgformer_s(**overrides: Any) -> DSGformer:
 def dsgformer_t(**overrides: Any) -> DSGformer:
     """Tiny: 0.70 M parameters, 2.7 G multiply-adds at 256×256; trains on a CPU."""
     return DSGformer(**{'width': 16, 'num_blocks': (1, 2, 4, 4), **overrides})
+
+
+def dsgformer_h(**overrides: Any) -> DSGformer:
+    """Half resolution: 0.89 M parameters, 0.8 G multiply-adds at 256×256; the package ships its weights."""
+    return DSGformer(
+        **{
+            'width': 16,
+            'num_blocks': (1, 2, 4, 6),
+            'patch': 2,
+            'ratios': ('1/8', '1/4', '1/3', '1/2'),
+            'output_init': 'zero',
+            **overrides,
+        }
+    )
 
 
 def _up(channels_in: int, channels_out: int) -> nn.Sequential:
@@ -354,3 +432,27 @@ def _check_switches(
             raise ValueError(
                 f'DSGformer: {count} heads do not divide the {width << level} channels of level {level + 1}'
             )
+
+
+def _check_initialisation(alpha_init: str, weights_init: str, output_init: str) -> None:
+    choices = {
+        'alpha_init': (alpha_init, ('one', 'sqrt')),
+        'weights_init': (weights_init, ('mean', 'width')),
+        'output_init': (output_init, ('random', 'zero')),
+    }
+    for name, (value, allowed) in choices.items():
+        if value not in allowed:
+            raise ValueError(f'DSGformer: {name} is {value!r}; choose one of {", ".join(allowed)}')
+
+
+def _fractions(ratios: Sequence[Ratio]) -> tuple[Fraction, ...]:
+    """`ratios` as fractions; a number such as 0.6667 becomes the nearest one with a small denominator."""
+    if isinstance(ratios, str) or not isinstance(ratios, Sequence) or not ratios:
+        raise ValueError(f"DSGformer: ratios is {ratios!r}; give a list such as ['1/2', '2/3']")
+    try:
+        found = [Fraction(ratio).limit_denominator(100) for ratio in ratios]
+    except (ValueError, TypeError, ZeroDivisionError, OverflowError):
+        raise ValueError(f"DSGformer: ratios is {list(ratios)!r}; give fractions such as '1/2'") from None
+    if not all(0 < k <= 1 for k in found) or any(a >= b for a, b in pairwise(found)):
+        raise ValueError(f'DSGformer: ratios is {list(ratios)!r}; give increasing fractions from 0 to 1')
+    return tuple(found)

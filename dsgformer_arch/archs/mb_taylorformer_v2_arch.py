@@ -1,7 +1,7 @@
 """MB-TaylorFormer V2 (Jin Z., Qiu Y., Zhang K., Li H., Luo W., TPAMI 2025, arXiv 2501.04486).
 
 "MB-TaylorFormer V2: Improved Multi-branch Linear Transformer Expanded by Taylor Formula for Image
-Restoration".  Release: FVL2020/MB-TaylorFormerV2, without a licence.
+Restoration".  Official implementation: FVL2020/MB-TaylorFormerV2, without a licence.
 
 A U-net of four levels.  Each stage embeds its input into several branches, each the deformable
 convolution of the one before, runs linear-attention blocks on every branch with weights of its own, and
@@ -13,13 +13,14 @@ so that no map of pixels × pixels is formed.
     encoder      d0 at H×W, d1 at H/2, d2 at H/4, latent d3 at H/8
     decoder      d2 at H/4, d1 at H/2, d1 at H×W, refinement at H×W, output + image
 
-Where the release departs from its paper it is followed: the refinement stage has as many blocks as level
-1, the first encoder level has no residual around it, every norm is bias-free, and `ffn_expansion_factor`
-is always 2.66.  The release keeps branches in the batch, (p N) C H W; here they are a list.
+Where the official implementation differs from the paper, it is followed: the refinement stage has as many
+blocks as level 1, the first encoder level has no residual around it, every norm is bias-free, and
+`ffn_expansion_factor` is always 2.66.  It keeps branches in the batch, (p N) C H W; here they are a list.
 
-With random weights denominators of the attention come near 0, and rounding grows by ten orders of
-magnitude on the way through the network: outputs agree with another run to 1e-5 only where every product
-is summed in the same order.  This file therefore keeps the release's order of operations in float64.
+`one_M`, a parameter without gradient, has to be 1: the denominator of the attention,
+n · one_M + Σ q̂·k̂ + s · Σ q̃·k̃, is then positive, since |q̂·k̂| ≤ 1 and q̃·k̃ ≥ 0, and the network is well
+conditioned (a change of the image changes the result by less, see `tests/conformance/check.py`).  Smaller
+values give denominators of both signs: results then depend on the order in which sums are taken.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def variance(x: Tensor) -> Tensor:
     """Of (N, C, H, W) over the channels, (N, 1, H, W)."""
     if x.dtype == torch.float64:
         return x.var(1, keepdim=True, unbiased=False)
-    # Several times as fast on a CPU, and as exact but for rounding.
+    # Several times as fast on a CPU, and equal up to rounding.
     return (x - x.mean(1, keepdim=True)).square().mean(1, keepdim=True)
 
 

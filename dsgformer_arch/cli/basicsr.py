@@ -1,4 +1,4 @@
-"""`basicsr train` and `basicsr test`: BasicSR's pipelines as a command.
+"""`basicsr train` and `basicsr test`: training and testing as a command.
 
 BasicSR 1.4.2 has no command of its own; its pipelines are scripts of a
 checkout, and take the place of that checkout for the root of all results.
@@ -8,12 +8,8 @@ from __future__ import annotations
 
 import argparse
 import errno
-import logging
 import os
-import signal
-import sys
-import traceback
-from types import FrameType
+import random
 from typing import Any
 
 from dsgformer_arch.utils.allocator import keep_freed_memory
@@ -75,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Check the option file, then hand over to BasicSR's pipeline."""
+    """Check the option file, then train or test."""
     from dsgformer_arch.models import options  # importing torch takes seconds; --help need not wait for it
 
     file = os.path.abspath(arguments.opt)
@@ -85,12 +81,14 @@ def run(arguments: argparse.Namespace) -> int:
     os.chdir(root)  # relative paths in the option file start here
     is_train = arguments.command == 'train'
     options.check(settings, arguments.opt, is_train)
-    sys.argv = [sys.argv[0], '-opt', file, '--launcher', arguments.launcher]
-    sys.argv += ['--auto_resume'] * arguments.auto_resume + ['--debug'] * arguments.debug
-    if arguments.force_yml:
-        sys.argv += ['--force_yml', *arguments.force_yml]
+    from dsgformer_arch.models import pipelines
+
     try:
-        return train(root) if is_train else test(root)
+        opt = complete(settings, arguments, root)
+        if is_train:
+            return pipelines.train(opt, file)
+        keep_freed_memory()
+        return pipelines.test(opt)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             where = f' {error.filename}' if error.filename else ''
@@ -121,54 +119,63 @@ def root_folder(file: str, argument: str | None, key: str | None = None) -> str:
     return os.path.dirname(folder) if os.path.basename(folder) == 'options' else folder
 
 
-def train(root: str) -> int:
-    """Train; on SIGINT or SIGTERM the state is saved after the iteration in progress."""
-    import basicsr.train
+def complete(settings: dict[str, Any], arguments: argparse.Namespace, root: str) -> dict[str, Any]:
+    """Add to an option file's settings what BasicSR's builders and models expect, and seed.
 
-    from dsgformer_arch.models.restoration_model import Interrupted, RestorationModel
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        if RestorationModel.stop_requested:
-            raise KeyboardInterrupt
-        RestorationModel.stop_requested = True
-        print('stopping after this iteration; once more to stop at once', file=sys.stderr, flush=True)
-
-    handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        basicsr.train.train_pipeline(root)
-    except Interrupted as error:
-        loop = loop_variables(error, basicsr.train.train_pipeline)
-        loop['model'].save(loop['epoch'], loop['current_iter'])
-        print(
-            f'saved iteration {loop["current_iter"]}; go on with --auto_resume', file=sys.stderr, flush=True
-        )
-        return 130
-    finally:
-        RestorationModel.stop_requested = False
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        logging.shutdown()
-    return 0
-
-
-def loop_variables(error: BaseException, function: Any) -> dict[str, Any]:
-    """The local variables of `function`, which `error` passed through.
-
-    BasicSR's loop keeps the epoch in a variable of its own and nowhere else.
+    Args:
+        settings: the option file's content, `--force_yml` applied, checked.
+        arguments: the command line.
+        root: absolute path of the folder below which everything is written.
     """
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        if frame.f_code is function.__code__:
-            return frame.f_locals
-    raise RuntimeError(f'{function.__name__} is not among the callers')
+    import torch
+    from basicsr.utils import set_random_seed
+    from basicsr.utils.dist_util import get_dist_info, init_dist
 
-
-def test(root: str) -> int:
-    """Restore and measure every test set of the option file."""
-    import basicsr.test
-
-    keep_freed_memory()
-    basicsr.test.test_pipeline(root)
-    return 0
+    is_train = arguments.command == 'train'
+    dist = arguments.launcher != 'none'
+    if dist:
+        slurm = arguments.launcher == 'slurm'
+        init_dist(arguments.launcher, **((settings.get('dist_params') or {}) if slurm else {}))
+    rank, world_size = get_dist_info()
+    opt = settings | {'dist': dist, 'rank': rank, 'world_size': world_size, 'is_train': is_train}
+    # A restart by torchrun goes on where the processes before it ended.
+    restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')) > 0
+    opt |= {'auto_resume': arguments.auto_resume or (is_train and restarted), 'root_path': root}
+    if opt.get('manual_seed') is None:
+        seed = [random.randint(1, 10000)]
+        if dist:
+            torch.distributed.broadcast_object_list(seed)
+        opt['manual_seed'] = seed[0]
+    set_random_seed(opt['manual_seed'] + rank)
+    if opt['num_gpu'] == 'auto':
+        opt['num_gpu'] = torch.cuda.device_count()
+    if arguments.debug and not opt['name'].startswith('debug'):
+        opt['name'] = f'debug_{opt["name"]}'
+    for phase, dataset in opt['datasets'].items():
+        dataset['phase'] = phase.split('_')[0]
+        if 'scale' in opt:
+            dataset['scale'] = opt['scale']
+        for key in ('dataroot_gt', 'dataroot_lq'):
+            if dataset.get(key) is not None:
+                dataset[key] = os.path.expanduser(dataset[key])
+    path = opt['path']
+    for key in ('pretrain_network_g', 'resume_state'):
+        if path.get(key) is not None:
+            path[key] = os.path.expanduser(path[key])
+    folder = os.path.join(root, 'experiments' if is_train else 'results', opt['name'])
+    path['log'] = folder
+    path['visualization'] = os.path.join(folder, 'visualization')
+    if is_train:
+        path['experiments_root'] = folder
+        path['models'] = os.path.join(folder, 'models')
+        path['training_states'] = os.path.join(folder, 'training_states')
+        if 'debug' in opt['name']:
+            opt['logger'] |= {'print_freq': 1, 'save_checkpoint_freq': 8}
+            if opt.get('val'):
+                opt['val']['val_freq'] = 8
+    else:
+        path['results_root'] = folder
+    return opt
 
 
 if __name__ == '__main__':

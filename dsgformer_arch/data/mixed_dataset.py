@@ -109,7 +109,11 @@ class MixedDataset(Dataset[dict[str, Any]]):
         return int(self.opt['length'])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        epoch = int(self._epoch) if self.augments else 0
+        return self.item(index, int(self._epoch))
+
+    def item(self, index: int, epoch: int) -> dict[str, Any]:
+        """The crop `index` of an epoch, whichever epoch `set_epoch` named."""
+        epoch = epoch if self.augments else 0
         rng = np.random.default_rng([self.seed, epoch, index])
         number = int(rng.choice(len(self.sources), p=self.shares))
         sample = self.sources[number].sample(rng, self.side)

@@ -44,7 +44,7 @@ class PairsSource(Source):
     def __post_init__(self) -> None:
         check_candidates(self.candidates)
 
-    def prepare(self) -> None:
+    def prepare(self, preload: bool = True) -> None:
         lq, gt = (Path(root).expanduser().absolute() for root in (self.dataroot_lq, self.dataroot_gt))
         self.lmdb = None
         if lq.suffix == gt.suffix == '.lmdb':
@@ -60,11 +60,12 @@ class PairsSource(Source):
             self.kept: Kept[Path] = Kept(read_image, self.memory)
         if not self.keys:
             raise UserError(f'{lq} holds no image that matches {self.match!r}; give another pattern')
-        if self.lmdb is None:
+        if self.lmdb is None and preload:
             self.kept.fill((p for pair in self.pairs.values() for p in (pair.lq, pair.gt)), 'reading pairs')
 
-    def sample(self, rng: np.random.Generator, side: int | None = None) -> Sample:
-        key = self.keys[int(rng.integers(len(self.keys)))]
+    def sample(self, rng: np.random.Generator, side: int | None = None, number: int | None = None) -> Sample:
+        drawn = int(rng.integers(len(self.keys)))
+        key = self.keys[drawn if number is None else number % len(self.keys)]
         if self.lmdb is not None:
             if side is None:
                 raise UserError(f'{self.dataroot_lq}: whole images of LMDBs are read by PairedImageDataset')

@@ -22,21 +22,23 @@ Options = dict[str, Any]
 
 TOP_LEVEL = {
     'name', 'model_type', 'scale', 'num_gpu', 'manual_seed', 'datasets', 'network_g', 'path', 'train', 'val',
-    'logger', 'dist_params', 'find_unused_parameters', 'root',
+    'logger', 'dist_params', 'find_unused_parameters', 'root', 'save',
 }  # fmt: skip
 PATH = {
     'pretrain_network_g', 'param_key_g', 'strict_load_g', 'resume_state', 'ignore_resume_networks',
 }  # fmt: skip
 TRAIN = {
     'total_iter', 'warmup_iter', 'ema_decay', 'optim_g', 'scheduler', 'grad_clip', 'amp', 'channels_last',
-    'compile', 'progressive',
+    'compile', 'progressive', 'accumulate', 'max_skipped_steps',
 }  # fmt: skip
+SAVE = {'keep_last', 'best'}
 VAL = {'val_freq', 'save_img', 'suffix', 'pbar', 'metrics', 'tile', 'tile_overlap', 'amp'}
 LOGGER = {'print_freq', 'save_checkpoint_freq', 'use_tb_logger', 'wandb'}
 DATASET = {
     'name', 'type', 'dataroot_gt', 'dataroot_lq', 'io_backend', 'meta_info_file', 'filename_tmpl', 'gt_size',
     'use_hflip', 'use_rot', 'mean', 'std', 'color', 'batch_size_per_gpu', 'num_worker_per_gpu',
     'dataset_enlarge_ratio', 'prefetch_mode', 'num_prefetch_queue', 'pin_memory', 'persistent_workers',
+    'corrupt_images',
 }  # fmt: skip
 
 
@@ -128,7 +130,17 @@ class _Checker:
             self.check_train()
             logger = self.section('logger', self.options['logger'])
             self.keys('logger', logger, ['print_freq', 'save_checkpoint_freq', 'use_tb_logger'], LOGGER)
+            self.check_save()
         self.check_val(is_train)
+
+    def check_save(self) -> None:
+        save = self.section('save', self.options.get('save') or {})
+        self.keys('save', save, [], SAVE)
+        if save.get('keep_last') is not None:
+            self.number('save: keep_last', save['keep_last'], least=1)
+        metrics = (self.options.get('val') or {}).get('metrics') or {}
+        if save.get('best') is not None and save['best'] not in metrics:
+            raise self.fault(f'save: best is {save["best"]!r}, but val: metrics has {", ".join(metrics)}')
 
     def check_path(self) -> None:
         path = self.section('path', self.options['path'])
@@ -162,6 +174,9 @@ class _Checker:
         if check is not None:
             check(dataset, f'{self.path}: {where}')
             return
+        corrupt = dataset.get('corrupt_images', 'fail')
+        if corrupt not in ('fail', 'replace'):
+            raise self.fault(f'{where}: corrupt_images is {corrupt!r}; choose fail or replace')
         backend = self.section(f'{where}: io_backend', dataset['io_backend']).get('type')
         if backend not in ('lmdb', 'disk'):
             raise self.fault(f'{where}: io_backend: type is {backend!r}; choose lmdb or disk')
@@ -242,6 +257,9 @@ class _Checker:
         for key in ('optim_g', 'scheduler'):
             if 'type' not in self.section(f'train: {key}', train[key]):
                 raise self.fault(f'train: {key}: type is missing')
+        for key in ('accumulate', 'max_skipped_steps'):
+            if train.get(key) is not None:
+                self.number(f'train: {key}', train[key], least=1)
         if train.get('amp') not in (None, False, 'bf16', 'fp16'):
             raise self.fault(f'train: amp is {train["amp"]!r}; choose bf16, fp16 or false')
 

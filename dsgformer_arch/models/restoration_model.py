@@ -1,16 +1,21 @@
 """How a restoration network is trained and validated; not only DSGformer.
 
 `RestorationModel` is BasicSR's `SRModel` with what deblurring needs and BasicSR
-1.4.2 lacks: AdamW and any other optimiser of torch, a warm-up that ends where
-the cosine begins, clipped gradients, bf16 autocast, networks with several
-outputs, progressive patch sizes, pictures of any size, checkpoints that are
-whole or absent, and a record of each validation that programs can read.
+1.4.2 lacks: AdamW and any other optimizer of torch, a warm-up that ends where
+the cosine begins, clipped gradients, gradient accumulation, bf16 autocast,
+steps that are skipped where a gradient is not finite, networks with several
+outputs, progressive patch sizes, images of any size, checkpoints that are
+checked before they are used, and a record of each validation that programs can
+read.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import inspect
 import json
+import math
 import os
 import random
 import time
@@ -18,6 +23,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from basicsr.archs import build_network
@@ -25,23 +31,32 @@ from basicsr.losses import build_loss
 from basicsr.metrics import calculate_metric
 from basicsr.models import lr_scheduler as basicsr_schedulers
 from basicsr.models.sr_model import SRModel
-from basicsr.utils import get_root_logger, imwrite, tensor2img
+from basicsr.utils import get_root_logger, tensor2img
 from basicsr.utils.dist_util import master_only
 from basicsr.utils.registry import MODEL_REGISTRY
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from dsgformer_arch.models import lr_scheduler
+from dsgformer_arch.data.sampler import ITERATION, derived_seed, seed_streams
+from dsgformer_arch.models import checkpointing, lr_scheduler
 from dsgformer_arch.restore import final_output, order_memory, predict, restore
 from dsgformer_arch.utils.errors import UserError
 from dsgformer_arch.utils.files import write_atomically
 from dsgformer_arch.utils.progress import track
-from dsgformer_arch.zoo.checkpoint import load_into, read_checkpoint
+from dsgformer_arch.zoo.checkpoint import Checkpoint, load_into, read_checkpoint
+
+RECIPE = ('optim_g', 'scheduler')
+"""Sections of `train` that a resumed run compares with those that its state was saved with."""
 
 AMP_TYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16}
 
 
+NON_FINITE_STEPS = 10
+"""Skipped steps in a row that end a run, where `train: max_skipped_steps` does not say."""
+
+
 class Interrupted(Exception):  # noqa: N818
-    """Raised after the training state was saved because somebody asked the run to stop."""
+    """Raised when a signal arrives during a validation, which a resumed run repeats."""
 
 
 @MODEL_REGISTRY.register()
@@ -52,7 +67,11 @@ class RestorationModel(SRModel):
 
     - `train: optim_g: type`: the name of any optimiser in `torch.optim`.
     - `train: scheduler: type`: BasicSR's, this package's (`models/lr_scheduler.py`) or torch's.
-    - `train: grad_clip`: largest norm of the gradient; absent for none.
+    - `train: grad_clip`: max gradient norm; absent for none.
+    - `train: accumulate`: parts into which a batch is cut, one after another on the device; 1 by default.
+      The gradient is the whole batch's, except for layers that use statistics of the batch.
+    - `train: max_skipped_steps`: a step whose loss or gradient is not finite is skipped; as many in a row
+      end the run.
     - `train: amp`: `bf16` or `fp16` for autocast (fp16 with loss scaling); absent for float32.
     - `train: channels_last`, `train: compile`: memory format; `torch.compile`.
     - `train: progressive`: `iters`, `batch_sizes`, `gt_sizes`, the patch sizes by stage (Restormer).
@@ -68,11 +87,21 @@ class RestorationModel(SRModel):
     stop_requested = False
     """Set (by a signal handler) to save the state after the iteration in progress and to stop."""
 
+    stop_agreed = False
+    """Whether any process of the run was asked to stop before the last iteration ended."""
+
     # Setting up.
 
     def __init__(self, opt: dict[str, Any]) -> None:
         if opt['num_gpu'] != 0 and not torch.cuda.is_available():
             raise UserError(f'num_gpu is {opt["num_gpu"]}, but this machine has no GPU; set it to 0 or auto')
+        self.recipe = copy.deepcopy({key: opt['train'][key] for key in RECIPE}) if opt['is_train'] else {}
+        self.best_metric_results: dict[str, dict[str, dict[str, Any]]] = {}
+        self.improved: set[tuple[str, str]] = set()
+        self.position = 0
+        self.skipped = self.skipped_in_a_row = 0
+        self.images: list[str] = []
+        self.suspects: list[str] = []
         self.trained_seconds = 0.0
         self.iteration_started = time.monotonic()
         self.first_iteration: int | None = None
@@ -147,12 +176,18 @@ class RestorationModel(SRModel):
     def load_network(
         self, net: nn.Module, load_path: str, strict: bool = True, param_key: str | None = 'params'
     ) -> None:
-        """Load a checkpoint of any usual form, as data (see `checkpoint.read_checkpoint`)."""
+        """Load a checkpoint of any usual form, as data (see `checkpoint.read_checkpoint`).
+
+        A key that the option file names (`param_key_g`) has to be there.  Others are guesses: the file of a
+        run without EMA holds `params` only, and one of another project perhaps `state_dict`.
+        """
         try:
             checkpoint = read_checkpoint(load_path, param_key)
         except UserError:
-            # A release may hold `state_dict` only, and a run without EMA `params` only.
+            if param_key is not None and param_key == self.opt['path'].get('param_key_g'):
+                raise
             checkpoint = read_checkpoint(load_path)
+        check_weights(self.get_bare_model(net), checkpoint)
         faults = load_into(self.get_bare_model(net), checkpoint, strict)
         logger = get_root_logger()
         logger.info(f'Loading {type(self.get_bare_model(net)).__name__} from {load_path}')
@@ -164,37 +199,113 @@ class RestorationModel(SRModel):
     def feed_data(self, data: Mapping[str, Any]) -> None:
         self.lq = data['lq'].to(self.device, non_blocking=True)
         self.gt = data['gt'].to(self.device, non_blocking=True) if 'gt' in data else None
+        self.images = list(data.get('lq_path', ()))
 
     def optimize_parameters(self, current_iter: int) -> None:
-        """One iteration: forward, all losses, backward, clipping, step, EMA."""
+        """One iteration: forward, all losses, backward, clipping, step, EMA.
+
+        What networks draw at random (dropout) depends on the seed, the iteration and the process only.
+
+        Raises:
+            UserError: the loss or the gradient was not finite in too many iterations in a row.
+        """
         if self.first_iteration is None:
             self.first_iteration = current_iter
             self.iteration_started = time.monotonic()
+        seed = derived_seed(self.opt.get('manual_seed') or 0, ITERATION, current_iter, self.opt['rank'])
+        seed_streams(seed)
+        torch.cuda.manual_seed(seed)
         self.shrink_batch(current_iter)
         self.lq = self.lq.contiguous(memory_format=self.memory_format)
         self.optimizer_g.zero_grad(set_to_none=True)
-        with torch.autocast(self.device.type, self.amp or torch.bfloat16, enabled=self.amp is not None):
-            outputs = predict(self.call, self.lq, self.input_offset)
-        losses = self.sum_losses(outputs)
-        self.scaler.scale(torch.stack([*losses.values()]).sum()).backward()
-        if self.opt['train'].get('grad_clip'):
-            self.scaler.unscale_(self.optimizer_g)
-            nn.utils.clip_grad_norm_(self.net_g.parameters(), self.opt['train']['grad_clip'])
-        self.scaler.step(self.optimizer_g)
+        losses = self.accumulate_gradient()
+        self.scaler.unscale_(self.optimizer_g)
+        norm = self.clip_gradient()
+        if self.agree_on_step(current_iter, torch.stack([*losses.values()]).sum(), norm):
+            self.scaler.step(self.optimizer_g)
+            if self.ema_decay > 0:
+                self.model_ema(self.ema_decay)
         self.scaler.update()
-        self.output = final_output(self.get_bare_model(self.net_g), outputs).detach()
         # Values are fetched from the device only when they are printed, not at each iteration.
         if current_iter % self.opt['logger']['print_freq'] == 0:
             self.log_dict = self.reduce_loss_dict(losses)
-        if self.ema_decay > 0:
-            self.model_ema(self.ema_decay)
         now = time.monotonic()
         self.trained_seconds += now - self.iteration_started
         self.iteration_started = now
-        if RestorationModel.stop_requested and not self.opt['dist']:
-            raise Interrupted
 
-    def sum_losses(self, outputs: Any) -> OrderedDict[str, Tensor]:
+    def accumulate_gradient(self) -> OrderedDict[str, Tensor]:
+        """Add up the gradient of the batch, part by part; the losses of the whole batch by name."""
+        assert self.gt is not None
+        count = self.lq.shape[0]
+        parts = min(self.opt['train'].get('accumulate') or 1, count)
+        inputs, targets = self.lq.chunk(parts), self.gt.chunk(parts)
+        totals: OrderedDict[str, Tensor] = OrderedDict()
+        finals = []
+        for number, (lq, gt) in enumerate(zip(inputs, targets, strict=True), 1):
+            # Processes add up their gradients once, in the last part.
+            apart = number < len(inputs) and isinstance(self.net_g, DistributedDataParallel)
+            with self.net_g.no_sync() if apart else contextlib.nullcontext():
+                with torch.autocast(
+                    self.device.type, self.amp or torch.bfloat16, enabled=self.amp is not None
+                ):
+                    outputs = predict(self.call, lq, self.input_offset)
+                losses = self.sum_losses(outputs, lq, gt)
+                for name in losses:
+                    summed = getattr(self.losses[name], 'reduction', 'mean') == 'sum'
+                    losses[name] = losses[name] * (1.0 if summed else lq.shape[0] / count)
+                self.scaler.scale(torch.stack([*losses.values()]).sum()).backward()
+            for name, value in losses.items():
+                totals[name] = totals[name] + value.detach() if name in totals else value.detach()
+            finals.append(final_output(self.get_bare_model(self.net_g), outputs).detach())
+        self.output = finals[0] if len(finals) == 1 else torch.cat(finals)
+        return totals
+
+    def clip_gradient(self) -> Tensor:
+        """The gradient's norm, before it is clipped to `train: grad_clip`."""
+        limit = self.opt['train'].get('grad_clip')
+        if limit:
+            return nn.utils.clip_grad_norm_(self.net_g.parameters(), limit)
+        return nn.utils.get_total_norm([p.grad for p in self.net_g.parameters() if p.grad is not None])
+
+    def agree_on_step(self, current_iter: int, loss: Tensor, norm: Tensor) -> bool:
+        """Whether loss and gradient are finite in all processes; also sets `stop_agreed`.
+
+        Raises:
+            UserError: they were not in too many iterations in a row.
+        """
+        stop = torch.tensor(float(RestorationModel.stop_requested), device=loss.device)
+        flags = torch.stack([(~torch.isfinite(loss)).float(), (~torch.isfinite(norm)).float(), stop])
+        everywhere = flags.clone()
+        if self.opt['dist']:
+            torch.distributed.all_reduce(everywhere, torch.distributed.ReduceOp.MAX)
+        bad_loss, bad_norm, stop_agreed = everywhere.tolist()
+        self.stop_agreed = bool(stop_agreed)
+        if not bad_loss and not bad_norm:
+            self.skipped_in_a_row = 0
+            self.suspects = []
+            return True
+        # A loss scale that was too large is the business of the scaler, which lowers it.
+        if not bad_loss and self.scaler.is_enabled() and self.scaler.get_scale() >= 1:
+            return False
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        what = 'loss' if bad_loss else 'gradient'
+        if flags[0] or not bad_loss:
+            self.suspects += [image for image in self.images if image not in self.suspects]
+        get_root_logger().warning(
+            f'iteration {current_iter}: the {what} is not finite; step skipped ({self.skipped} so far)'
+        )
+        most = self.opt['train'].get('max_skipped_steps') or NON_FINITE_STEPS
+        if self.skipped_in_a_row >= most:
+            named = ', '.join(self.suspects[:8]) or 'those of other processes'
+            raise UserError(
+                f'the {what} was not finite in {most} iterations in a row, up to iteration {current_iter}; '
+                f'the images were {named}{" …" if len(self.suspects) > 8 else ""}: check them, lower the '
+                f'learning rate or set amp to bf16, then go on with --auto_resume'
+            )
+        return False
+
+    def sum_losses(self, outputs: Any, lq: Tensor, gt: Tensor) -> OrderedDict[str, Tensor]:
         """Each loss by its name in the log, of the network's outputs against the sharp image."""
         final = final_output(self.get_bare_model(self.net_g), outputs)
         values: OrderedDict[str, Tensor] = OrderedDict()
@@ -202,8 +313,8 @@ class RestorationModel(SRModel):
             prediction = outputs if getattr(loss, 'multi_output', False) else final
             if isinstance(prediction, Tensor):
                 prediction = prediction.float()
-            extra = [self.lq] if getattr(loss, 'needs_input', False) else []
-            values[name] = loss(prediction, self.gt, *extra)
+            extra = [lq] if getattr(loss, 'needs_input', False) else []
+            values[name] = loss(prediction, gt, *extra)
         return values
 
     def shrink_batch(self, current_iter: int) -> None:
@@ -258,12 +369,17 @@ class RestorationModel(SRModel):
         dataset = dataloader.dataset
         share = range(self.opt['rank'], len(dataset), self.opt['world_size'])
         name = dataset.opt['name']
-        images = track(share, f'validating {name}') if self.opt['val'].get('pbar', True) else share
+        # As many rounds in every process: after each they agree on whether to go on.
+        rounds = range(math.ceil(len(dataset) / self.opt['world_size']))
         rows = []
-        for index in images:
-            data = dataset[index]
-            rows.append(self.validate_image(data, name, current_iter, save_img))
-            del self.lq, self.gt, self.output
+        for number in track(rounds, f'validating {name}') if self.opt['val'].get('pbar', True) else rounds:
+            if number < len(share):
+                data = dataset[share[number]]
+                row = self.validate_image(data, name, current_iter, save_img)
+                rows.append(row | {'number': share[number]})
+                del self.lq, self.gt, self.output
+            if self.opt['is_train'] and self.any_process_stops():
+                raise Interrupted
         if self.opt['dist']:
             shares: list[Any] = [None] * self.opt['world_size']
             torch.distributed.all_gather_object(shares, rows)
@@ -271,7 +387,18 @@ class RestorationModel(SRModel):
         # Time spent here is no training time.
         self.iteration_started += time.monotonic() - started
         if self.opt['rank'] == 0 and self.opt['val'].get('metrics'):
-            self.report_validation(name, sorted(rows, key=lambda row: row['image']), current_iter, tb_logger)
+            rows.sort(key=lambda row: (row['image'], row['number']))
+            for row in rows:
+                del row['number']
+            self.report_validation(name, rows, current_iter, tb_logger)
+
+    def any_process_stops(self) -> bool:
+        """Whether any process of the run was asked to stop; all of them have to call this."""
+        if not self.opt['dist']:
+            return RestorationModel.stop_requested
+        flag = torch.tensor(float(RestorationModel.stop_requested), device=self.device)
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+        return bool(flag)
 
     def validate_image(
         self, data: Mapping[str, Any], dataset: str, current_iter: Any, save_img: bool
@@ -281,14 +408,21 @@ class RestorationModel(SRModel):
         image = os.path.splitext(os.path.basename(data['lq_path']))[0]
         self.feed_data({key: data[key][None] for key in ('lq', 'gt') if key in data})
         self.test()
-        restored = tensor2img([self.output.detach().cpu()])
-        if save_img:
-            imwrite(restored, self.picture_path(dataset, image, current_iter))
         row: dict[str, Any] = {'image': image}
+        finite = bool(torch.isfinite(self.output).all())
+        if not finite:
+            problem = f'the network returns numbers that are not finite for the image {image}'
+            if not self.opt['is_train']:
+                raise UserError(f'{problem}; check the checkpoint, or set val: amp to bf16 or fp32')
+            get_root_logger().warning(f'{problem}, whose metrics count as NaN')
+        restored = tensor2img([torch.nan_to_num(self.output.detach().cpu())])
+        if save_img:
+            write_image(restored, self.picture_path(dataset, image, current_iter))
         if self.gt is not None:
             sharp, blurred = tensor2img([self.gt.cpu()]), tensor2img([self.lq.cpu()])
             for metric, settings in (self.opt['val'].get('metrics') or {}).items():
-                row[metric] = float(calculate_metric({'img': restored, 'img2': sharp}, settings))
+                value = float(calculate_metric({'img': restored, 'img2': sharp}, settings))
+                row[metric] = value if finite else math.nan
                 row[f'{metric}_blurred'] = float(calculate_metric({'img': blurred, 'img2': sharp}, settings))
         return row
 
@@ -307,11 +441,14 @@ class RestorationModel(SRModel):
         names = [name for metric in metrics for name in (metric, f'{metric}_blurred') if name in rows[0]]
         means = {name: float(np.mean([row[name] for row in rows])) for name in names}
         self.metric_results = {metric: means[metric] for metric in metrics if metric in means}
-        self._initialize_best_metric_results(dataset)
+        if dataset not in self.best_metric_results:
+            self._initialize_best_metric_results(dataset)
         lines = [f'Validation {dataset}, {len(rows)} images']
         for metric, value in self.metric_results.items():
             self._update_best_metric_result(dataset, metric, value, current_iter)
             best = self.best_metric_results[dataset][metric]
+            if best['iter'] == current_iter:
+                self.improved.add((dataset, metric))
             line = f'\t # {metric}: {value:.4f} (blurred: {means[f"{metric}_blurred"]:.4f})'
             if self.opt['is_train']:
                 line += f'\tBest: {best["val"]:.4f} @ {best["iter"]} iter'
@@ -325,14 +462,23 @@ class RestorationModel(SRModel):
     # Saving and resuming.
 
     def save(self, epoch: int, current_iter: int) -> None:
-        """Save the network, then the training state, each whole or not at all.
+        """Save a checkpoint: the network, then the state, which makes it complete.  -1 saves the network.
 
-        The state comes last: what resumes from it finds the network that belongs to it.
+        Raises:
+            UserError: a file cannot be written, or a weight is not finite.
         """
         started = time.monotonic()
-        super().save(epoch, current_iter)
+        self.save_networks(current_iter)
+        self.save_training_state(epoch, current_iter)
         self.save_record(current_iter)
         self.iteration_started += time.monotonic() - started
+
+    def save_networks(self, label: int | str) -> None:
+        """Save the network and its average as `net_g_<label>.pth`."""
+        networks = {'params': self.net_g}
+        if hasattr(self, 'net_g_ema'):
+            networks['params_ema'] = self.net_g_ema
+        self.save_network([*networks.values()], 'net_g', label, [*networks])
 
     @master_only
     def save_network(
@@ -342,20 +488,29 @@ class RestorationModel(SRModel):
         current_iter: int | str,
         param_key: str | list[str] = 'params',
     ) -> None:
+        """Save networks under their keys, and under `network` the settings that build them."""
         nets = net if isinstance(net, list) else [net]
         keys = param_key if isinstance(param_key, list) else [param_key]
-        content = {
+        content: dict[str, Any] = {
             key: {name: tensor.cpu() for name, tensor in self.get_bare_model(network).state_dict().items()}
             for network, key in zip(nets, keys, strict=True)
         }
+        for key in keys:
+            for name, tensor in content[key].items():
+                if not torch.isfinite(tensor).all():
+                    raise UserError(
+                        f'{name} of the network ({key}) is not finite: no checkpoint was saved; lower '
+                        'the learning rate and go on from the last one with --auto_resume'
+                    )
+        content['network'] = _plain(self.opt['network_g'])
         label = 'latest' if current_iter == -1 else current_iter
-        self.write(content, os.path.join(self.opt['path']['models'], f'{net_label}_{label}.pth'))
+        checkpointing.write(content, os.path.join(self.opt['path']['models'], f'{net_label}_{label}.pth'))
 
     @master_only
     def save_training_state(self, epoch: int, current_iter: int) -> None:
         if current_iter == -1:
             return
-        numpy_state: Any = np.random.get_state(legacy=True)
+        paths = self.opt['path']
         state = {
             'epoch': epoch,
             'iter': current_iter,
@@ -363,62 +518,139 @@ class RestorationModel(SRModel):
             'schedulers': [scheduler.state_dict() for scheduler in self.schedulers],
             'scaler': self.scaler.state_dict(),
             'seconds': self.trained_seconds,
-            'rng': {
-                'torch': torch.get_rng_state(),
-                'random': random.getstate(),
-                'numpy': (numpy_state[0], numpy_state[1].tolist(), *numpy_state[2:]),
+            'position': self.position,
+            'best': self.best_metric_results,
+            'skipped': [self.skipped, self.skipped_in_a_row],
+            'recipe': _plain(self.recipe),
+            'files': {
+                'network': checkpointing.digest(checkpointing.network_path(paths['models'], current_iter))
             },
         }
-        self.write(state, os.path.join(self.opt['path']['training_states'], f'{current_iter}.state'))
-
-    @staticmethod
-    def write(content: Any, path: str) -> None:
-        try:
-            write_atomically(lambda temporary: torch.save(content, temporary), path)
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-            reason = getattr(error, 'strerror', None) or 'the disk may be full'
-            raise UserError(
-                f'cannot write {path}: {reason}; free some space and start with --auto_resume'
-            ) from None
+        checkpointing.write(state, checkpointing.state_path(paths['training_states'], current_iter))
 
     @master_only
     def save_record(self, current_iter: int) -> None:
         """`training.json`: iterations done and seconds spent in them, validation and saving left out."""
         done = self.schedulers[0].last_epoch + 1 if current_iter == -1 else current_iter
-        record = {'iterations': done, 'seconds': self.trained_seconds}
+        record = {
+            'iterations': done,
+            'total_iterations': self.opt['train']['total_iter'],
+            'seconds': self.trained_seconds,
+            'skipped_steps': self.skipped,
+        }
         write_json(record, os.path.join(self.opt['path']['experiments_root'], 'training.json'))
 
     def resume_training(self, resume_state: dict[str, Any]) -> None:
-        """Go on where a state was saved: optimisers, schedules, loss scale, random streams, time."""
-        super().resume_training(resume_state)
+        """Go on where a state was saved: optimizer, schedule, loss scale, best metrics, time.
+
+        Settings that were changed in the option file meanwhile hold from here on; each is logged.
+
+        Raises:
+            UserError: the state does not fit the network, the optimizer or the schedule.
+        """
+        path = self.opt['path'].get('resume_state') or 'the training state'
+        optimizers, schedulers = resume_state['optimizers'], resume_state['schedulers']
+        if (len(optimizers), len(schedulers)) != (len(self.optimizers), len(self.schedulers)):
+            raise checkpointing.DamagedError(f'{path} belongs to another kind of run')
+        changes = self.changed_settings(resume_state.get('recipe') or {})
+        for optimizer, state in zip(self.optimizers, optimizers, strict=True):
+            checkpointing.check_optimizer_state(optimizer, state, path)
+            new = [dict(group) for group in optimizer.param_groups]
+            optimizer.load_state_dict(state)
+            checkpointing.match_memory_format(optimizer)
+            for group, before in zip(optimizer.param_groups, new, strict=True):
+                for key in changes['optim_g']:
+                    if key == 'lr':  # the current value is somewhere on the schedule
+                        group['lr'] *= before['initial_lr'] / group['initial_lr']
+                        group['initial_lr'] = before['initial_lr']
+                    elif key in group:
+                        group[key] = before[key]
+        for scheduler, state in zip(self.schedulers, schedulers, strict=True):
+            public = {key for key in state if not key.startswith('_')} if isinstance(state, dict) else {''}
+            if not public <= set(scheduler.state_dict()):
+                raise checkpointing.DamagedError(
+                    f'{path} holds the state of another schedule than train: scheduler: type'
+                )
+            kept = set(changes['scheduler']) | ({'base_lrs'} if 'lr' in changes['optim_g'] else set())
+            scheduler.load_state_dict({key: value for key, value in state.items() if key not in kept})
         self.trained_seconds = resume_state.get('seconds', 0.0)
         if 'scaler' in resume_state:
             self.scaler.load_state_dict(resume_state['scaler'])
-        streams = resume_state.get('rng')
-        if streams and not self.opt['dist']:
-            torch.set_rng_state(streams['torch'])
-            random.setstate(_tuples(streams['random']))
-            np.random.set_state(_tuples(streams['numpy']))
+        self.best_metric_results = resume_state.get('best') or {}
+        self.skipped, self.skipped_in_a_row = resume_state.get('skipped') or (0, 0)
+
+    def changed_settings(self, before: Mapping[str, Any]) -> dict[str, list[str]]:
+        """The keys of each section of `RECIPE` whose values are no longer those of a saved recipe."""
+        changes: dict[str, list[str]] = {section: [] for section in RECIPE}
+        for section, old in before.items():
+            new = self.recipe.get(section, {})
+            for key in sorted(set(old) | set(new)):
+                if old.get(key) != new.get(key):
+                    changes[section].append(key)
+                    get_root_logger().warning(
+                        f'train: {section}: {key} was {old.get(key)} and is {new.get(key)} from now on'
+                    )
+        return changes
+
+
+def check_weights(network: nn.Module, checkpoint: Checkpoint) -> None:
+    """Check that a checkpoint holds finite numbers of the kinds that the network has.
+
+    Raises:
+        UserError: it holds NaN, infinite, complex or quantized weights.
+    """
+    kinds = {name: tensor.is_floating_point() for name, tensor in network.state_dict().items()}
+    for name, tensor in checkpoint.state.items():
+        if kinds.get(name, tensor.is_floating_point()) != tensor.is_floating_point():
+            raise UserError(
+                f'{checkpoint.path}: {name} holds {str(tensor.dtype).removeprefix("torch.")} numbers; give a '
+                'checkpoint of floating-point weights'
+            )
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise UserError(
+                f'{checkpoint.path}: {name} is not finite; give an earlier checkpoint of that run'
+            )
+
+
+def write_image(image: np.ndarray, path: str) -> None:
+    """Write an image as PNG, whole or not at all.
+
+    Args:
+        image: uint8 BGR (H, W, 3).
+        path: its folder is made.
+    """
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    encoded = cv2.imencode('.png', image)[1].tobytes()
+
+    def write(temporary: str) -> None:
+        with open(temporary, 'wb') as file:
+            file.write(encoded)
+
+    write_atomically(write, path)
 
 
 def write_json(content: Any, path: str) -> None:
-    """Write JSON, whole or not at all."""
+    """Write JSON, whole or not at all; NaN as null."""
 
     def write(temporary: str) -> None:
         with open(temporary, 'w', encoding='utf-8') as file:
-            json.dump(content, file, indent=2)
+            json.dump(_plain(content), file, indent=2)
             file.write('\n')
 
     write_atomically(write, path)
 
 
+def _plain(value: Any) -> Any:
+    """Plain dicts and lists, without NaN: what JSON and `weights_only` can hold."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
 def _is_optimizer(value: object) -> bool:
     return isinstance(value, type) and issubclass(value, torch.optim.Optimizer)
-
-
-def _tuples(value: Any) -> Any:
-    # `weights_only` gives lists back where a random state wants tuples.
-    return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
 
 
 @MODEL_REGISTRY.register()

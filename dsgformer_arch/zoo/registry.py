@@ -175,8 +175,10 @@ def settings_of(architecture: str, state: Mapping[str, Tensor]) -> dict[str, Any
         raise CheckpointError(
             f'these are weights of {architecture}, but {error} is missing or wrong; fetch the file again'
         ) from None
-    # What leaves no trace is the same in all systems of an architecture.
-    return {**_systems(architecture)[0].settings, **found}
+    # What leaves no trace is taken from the system of these sizes, else from the architecture's first.
+    name = _name_of(architecture, found)
+    like = get(name) if name else _systems(architecture)[0]
+    return {**like.settings, **found}
 
 
 def nearest(state: Mapping[str, Tensor]) -> tuple[str, float]:

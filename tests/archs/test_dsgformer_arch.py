@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import torch
 from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor
 
+from dsgformer_arch import ops
 from dsgformer_arch.archs.dsgformer_arch import (
     DFGB,
     DSGA,
@@ -18,6 +21,7 @@ from dsgformer_arch.archs.dsgformer_arch import (
     DSGformer,
     LayerNorm,
     dsgformer,
+    dsgformer_h,
     dsgformer_s,
     dsgformer_t,
 )
@@ -273,6 +277,7 @@ def test_recomputation_changes_no_gradient() -> None:
     [
         {'width': 4, 'num_blocks': (1, 2, 1, 3), 'heads': (1, 2, 4, 4)},
         {'width': 8, 'num_blocks': (1, 1, 1, 1), 'heads': (2, 2, 2, 2), 'attention': 'mdta', 'gate': 'gelu'},
+        {'width': 4, 'num_blocks': (1, 1, 1, 1), 'heads': (1, 1, 1, 1), 'patch': 4},
     ],
 )
 def test_settings_are_read_from_a_state_dict(settings: dict) -> None:
@@ -292,8 +297,108 @@ def test_settings_are_read_from_a_state_dict(settings: dict) -> None:
         ({'attention': 'full'}, 'attention'),
         ({'num_blocks': (1, 1)}, 'four numbers'),
         ({'width': 6, 'heads': (4, 4, 4, 4)}, 'do not divide'),
+        ({'patch': 0}, 'patch'),
+        ({'ratios': '1/2'}, 'ratios'),
+        ({'ratios': []}, 'ratios'),
+        ({'ratios': ['1/2', 'half']}, 'ratios'),
+        ({'ratios': ['1/2', '1/3']}, 'increasing'),
+        ({'ratios': ['1/2', '3/2']}, 'increasing'),
+        ({'output_init': 'ones'}, 'output_init'),
+        ({'alpha_init': 'c'}, 'alpha_init'),
+        ({'weights_init': 'c'}, 'weights_init'),
     ],
 )
 def test_wrong_settings_are_refused(settings: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         DSGformer(**settings)
+
+
+def test_a_patch_is_a_pixel_of_more_channels() -> None:
+    """With `patch` p: pixel-unshuffle, the same network on 3p² channels, pixel-shuffle; sides of 8p."""
+    net = random_parameters(DSGformer(4, (1, 1, 1, 1), (1, 1, 1, 1), patch=2))
+    x = torch.rand(2, 3, 21, 40, dtype=torch.float64)
+    rows = torch.cat([x, x[:, :, 9:20].flip(2)], dim=2)  # 21 rows reflected up to 32
+    columns = torch.cat([rows, rows[..., 31:39].flip(3)], dim=3)
+    taken = torch.nn.functional.pixel_unshuffle(columns, 2)
+    made = net.tail(net.decode(net.encode(taken))) + taken
+    expected = torch.nn.functional.pixel_shuffle(made, 2)[..., :21, :40]
+    torch.testing.assert_close(net(x), expected, rtol=1e-11, atol=1e-12)
+    assert (net.pad_multiple, net.min_size) == (16, 16)
+    assert net.encode(taken).E1.shape[-2:] == (8, 12)
+
+
+@pytest.mark.parametrize('width', [16, 12])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_patches_restore_alike_on_the_fast_path(width: int, dtype: torch.dtype) -> None:
+    """Head and tail of 12 channels: kernels made for images of 3 must not run on them."""
+    net = random_parameters(DSGformer(width, (1, 1, 1, 1), (1, 1, 1, 1), patch=2)).float().eval()
+    x = torch.rand(1, 3, 48, 80)
+    with torch.no_grad():
+        with ops.use('plain'):
+            expected = net(x)
+        with torch.autocast('cpu', dtype, enabled=dtype is not torch.float32):
+            found = net(x).float()
+    tolerance = 1e-4 if dtype is torch.float32 else 0.1
+    assert (found - expected).abs().max() <= tolerance * (expected - x).abs().max()
+
+
+def test_zero_output_starts_as_the_identity() -> None:
+    """W_p' and the tail at 0: every block starts as Y = X, the network as Ŝ = B; everything still learns."""
+    torch.manual_seed(0)
+    net = DSGformer(4, (1, 1, 1, 1), (1, 1, 1, 1), output_init='zero')
+    x = torch.rand(1, 3, 16, 24)
+    assert torch.equal(net(x), x)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (net(x) - 0.5).square().mean().backward()
+        optimizer.step()
+    for name, parameter in net.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().max() > 0, name
+
+
+def test_initialisation_of_alpha_and_of_the_weights() -> None:
+    module = DTSAS(64, 4, alpha_init='sqrt', weights_init='width')
+    assert module.temperature.flatten().tolist() == [4.0] * 4
+    assert module.weights.tolist() == pytest.approx([1.5 / 16] * 4)
+    before, after = DSGA(8, 1), DSGA(8, 1, output_init='zero')
+    assert before.project_out.weight.abs().max() > 0
+    assert after.project_out.weight.abs().max() == 0
+
+
+def test_ratios_are_fractions_of_the_width_of_a_head() -> None:
+    """Strings as an options file has them, fractions, and numbers of a few digits mean the same."""
+    wanted = (4, 8, 10, 16)
+    thirds: list[tuple] = [
+        ('1/8', '1/4', '1/3', '1/2'),
+        (Fraction(1, 8), Fraction(1, 4), Fraction(1, 3), Fraction(1, 2)),
+        (0.125, 0.25, 0.3333, 0.5),
+    ]
+    for ratios in thirds:
+        net = DSGformer(32, (1, 1, 1, 1), ratios=ratios)
+        assert net.encoder[0][0].attention.top_k == wanted
+        assert net.settings['ratios'] == ('1/8', '1/4', '1/3', '1/2')
+
+
+def test_settings_rebuild_the_network() -> None:
+    """`settings` survive JSON and give the same result with the same weights, ratios and score included."""
+    torch.manual_seed(0)
+    net = DSGformer(
+        4, (1, 2, 1, 1), (1, 1, 1, 1), score='relu', gate='simplegate', patch=2, ratios=[0.25, 0.5]
+    )
+    rebuilt = DSGformer(**json.loads(json.dumps(net.settings)))
+    rebuilt.load_state_dict(net.state_dict())
+    x = torch.rand(1, 3, 32, 32)
+    assert torch.equal(net(x), rebuilt(x))
+    assert rebuilt.settings == net.settings
+
+
+def test_half_resolution_preset() -> None:
+    """0.89 M parameters (at most 3 M fit 6 MB in float16) and images of any size."""
+    net = dsgformer_h()
+    assert sum(p.numel() for p in net.parameters()) == 889_478
+    assert net.patch == 2
+    x = torch.rand(1, 3, 33, 50)
+    with torch.no_grad():
+        assert torch.equal(net(x), x)

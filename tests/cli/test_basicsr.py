@@ -110,6 +110,28 @@ def test_interrupted_run_goes_on(tmp_path: Path) -> None:
     assert torch.allclose(resumed['params']['head.weight'], weights['params']['head.weight'], atol=0.01)
 
 
+@pytest.mark.parametrize(('images', 'batch', 'total'), [(3, 2, 7), (3, 8, 2)])
+def test_a_run_does_exactly_total_iter_iterations(
+    images: int, batch: int, total: int, tmp_path: Path
+) -> None:
+    """Where the batch does not divide the data set, and where it is larger than the data set."""
+    options = tiny_options(iterations=total)
+    options['datasets']['train'] |= {'batch_size_per_gpu': batch, 'dataset_enlarge_ratio': 1}
+    options['train']['optim_g'] |= {'type': 'SGD', 'lr': 0.1}
+    for key in ('betas', 'weight_decay'):
+        del options['train']['optim_g'][key]
+    options['logger']['save_checkpoint_freq'] = 1000
+    del options['val'], options['datasets']['val']
+    file = write_project(tmp_path, options)
+    assert basicsr.main(['train', '-opt', str(file)]) == 0
+    run = tmp_path / 'experiments' / 'tiny'
+    assert [path.name for path in (run / 'training_states').iterdir()] == [f'{total}.state']
+    state = torch.load(run / 'training_states' / f'{total}.state', weights_only=True)
+    assert state['position'] == total * batch
+    assert state['schedulers'][0]['last_epoch'] == total - 1
+    assert json.loads((run / 'training.json').read_text())['iterations'] == total
+
+
 @pytest.mark.long
 def test_terminated_run_saves_its_state(tmp_path: Path) -> None:
     options = tiny_options(iterations=100000)

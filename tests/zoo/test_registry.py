@@ -21,9 +21,9 @@ from dsgformer_arch.zoo.checkpoint import CheckpointError, read_checkpoint
 from tests.small_systems import SMALL, TRACELESS, outputs, small
 
 NAMES = [
-    'dsgformer', 'dsgformer_s', 'dsgformer_t', 'mhnet', 'mprnet', 'restormer', 'stripformer', 'convir_s',
-    'convir_b', 'convir_l', 'mb_taylorformer_v2_b', 'mb_taylorformer_v2_l', 'mb_taylorformer_v2_xl',
-    'nafnet32', 'nafnet64', 'drsformer', 'fftformer', 'ipt',
+    'dsgformer', 'dsgformer_s', 'dsgformer_t', 'dsgformer_h', 'mhnet', 'mprnet', 'restormer', 'stripformer',
+    'convir_s', 'convir_b', 'convir_l', 'mb_taylorformer_v2_b', 'mb_taylorformer_v2_l',
+    'mb_taylorformer_v2_xl', 'nafnet32', 'nafnet64', 'drsformer', 'fftformer', 'ipt',
 ]  # fmt: skip
 
 IMAGE = torch.from_numpy(np.random.default_rng(0).random((1, 3, 17, 33), dtype=np.float32))
@@ -232,6 +232,16 @@ def test_ipt_is_recognised_by_name() -> None:
 def test_what_weights_cannot_tell_is_the_nearest_system_s() -> None:
     state = small('mb_taylorformer_v2_b').state_dict()
     assert tuple(zoo.identify(state)[1]['offset_clamp']) == (-3, 3)
+
+
+def test_weights_of_a_preset_alone_rebuild_it_with_its_own_k_n(tmp_path: Path) -> None:
+    """`ratios` leave no trace in the weights: they are those of the system of these sizes."""
+    network = zoo.create('dsgformer_h', output_init='random').eval()
+    loaded: Any = zoo.load(save(tmp_path, network.state_dict())).eval()
+    assert loaded.settings['ratios'] == ('1/8', '1/4', '1/3', '1/2')
+    assert same(loaded, network)
+    state = zoo.create('dsgformer_t').state_dict()
+    assert zoo.load(save(tmp_path, state)).settings['ratios'] == ('1/2', '2/3', '3/4', '4/5')
 
 
 def test_half_precision_weights_are_loaded_as_float32(tmp_path: Path) -> None:

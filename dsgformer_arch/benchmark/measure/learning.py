@@ -19,18 +19,19 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dsgformer_arch.benchmark.measure.pairs import from_lmdbs
+from dsgformer_arch.losses.restoration_loss import FFTLoss
 from dsgformer_arch.metrics.metric import Image
 from dsgformer_arch.metrics.protocols import protocol, to_uint8
 from dsgformer_arch.restore import final_output, order_memory, predict, restore
 from dsgformer_arch.utils.errors import UserError
 
 PROTOCOL = """\
-The same data, order, crops, flips and quarter turns for every system of a seed; L1 loss on the final \
-output; AdamW (betas 0.9 and 0.999, weight decay 1e-4), gradient norms clipped at {clip}, {warmup:.0%} of \
-the budget linear warm-up to {lr:g}, then a cosine to 1e-6; crops of {patch}×{patch}, batch {batch}, \
-float32. PSNR and SSIM are the means over the held-out images under the protocol `gopro` (8-bit RGB; \
-MATLAB's SSIM of the volume), of the weights as they are, without averaging. Validation and set-up count as \
-no training time."""
+The same data, order, crops, flips and quarter turns for every system of a seed; {loss} loss on the final \
+output; AdamW (betas {betas[0]:g} and {betas[1]:g}, weight decay 1e-4), gradient norms clipped at {clip}, \
+{warmup:.0%} of the budget linear warm-up to {lr:g}, then a cosine to 1e-6; crops of {patch}×{patch}, batch \
+{batch}, {numbers}. PSNR and SSIM are the means over the held-out images under the protocol `gopro` (8-bit \
+RGB; MATLAB's SSIM of the volume), of the weights as they are, without averaging. Validation and set-up \
+count as no training time."""
 
 WARMUP = 0.05
 CLIP = 0.1
@@ -50,6 +51,9 @@ class Recipe:
         patch: side of the crops.
         lr: peak of the learning rate.
         validations: how often a run is measured, the end included.
+        betas: of AdamW.
+        frequency: weight of `FFTLoss` beside L1; 0 for none.
+        precision: `'fp32'`, or `'bf16'` for autocast in training.
     """
 
     iterations: int | None
@@ -58,10 +62,15 @@ class Recipe:
     patch: int
     lr: float
     validations: int
+    betas: tuple[float, float] = (0.9, 0.999)
+    frequency: float = 0.0
+    precision: str = 'fp32'
 
     def describe(self) -> str:
         """The protocol in words."""
-        return PROTOCOL.format(clip=CLIP, warmup=WARMUP, lr=self.lr, patch=self.patch, batch=self.batch)
+        loss = f'L1 + {self.frequency:g}·FFT' if self.frequency else 'L1'
+        numbers = {'fp32': 'float32', 'bf16': 'bfloat16 autocast'}[self.precision]
+        return PROTOCOL.format(clip=CLIP, warmup=WARMUP, loss=loss, numbers=numbers, **vars(self))
 
 
 @dataclass(frozen=True)
@@ -154,7 +163,10 @@ def train(
     torch.manual_seed(seed)
     network = order_memory(build().to(device), torch.channels_last).train()
     offset = getattr(network, 'input_offset', 0.0)
-    optimizer = torch.optim.AdamW(network.parameters(), recipe.lr, weight_decay=1e-4, fused=True)
+    optimizer = torch.optim.AdamW(
+        network.parameters(), recipe.lr, betas=recipe.betas, weight_decay=1e-4, fused=True
+    )
+    frequency_loss = FFTLoss(recipe.frequency)
     stream = batches(data.train, recipe, seed)
     curve: list[dict[str, float]] = []
     losses: list[Tensor] = []
@@ -165,7 +177,11 @@ def train(
         for group in optimizer.param_groups:
             group['lr'] = learning_rate(fraction, recipe.lr)
         optimizer.zero_grad(set_to_none=True)
-        loss = nn.functional.l1_loss(final_output(network, predict(network, lq, offset)), gt)
+        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == 'bf16'):
+            restored = final_output(network, predict(network, lq, offset))
+        loss = nn.functional.l1_loss(restored.float(), gt)
+        if recipe.frequency:
+            loss = loss + frequency_loss(restored, gt)
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), CLIP)
         optimizer.step()

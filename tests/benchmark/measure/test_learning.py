@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -168,3 +169,21 @@ def test_reading(sample: Path, tmp_path: Path) -> None:
     write_lmdb(tmp_path / 'train_gt.lmdb', {**images, 'b': photograph(0, 20, 20)})
     with pytest.raises(UserError, match='the image b has no partner'):
         learning.read(tmp_path, 16)
+
+
+def test_betas_frequency_loss_and_precision_change_the_training(data: learning.Data) -> None:
+    def psnr(**changes: Any) -> float:
+        def build() -> nn.Module:
+            return zoo.create('tiny')
+
+        return learning.train(build, data, replace(RECIPE, lr=1e-2, **changes), 0, CPU)['psnr']
+
+    plain = psnr()
+    found = [psnr(betas=(0.9, 0.9)), psnr(frequency=0.1), psnr(precision='bf16')]
+    assert len({plain, *found}) == 4
+    words = replace(RECIPE, betas=(0.9, 0.9), frequency=0.1, precision='bf16').describe()
+    assert 'L1 + 0.1·FFT loss' in words
+    assert 'betas 0.9 and 0.9,' in words
+    assert 'bfloat16 autocast' in words
+    assert 'L1 loss' in RECIPE.describe()
+    assert 'float32' in RECIPE.describe()

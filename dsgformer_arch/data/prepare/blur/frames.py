@@ -27,12 +27,13 @@ class FrameFolders:
         match: pattern of the folders' names.
         least: runs with fewer frames are left out.
         memory: megabytes for decoded frames.
+        preload: read those that fit now; else when they are first asked for.
 
     Raises:
         UserError: there is no run that is long enough, or an image cannot be decoded.
     """
 
-    def __init__(self, root: Path, match: str, least: int, memory: float) -> None:
+    def __init__(self, root: Path, match: str, least: int, memory: float, preload: bool = True) -> None:
         if not root.is_dir():
             raise UserError(f'{root} is not a folder; give one whose subfolders hold consecutive frames')
         runs = {folder: frame_files(folder) for folder in (root, *sorted(root.iterdir())) if folder.is_dir()}
@@ -45,7 +46,8 @@ class FrameFolders:
             raise UserError(f'{root} has no folder that matches {match!r} with at least {least} frames')
         self._folders = list(self._runs)
         self._kept: Kept[Path] = Kept(read_image, memory)
-        self._kept.fill((path for files in self._runs.values() for path in files), 'reading frames')
+        if preload:
+            self._kept.fill((path for files in self._runs.values() for path in files), 'reading frames')
 
     def __len__(self) -> int:
         return len(self._folders)

@@ -17,6 +17,11 @@ from dsgformer_arch.utils.errors import UserError
 
 MID_GREY = 128
 """The level at which a tabulated response is scaled to sRGB's linear value, since its unit is arbitrary."""
+RELIABLE, SLOPE_OVER = 250, 15
+"""Estimators of responses trust levels the less, the nearer they are to black and white (Debevec & Malik,
+SIGGRAPH 1997); above this level a table is continued with the slope of so many levels before it.  Otherwise
+saturated pixels of the GoPro table would be four times as bright as those a level below, in each channel
+differently, and leave coloured fringes."""
 CODES = 2**16
 """Entries of the table that encodes.  The square root of linear light indexes it, which resolves the darkest
 levels of every response in use."""
@@ -126,6 +131,8 @@ def _tabulated(path: Path) -> NDArray[np.floating]:
         raise UserError(f'{path} is no camera response: it should hold 256 × 3 numbers (blue, green, red)')
     levels = table.reshape(256, 3)[:, ::-1].astype(np.float64)
     levels -= levels[0]  # what the sensor gives without light
+    slope = (levels[RELIABLE] - levels[RELIABLE - SLOPE_OVER]) / SLOPE_OVER
+    levels[RELIABLE:] = levels[RELIABLE] + slope * np.arange(256 - RELIABLE)[:, None]
     if not np.isfinite(levels).all() or levels[MID_GREY].min() <= 0 or levels[-1].min() <= 0:
         raise UserError(f'{path} is no camera response: its values should rise from level 0 to level 255')
     rising = np.stack([_rising(levels[:, c]) for c in range(3)], axis=1)
@@ -134,8 +141,6 @@ def _tabulated(path: Path) -> NDArray[np.floating]:
 
 def _rising(curve: NDArray[np.floating]) -> NDArray[np.floating]:
     """Interpolate where a curve falls: estimated tables do so here and there by noise."""
-    # From the top, because the curve should keep its last value.
-    smallest_above = np.minimum.accumulate(np.append(curve[1:], np.inf)[::-1])[::-1]
     index = np.arange(len(curve))
-    good = (curve < smallest_above) | (index == 0)
+    good = curve > np.concatenate([[-np.inf], np.maximum.accumulate(curve)[:-1]])
     return np.interp(index, index[good], curve[good])

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass
-from difflib import get_close_matches
 from typing import Any, TypeVar, get_type_hints
 
 import numpy as np
 
 from dsgformer_arch.utils.errors import UserError
+from dsgformer_arch.utils.text import did_you_mean
 
 T = TypeVar('T')
 Range = tuple[float, float]
@@ -39,9 +39,8 @@ def from_options(kind: type[T], options: Mapping[str, Any] | None, where: str) -
     values: dict[str, Any] = {}
     for key, value in options.items():
         if key not in known:
-            close = get_close_matches(str(key), known, n=1)
-            hint = f'did you mean {close[0]}?' if close else f'choose from {", ".join(known)}'
-            raise UserError(f'{where}: unknown key {key!r}; {hint}')
+            hint = did_you_mean(str(key), known) or f'; choose from {", ".join(known)}'
+            raise UserError(f'{where}: unknown key {key!r}{hint}')
         nested = types[key]
         if isinstance(nested, type) and dataclasses.is_dataclass(nested):
             values[key] = from_options(nested, value, f'{where}: {key}')

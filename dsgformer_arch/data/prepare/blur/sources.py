@@ -70,20 +70,24 @@ class Source(ABC):
     """What gives pairs."""
 
     @abstractmethod
-    def prepare(self) -> None:
-        """Find and read what `sample` draws from.
+    def prepare(self, preload: bool = True) -> None:
+        """Find what `sample` draws from.
+
+        Args:
+            preload: read what fits into memory now, rather than when it is drawn.
 
         Raises:
             UserError: it is missing or unusable.
         """
 
     @abstractmethod
-    def sample(self, rng: np.random.Generator, side: int | None = None) -> Sample:
+    def sample(self, rng: np.random.Generator, side: int | None = None, number: int | None = None) -> Sample:
         """Draw a pair.
 
         Args:
             rng: what everything is drawn from.
             side: height and width of a crop; None for a whole image.
+            number: of the image, counted round and round; None draws one.
         """
 
 
@@ -195,6 +199,12 @@ class _Rendered(Source):
             folders(self.root), self.match, self.reduction, self.camera, self.memory, preload
         )
 
+    def photograph(self, rng: np.random.Generator, number: int | None) -> tuple[NDArray[np.uint16], str]:
+        """A photograph and its name; see `sample`."""
+        drawn = int(rng.integers(len(self.photographs)))
+        index = drawn if number is None else number % len(self.photographs)
+        return self.photographs[index], self.photographs.files[index].stem
+
     def picture(
         self,
         light: Callable[[Camera, Region], NDArray[np.float32]],
@@ -226,9 +236,8 @@ class ShakeSource(_Rendered):
 
     shake: Shake = field(default_factory=Shake)
 
-    def sample(self, rng: np.random.Generator, side: int | None = None) -> Sample:
-        index = int(rng.integers(len(self.photographs)))
-        image, name = self.photographs[index], self.photographs.files[index].stem
+    def sample(self, rng: np.random.Generator, side: int | None = None, number: int | None = None) -> Sample:
+        image, name = self.photograph(rng, number)
         height, width = image.shape[:2]
         length = self.strength.draw(rng)
         views = self.shake.draw(rng, height, width, length)
@@ -276,9 +285,8 @@ class ObjectsSource(_Rendered):
     shake: Shake = field(default_factory=Shake)
     objects: Motion = field(default_factory=Motion)
 
-    def sample(self, rng: np.random.Generator, side: int | None = None) -> Sample:
-        index = int(rng.integers(len(self.photographs)))
-        image, name = self.photographs[index], self.photographs.files[index].stem
+    def sample(self, rng: np.random.Generator, side: int | None = None, number: int | None = None) -> Sample:
+        image, name = self.photograph(rng, number)
         height, width = image.shape[:2]
         length = self.strength.draw(rng)
         views = self.shake.draw(rng, height, width, length)
@@ -377,12 +385,13 @@ class VideoSource(Source):
             raise ValueError(f'frames is {list(self.frames)}, but should hold an odd number')
         response(self.camera)
 
-    def prepare(self) -> None:
+    def prepare(self, preload: bool = True) -> None:
         fewest = min(odd_numbers(self.frames))
-        self.runs = FrameFolders(Path(self.root).expanduser(), self.match, fewest, self.memory)
+        self.runs = FrameFolders(Path(self.root).expanduser(), self.match, fewest, self.memory, preload)
 
-    def sample(self, rng: np.random.Generator, side: int | None = None) -> Sample:
-        run = int(rng.integers(len(self.runs)))
+    def sample(self, rng: np.random.Generator, side: int | None = None, number: int | None = None) -> Sample:
+        drawn = int(rng.integers(len(self.runs)))
+        run = drawn if number is None else number % len(self.runs)
         available = self.runs.count(run)
         count = int(rng.choice([n for n in odd_numbers(self.frames) if n <= available]))
         first = int(rng.integers(available - count + 1))
