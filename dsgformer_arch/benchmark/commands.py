@@ -7,11 +7,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from dsgformer_arch.benchmark.measure import ablation, loader, quality, speed, training
+from dsgformer_arch.benchmark.measure import ablation, loader, quality, recipe, speed, training
 from dsgformer_arch.benchmark.record import Record, beside, write_text
 from dsgformer_arch.benchmark.render import ablation as render_ablation
 from dsgformer_arch.benchmark.render import loader as render_loader
 from dsgformer_arch.benchmark.render import quality as render_quality
+from dsgformer_arch.benchmark.render import recipe as render_recipe
 from dsgformer_arch.benchmark.render import speed as render_speed
 from dsgformer_arch.benchmark.render import training as render_training
 
@@ -20,6 +21,7 @@ KINDS: dict[str, tuple[ModuleType, ModuleType]] = {
     'quality': (quality, render_quality),
     'training': (training, render_training),
     'ablation': (ablation, render_ablation),
+    'recipe': (recipe, render_recipe),
     'loader': (loader, render_loader),
 }
 """By command: the module that measures and the one that renders."""
