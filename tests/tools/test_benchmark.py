@@ -102,6 +102,12 @@ def test_the_options_of_training_and_ablation_arrive(called: dict[str, Any]) -> 
         (['ablation', '--data', 'x', '--device', 'cuda:99'], '--device cuda:99'),
         (['report', 'nothing.json'], 'cannot read nothing.json'),
         (['faster'], 'invalid choice'),
+        (['speed', '--models', ''], 'name at least one system'),
+        (['speed', '--models', 'nafnet32', '--out', ''], 'names no file'),
+        (['speed', '--models', 'nafnet32', '--threads', '99999'], 'too many for this machine'),
+        (['training', '--models', 'nafnet32', '--data', '/', '--iterations', '2'], 'no finished LMDB'),
+        (['ablation', '--data', 'x', '--lr', 'nan'], 'nan is no positive number'),
+        (['loader', '--data', 'x'], 'no finished LMDB'),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_sentence_and_status_2(

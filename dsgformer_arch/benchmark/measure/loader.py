@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 from dsgformer_arch.benchmark import record as records
+from dsgformer_arch.benchmark.measure.pairs import from_lmdbs
+from dsgformer_arch.utils.errors import UserError
 from dsgformer_arch.utils.progress import track
 
 DATASETS = ('PairedImageDataset', 'PairedCropDataset')
@@ -58,6 +60,7 @@ def run(
         'workers': workers,
         'rounds': rounds,
     }
+    check(data, patch)
     path = records.beside(out, '.json')
     record = records.start('loader', settings, PROTOCOL.format(seconds=seconds, rounds=rounds), path, resume)
     if not record.rows:
@@ -75,6 +78,19 @@ def run(
         ]
         record.save(path)
     return record
+
+
+def check(data: str, patch: int) -> None:
+    """Refuse data that the loaders cannot take.
+
+    Raises:
+        UserError: an LMDB is missing or empty, images have no partner, or one is smaller than `patch`.
+    """
+    pairs = from_lmdbs(Path(data))
+    for key in pairs.keys:
+        sizes = [image.shape[:2] for image in pairs.images(key)]
+        if min(map(min, sizes)) < patch:
+            raise UserError(f'--patch is {patch}, but {data} has an image {key} of {sizes[0]}; lower it')
 
 
 def crops_per_second(name: str, data: str, patch: int, batch: int, workers: int, seconds: float) -> float:

@@ -281,14 +281,22 @@ class Journal:
         return rows
 
     def _read(self) -> Iterator[Row]:
-        text = self.path.read_text(encoding='utf-8')
+        try:
+            text = self.path.read_text(encoding='utf-8')
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f'--resume: cannot read {self.path} ({error}); delete it') from None
         whole = text[: text.rfind('\n') + 1]  # an interrupted run may end within a line
         for row in csv.DictReader(whole.splitlines()):
             if row.keys() != {*self.fields}:
                 raise UserError(f'--resume: {self.path} has other columns; delete it or write elsewhere')
             if not row['error']:
-                values = {column: float(row[column]) for column in self.columns if row[column]}
-                sides = {side: int(row[side]) for side in ('height', 'width')}
+                try:
+                    values = {column: float(row[column]) for column in self.columns if row[column]}
+                    sides = {side: int(row[side]) for side in ('height', 'width')}
+                except (TypeError, ValueError):
+                    raise UserError(
+                        f'--resume: {self.path} has a damaged line for {row["image"]!r}; delete it'
+                    ) from None
                 yield {**row, **sides, **values, 'tiles': row['tiles'] == 'True', 'error': None}
 
     def _write(self, rows: Iterable[Row]) -> None:

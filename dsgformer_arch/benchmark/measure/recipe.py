@@ -33,7 +33,7 @@ class Variant:
         title: what is changed, for the table.
         network: settings of the network other than the preset's.
         recipe: fields of `learning.Recipe` other than the base's.
-        cost: an iteration's cost relative to the base's, by multiply-adds; the budget of iterations is
+        cost: an iteration's cost relative to the base's, by MACs; the budget of iterations is
             divided by it, so that all variants have the same.
     """
 
@@ -53,9 +53,7 @@ VARIANTS: dict[str, Variant] = {
     'double_rate': Variant('twice the learning rate', recipe={'lr': 2.0}),
     'l1': Variant('L1 loss alone', recipe={'frequency': 0.0}),
     'full_resolution': Variant('patch 1, a quarter of the iterations', {'patch': 1}, cost=4.0),
-    'quarter_resolution': Variant(
-        'patch 4 and twice the width, the same multiply-adds', {'patch': 4, 'width': 32}
-    ),
+    'quarter_resolution': Variant('patch 4 and twice the width, the same MACs', {'patch': 4, 'width': 32}),
     'one_head': Variant('one head a level', {'heads': (1, 1, 1, 1)}),
 }
 """The changes, by the names that the command line takes.  A recipe's `lr` is a factor on the base's."""

@@ -1,4 +1,4 @@
-"""How fast a system is and what it costs: latency, throughput, memory, multiply-adds.
+"""How fast a system is and what it costs: latency, throughput, memory, MACs.
 
 All systems of a run live in one process and are measured in turn, A B C A B C,
 so that a machine that slows down slows all of them; ratios to the first system
@@ -38,7 +38,7 @@ from dsgformer_arch.utils.progress import track
 PROTOCOL = """\
 Latency: median over {rounds} turns, each of which measures every system once, after one untimed call; \
 spread is (largest - smallest) / median. The clock covers a whole call on data that is already on the device \
-{clock}. Multiply-adds: the whole forward pass at the given size, products of attention and FFTs included. \
+{clock}. MACs: the whole forward pass at the given size, products of attention and FFTs included. \
 Memory: {memory}. Freed memory is {freed}. Ratios are to {first}."""
 
 SWEEP = (128, 192, 256, 384, 512, 768)
@@ -99,10 +99,10 @@ def run(
         device: a torch device.
         precision: `fp32`, or `bf16` or `fp16` for autocast.
         compile: `torch.compile` each network.
-        channels_last: memory order of images and kernels.
+        channels_last: memory format of images and kernels.
         batch: images at once.
         train: a forward, backward and AdamW step instead of restoring.
-        best: for each system, every precision up to `precision` with each memory order; the fastest counts.
+        best: for each system, every precision up to `precision` with each memory format; the fastest counts.
         scaling: sweep square sizes instead of `size` and fit the growth.
         rounds: turns.
         no_memory: leave peak memory out.

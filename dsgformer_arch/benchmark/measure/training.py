@@ -22,7 +22,7 @@ from dsgformer_arch.utils.errors import UserError
 from dsgformer_arch.utils.progress import Stages
 
 MATCH_SIZE = 256
-"""Side of the image at which multiply-adds are matched."""
+"""Side of the image at which MACs are matched."""
 
 
 def run(
@@ -45,7 +45,7 @@ def run(
     Args:
         models: names of the zoo.
         data: folder of `{train,test}_{lq,gt}.lmdb`.
-        match: scale every other system's width to the multiply-adds of this one.
+        match: scale every other system's width to the MACs of this one.
         iterations: budget of a run; or
         seconds: the same as a time.
         seeds: repetitions; seed k is the same for all systems.
@@ -109,7 +109,7 @@ def attempt(
 
 
 def cost(name: str, overrides: dict[str, Any]) -> dict[str, Any]:
-    """Parameters and multiply-adds of a system as it is trained here."""
+    """Parameters and MACs of a system as it is trained here."""
     parameters = sum(parameter.numel() for parameter in zoo.create(name, **overrides).parameters())
     macs = multiply_adds(name, MATCH_SIZE, MATCH_SIZE, **overrides)
     return {'parameters': parameters, 'multiply_adds': macs}
@@ -125,11 +125,11 @@ NARROWEST, WIDEST = 2, 128
 """Widths that `--match` tries for the first level of a system."""
 
 FARTHEST = 2.0
-"""How many times a scaled system's multiply-adds may be the reference's, or the other way round."""
+"""How many times a scaled system's MACs may be the reference's, or the other way round."""
 
 
 def matched(name: str, reference: str) -> dict[str, Any]:
-    """The overrides of a system's widths that bring its multiply-adds nearest to the reference's.
+    """The overrides of a system's widths that bring its MACs nearest to the reference's.
 
     Raises:
         UserError: the system has no widths to scale, or none of them comes near.
@@ -151,14 +151,14 @@ def matched(name: str, reference: str) -> dict[str, Any]:
             break
     if nearest > math.log(FARTHEST):
         raise UserError(
-            f'--match: no width of {name} comes near the {target / 1e9:.1f} G multiply-adds of {reference}; '
+            f'--match: no width of {name} comes near the {target / 1e9:.1f} G MACs of {reference}; '
             'leave it out'
         )
     return best
 
 
 def spent(name: str, overrides: dict[str, Any]) -> float:
-    """Multiply-adds of a system with these widths; infinite where they make no network."""
+    """MACs of a system with these widths; infinite where they make no network."""
     torch_says = logging.getLogger('torch._subclasses.fake_tensor')  # a traceback for each such width
     before, torch_says.disabled = torch_says.disabled, True
     try:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dsgformer_arch.benchmark import record as records
 from dsgformer_arch.benchmark.render import output
 
-TITLE = 'Data loaders'
-
 COLUMNS = {'dataset': 'data set class', 'rate': 'pairs a second', 'ratio': 'ratio'}
 
 
@@ -36,6 +34,11 @@ def note(record: records.Record) -> str:
     )
 
 
+def title(record: records.Record) -> str:
+    """What was measured, as a heading."""
+    return f'Data loaders: {record.settings["data"]}'
+
+
 def page(record: records.Record) -> str:
     """The Markdown page of a run."""
-    return output.markdown_page(TITLE, record, [note(record), table(record)])
+    return output.markdown_page(title(record), record, [note(record), table(record)])

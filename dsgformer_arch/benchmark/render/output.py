@@ -29,7 +29,8 @@ def canvas(width: float, height: float, columns: int = 1) -> tuple[Figure, list[
 def logarithmic(axis: Axis) -> None:
     """Ticks of a logarithmic axis, already drawn on, as plain numbers: 1, 2, 5, 10, 20, …"""
     low, high = axis.get_view_interval()
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 60 * low else (1, 3)))
+    ratio = high / low
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if ratio < 60 else (1, 3) if ratio < 600 else (1,)))
     axis.set_major_formatter('{x:g}')
     axis.set_minor_formatter(NullFormatter())
 

@@ -14,7 +14,7 @@ from dsgformer_arch.benchmark.measure.speed import pixels
 from dsgformer_arch.benchmark.render import output
 
 ROOFLINE = """\
-The roofline is the larger of two times: two operations for each multiply-add at the rate of the \
+The roofline is the larger of two times: two operations for each MAC at the rate of the \
 product, and, for DSGformer, two reads of X and one write of Y for each block at the rate of the copy."""
 
 
@@ -36,7 +36,7 @@ def ratios(rows: Sequence[dict[str, Any]], first: str) -> list[float | None]:
 
 COLUMNS = {
     'model': 'system', 'size': 'size', 'mode': 'precision', 'parameters': 'parameters',
-    'macs': 'multiply-adds', 'latency': 'latency', 'spread': 'spread', 'ratio': 'ratio', 'rate': 'MP/s',
+    'macs': 'MACs', 'latency': 'latency', 'spread': 'spread', 'ratio': 'ratio', 'rate': 'MP/s',
     'memory': 'peak memory', 'first': 'first call', 'floor': 'roofline', 'over': 'times the roofline',
 }  # fmt: skip
 
@@ -55,7 +55,7 @@ def cells(record: records.Record) -> list[dict[str, str | None]]:
             'latency': f'{row["latency_ms"]:.1f} ms' if row.get('latency_ms') else row.get('error'),
             'spread': f'{100 * row["spread"]:.0f} %' if 'spread' in row else None,
             'ratio': f'{ratio:.2f}' if ratio else None,
-            'rate': f'{row["megapixels_per_second"]:.3f}' if 'megapixels_per_second' in row else None,
+            'rate': digits(row["megapixels_per_second"]) if 'megapixels_per_second' in row else None,
             'memory': f'{memory:.0f} MiB' if memory else row.get('memory_note'),
             'first': f'{row["first_call_ms"]:.0f} ms' if 'first_call_ms' in row else None,
             'floor': f'{short(row["floor_ms"])} ms' if 'floor_ms' in row else None,
@@ -125,7 +125,7 @@ def ceilings(record: records.Record) -> str:
 
 
 def plot(axis: Axes, record: records.Record) -> None:
-    """Bars of latency, or with `--scaling` curves over pixels."""
+    """Latency of each row, or with `--scaling` curves over pixels."""
     rows = [row for row in record.rows if row.get('latency_ms')]
     if 'growth' in record.extra:
         for name in record.settings['models']:
@@ -140,12 +140,15 @@ def plot(axis: Axes, record: records.Record) -> None:
         axis.grid(alpha=0.3)
     else:
         rows.sort(key=lambda row: -row['latency_ms'])
-        bars = axis.barh(range(len(rows)), [row['latency_ms'] for row in rows], color='#4878a8')
+        # Points, not bars: on a logarithmic axis the length of a bar means nothing.
+        latencies = [row['latency_ms'] for row in rows]
+        axis.plot(latencies, range(len(rows)), 'o', color='#4878a8')
         axis.set_yticks(range(len(rows)), labels(rows))
-        axis.bar_label(bars, [short(row['latency_ms']) for row in rows], padding=3)
+        for i, latency in enumerate(latencies):
+            axis.annotate(short(latency), (latency, i), (7, 0), textcoords='offset points', va='center')
         modes = {mode(row) for row in rows}
         axis.set(xscale='log', xlabel='latency, ms' + f' ({min(modes)})' * (len(modes) == 1))
-        axis.margins(x=0.15)
+        axis.margins(x=0.25)
         output.logarithmic(axis.xaxis)
         axis.grid(axis='x', alpha=0.3)
     axis.spines[['top', 'right']].set_visible(False)
@@ -162,7 +165,7 @@ def labels(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def mode(row: dict[str, Any]) -> str:
-    """Precision, memory order, compilation and recording of a row."""
+    """Precision, memory format, compilation and recording of a row."""
     orders = ', channels-last' * row['channels_last'] + ', compiled' * row['compile']
     return row['precision'] + orders + ', CUDA graph' * row.get('cuda_graph', False)
 
@@ -170,6 +173,11 @@ def mode(row: dict[str, Any]) -> str:
 def short(number: float) -> str:
     """Three digits, but never fewer than stand before the point."""
     return f'{number:.3g}' if number < 100 else f'{number:.0f}'
+
+
+def digits(number: float) -> str:
+    """A positive number with three significant digits and no exponent."""
+    return f'{number:.{max(0, 2 - math.floor(math.log10(number)))}f}'
 
 
 def draw(record: records.Record, path: Path) -> None:

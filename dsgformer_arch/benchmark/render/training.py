@@ -12,7 +12,7 @@ from dsgformer_arch.benchmark import record as records
 from dsgformer_arch.benchmark.render import output
 
 COLUMNS = {
-    'model': 'system', 'width': 'width', 'parameters': 'parameters', 'macs': 'multiply-adds at 256×256',
+    'model': 'system', 'width': 'width', 'parameters': 'parameters', 'macs': 'MACs at 256×256',
     'psnr': 'PSNR', 'gain': 'gain', 'ssim': 'SSIM', 'iterations': 'iterations', 'seconds': 'seconds',
 }  # fmt: skip
 
