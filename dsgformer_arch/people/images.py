@@ -26,7 +26,7 @@ from dsgformer_arch.utils.errors import UserError
 from dsgformer_arch.utils.files import write_atomically
 
 Pixels = NDArray[Any]
-"""(H, W, C), C of 1 (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGB, alpha); uint8, uint16 or float32 in [0, 1]."""
+"""(H, W, C), C of 1 (grey), 2 (grey, alpha), 3 (RGB), 4 (RGB, alpha); uint8, uint16, float32 in [0, 1]."""
 
 FORMATS = {
     '.jpg': 'JPEG', '.jpeg': 'JPEG', '.jpe': 'JPEG', '.jfif': 'JPEG', '.png': 'PNG', '.tif': 'TIFF',
