@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 import requests
 from filelock import FileLock
+from tqdm import tqdm
 
 from dsgformer_arch import zoo
 from dsgformer_arch.utils.errors import UserError
@@ -227,6 +228,33 @@ def get(weights: OfficialWeights, progress: Progress | None = None) -> Path:
     return path
 
 
+def get_with_progress(weights: OfficialWeights) -> Path:
+    """`get` with a progress bar on standard error; off a terminal, without."""
+    with tqdm(desc=weights.key, unit='B', unit_scale=True, disable=None) as bar:
+
+        def show(done: int, total: int | None) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return get(weights, show)
+
+
+def describe(weights: OfficialWeights) -> dict[str, str]:
+    """What a list of weights shows: key, training set, licence, page, and whether the file is here."""
+    if cached(weights):
+        state = f'{place(weights).stat().st_size / 1e6:.0f} MB'
+    else:
+        state = 'get' if weights.url else 'by hand'
+    return {
+        'key': weights.key,
+        'trained_on': weights.trained_on,
+        'state': state,
+        'licence': weights.licence,
+        'page': weights.page,
+        'path': str(place(weights)),
+    }
+
+
 def by_hand(weights: OfficialWeights) -> str:
     """How a person brings the file: the page and where to put it."""
     return f'download it from {weights.page} with a browser and save it as {place(weights)}'
@@ -383,9 +411,3 @@ def _read(path: Path) -> dict[str, Any]:
 def _write(path: Path, content: dict[str, Any]) -> None:
     text = json.dumps(content, indent=2) + '\n'
     write_atomically(lambda temporary: Path(temporary).write_text(text, encoding='utf-8'), path)
-
-
-def entries() -> Iterator[tuple[OfficialWeights, Path | None]]:
-    """Every checkpoint of `TABLE`, with its file where it is in the cache."""
-    for weights in TABLE:
-        yield weights, cached(weights)

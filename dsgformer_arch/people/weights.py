@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from pathlib import Path
 
 from torch import nn
 
 from dsgformer_arch import zoo
+from dsgformer_arch.people import official_weights
 from dsgformer_arch.utils.errors import UserError
 
 DEFAULT_MODEL = 'dsgformer_t'
@@ -23,7 +25,8 @@ def network(
     """A network with its weights, in float32 on the CPU, and what to call it.
 
     Args:
-        model: a name of `zoo.names()`; with `weights`, the system that the file has to be.
+        model: a name of `zoo.names()`, or official weights such as `restormer/deraining`; with `weights`,
+            the system that the file has to be.
         weights: a checkpoint, which tells its system itself; by default the weights that come with the
             package, or that were downloaded.
         tlc: side of the crops that the network was trained on, for local pooling; None for none.
@@ -36,13 +39,42 @@ def network(
             raise UserError(f'{weights}: there is no such file of weights')
         return zoo.load(weights, model, tlc=tlc), model or Path(weights).name
     name = model or DEFAULT_MODEL
-    zoo.get(name)
-    if not ships(name):
+    if '/' not in name:
+        zoo.get(name)
+        if ships(name):
+            return zoo.create(name, pretrained=True, tlc=tlc), name
+    official = official_weights.find(name) if '/' in name or has_official(name) else None
+    if official is None:
         raise UserError(
-            f'there are no weights of {name} here; give a file of weights with --weights FILE '
+            f'there are no weights of {name}; give a file of weights with --weights FILE '
             '(in Python: weights=FILE)'
         )
-    return zoo.create(name, pretrained=True, tlc=tlc), name
+    if not official_weights.cached(official):
+        offer(official)
+    return zoo.load(official_weights.get(official), tlc=tlc), official.key
+
+
+def has_official(name: str) -> bool:
+    """Whether the authors of a system publish weights."""
+    return any(weights.system == name for weights in official_weights.TABLE)
+
+
+def offer(official: official_weights.OfficialWeights) -> None:
+    """Download official weights that are missing, where a person at a terminal agrees.
+
+    Raises:
+        UserError: nobody is asked, or the answer is no; the message has the command.
+    """
+    if official.url and sys.stdin.isatty() and sys.stderr.isatty():
+        question = (
+            f'{official.key} ({official.licence}) is not here; download it from {official.page}? [y/N] '
+        )
+        print(question, end='', file=sys.stderr, flush=True)
+        if sys.stdin.readline().strip().lower() in ('y', 'yes'):
+            official_weights.get_with_progress(official)
+            return
+    how = f'run: dsgformer weights get {official.key}' if official.url else official_weights.by_hand(official)
+    raise UserError(f'the weights {official.key} are not on this machine; {how}')
 
 
 def ships(name: str) -> bool:
