@@ -43,6 +43,7 @@ setup(
         'benchmark': ['matplotlib', 'psutil'],
         'loader': ['pyvips[binary]'],
         'metrics': ['pyiqa'],
+        'video': ['av'],
         'dev': [
             *('matplotlib', 'psutil', 'pytest', 'pytest-xdist', 'ruff', 'mypy', 'types-PyYAML'),
             'triton; platform_system == "Linux"',  # its interpreter runs the GPU's kernels in the tests
