@@ -45,7 +45,7 @@ setup(
         'metrics': ['pyiqa'],
         'video': ['av'],
         'dev': [
-            *('matplotlib', 'psutil', 'pytest', 'pytest-xdist', 'ruff', 'mypy', 'types-PyYAML'),
+            *('av', 'matplotlib', 'psutil', 'pytest', 'pytest-xdist', 'ruff', 'mypy', 'types-PyYAML'),
             'triton; platform_system == "Linux"',  # its interpreter runs the GPU's kernels in the tests
         ],
     },
