@@ -35,11 +35,6 @@ KINDS: dict[str, type[Source]] = {
     'identity': IdentitySource,
 }
 """What a source's `kind` can be."""
-SAMPLING = {'phase', 'scale', 'gt_size', 'use_hflip', 'use_rot', 'length', 'seed'}
-LOADING = {
-    'name', 'type', 'batch_size_per_gpu', 'num_worker_per_gpu', 'dataset_enlarge_ratio', 'prefetch_mode',
-    'num_prefetch_queue', 'pin_memory', 'persistent_workers',
-}  # fmt: skip
 
 
 @DATASET_REGISTRY.register()
@@ -96,6 +91,8 @@ class MixedDataset(Dataset[dict[str, Any]]):
                 raise UserError(f'{where}: {key} is {opt[key]!r}, but should be a whole number of at least 1')
         if opt.get('scale', 1) != 1:
             raise UserError(f'{where}: scale is {opt["scale"]!r}; this data set has scale 1 only')
+        if opt.get('dataset_enlarge_ratio', 1) != 1:
+            raise UserError(f'{where}: dataset_enlarge_ratio would repeat crops; raise length instead')
         seed = opt.get('seed') or 0
         if not isinstance(seed, int) or seed < 0:
             raise UserError(f'{where}: seed is {seed!r}, but should be a whole number of at least 0')

@@ -10,15 +10,16 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import yaml
 from basicsr.data import build_dataset
 from basicsr.data.data_sampler import EnlargedSampler
 from torch.utils.data import DataLoader
 
-from dsgformer_arch.data.mixed_dataset import MixedDataset
+from dsgformer_arch.data.mixed_dataset import KINDS, MixedDataset
 from dsgformer_arch.data.synthetic_blur_dataset import SyntheticBlurDataset
 from dsgformer_arch.models import options as options_module
 from dsgformer_arch.utils.errors import UserError
-from tests.trees import SHARED, photograph, tiny_options, write_pairs, write_project
+from tests.trees import ROOT, SHARED, photograph, tiny_options, write_pairs, write_project
 
 SIDE = 32
 NOTHING = {'saturation': 0, 'noise': 0, 'isp': 0, 'demosaic': 0, 'jpeg': 0}
@@ -246,6 +247,7 @@ def test_the_most_detailed_candidate_is_taken(tree: Path) -> None:
         ({'length': None}, 'length is None'),
         ({'seed': -1}, 'seed is -1'),
         ({'scale': 2}, 'scale is 2'),
+        ({'dataset_enlarge_ratio': 2}, 'dataset_enlarge_ratio would repeat crops; raise length'),
     ],
 )
 def test_wrong_options_are_told(tree: Path, change: dict[str, Any], sentence: str) -> None:
@@ -299,6 +301,14 @@ def test_option_files_are_checked_before_data_is_read(tree: Path, monkeypatch: p
     ):
         with pytest.raises(UserError, match=sentence):
             options_module.check(option_file(tree, **change), 'train.yml', is_train=True)
+
+
+def test_the_documented_example_is_valid() -> None:
+    text = (ROOT / 'docs' / 'blur.md').read_text('utf-8').split('```yaml\n')[1].split('```')[0]
+    example = yaml.safe_load(text)
+    assert {section['kind'] for section in example['sources'].values()} == set(KINDS)
+    example['sources']['frames'].pop('camera')  # a file of one's own
+    MixedDataset.check_options(example, 'docs/blur.md')
 
 
 def test_a_source_without_its_root_is_told(tree: Path) -> None:

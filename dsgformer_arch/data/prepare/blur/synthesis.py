@@ -12,6 +12,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
 import time
@@ -82,7 +83,10 @@ class Recipe:
 
     def settings(self) -> dict[str, Any]:
         """All that pixels depend on, as JSON reads it back."""
-        return dict(json.loads(json.dumps({'format': FORMAT, **dataclasses.asdict(self)}, default=str)))
+        settings = {'format': FORMAT, **dataclasses.asdict(self)}
+        if self.source is not None:
+            del settings['source']['memory']
+        return dict(json.loads(json.dumps(settings)))
 
     def make(self, job: Job) -> Sample:
         """Make a pair."""
@@ -220,7 +224,10 @@ _recipe: Recipe
 
 def _make(recipe: Recipe, jobs: Sequence[Job], folder: Path, workers: int, done: int) -> None:
     what = 'blurring' if not done else f'blurring ({done} were done)'
-    with ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(recipe,)) as pool:
+    # Forked processes could wait forever for locks that threads of OpenCV held here.
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(workers, context, _start_worker, (recipe,)) as pool:
         try:
             waiting = [pool.submit(partial(_write_pair, folder=folder), job) for job in jobs]
             for future in track(as_completed(waiting), what, len(waiting)):
