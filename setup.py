@@ -19,7 +19,7 @@ setup(
     license='Apache-2.0',
     python_requires='>=3.10',
     packages=find_packages(include=['dsgformer_arch', 'dsgformer_arch.*']),
-    package_data={'dsgformer_arch': ['py.typed', 'ops/cpu/*.cpp', 'ops/cpu/*.h', 'benchmark/render/page.*']},
+    package_data={'dsgformer_arch': ['py.typed', 'ops/cpu/*.cpp', 'ops/cpu/*.h', 'benchmark/render/page.*', 'weights/*']},
     # Lower bounds only, so that an environment that works keeps its own torch.
     install_requires=[
         'torch>=2.6',
@@ -44,7 +44,7 @@ setup(
         'loader': ['pyvips[binary]'],
         'metrics': ['pyiqa'],
         'dev': [
-            *('matplotlib', 'psutil', 'pytest', 'pytest-xdist', 'ruff', 'mypy', 'types-PyYAML'),
+            *('matplotlib', 'psutil', 'pytest', 'pytest-xdist', 'hypothesis', 'ruff', 'mypy', 'types-PyYAML'),
             'triton; platform_system == "Linux"',  # its interpreter runs the GPU's kernels in the tests
         ],
     },
