@@ -19,7 +19,9 @@ setup(
     license='Apache-2.0',
     python_requires='>=3.10',
     packages=find_packages(include=['dsgformer_arch', 'dsgformer_arch.*']),
-    package_data={'dsgformer_arch': ['py.typed', 'ops/cpu/*.cpp', 'ops/cpu/*.h', 'benchmark/render/page.*', 'weights/*']},
+    package_data={
+        'dsgformer_arch': ['py.typed', 'ops/cpu/*.cpp', 'ops/cpu/*.h', 'benchmark/render/page.*', 'weights/*']
+    },
     # Lower bounds only, so that an environment that works keeps its own torch.
     install_requires=[
         'torch>=2.6',
