@@ -55,7 +55,7 @@ setup(
         'metrics': ['pyiqa'],
         'video': ['av'],
         'dev': [
-            *('matplotlib', 'av', 'pytest', 'pytest-xdist', 'ruff', 'mypy', 'types-PyYAML'),
+            *('matplotlib', 'av', 'pytest', 'pytest-xdist', 'hypothesis', 'ruff', 'mypy', 'types-PyYAML'),
             'triton; platform_system == "Linux"',  # its interpreter runs the GPU's kernels in the tests
         ],
     },

@@ -3,13 +3,17 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import tracemalloc
+import zipfile
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from hypothesis import strategies
+from safetensors.torch import save, save_file
 from torch import Tensor, nn
 
 from dsgformer_arch.utils.errors import UserError
@@ -193,3 +197,146 @@ def test_a_failed_write_leaves_the_old_file_alone(tmp_path: Path) -> None:
     assert path.read_bytes() == b'old'
     write_atomically(lambda temporary: Path(temporary).write_bytes(b'new'), path)
     assert path.read_bytes() == b'new'
+
+
+# Damage and malice.
+
+
+def rewritten(path: Path, compression: int = zipfile.ZIP_STORED, **changed: bytes) -> Path:
+    """The archive with some records changed, by the last part of their names."""
+    with zipfile.ZipFile(path) as archive:
+        records = {record.filename: archive.read(record) for record in archive.infolist()}
+    target = path.with_name('changed.pth')
+    with zipfile.ZipFile(target, 'w', compression) as archive:
+        for name, content in records.items():
+            archive.writestr(name, changed.get(name.rsplit('/', 1)[-1], content))
+    return target
+
+
+@pytest.mark.parametrize('bit', range(8))
+def test_a_flipped_bit_is_found_by_the_checksum(tmp_path: Path, bit: int) -> None:
+    """`torch.load` reads such a file without a word (issue 15: 25.57 dB became 9.64 dB)."""
+    path = saved(tmp_path / 'net.pth', {'params': {'weight': torch.full((1000,), 0.25)}})
+    content = bytearray(path.read_bytes())
+    content[content.index(torch.full((1,), 0.25).numpy().tobytes() * 4) + 803] ^= 1 << bit
+    path.write_bytes(bytes(content))
+    assert torch.load(path, weights_only=True)['params']['weight'].ne(0.25).sum() == 1
+    with pytest.raises(CheckpointError, match=r'net.pth is damaged: the CRC-32 of net/data/0 differs'):
+        read_checkpoint(path)
+
+
+def test_archives_that_unpack_to_more_than_the_file_are_refused_unread(tmp_path: Path) -> None:
+    path = saved(tmp_path / 'net.pth', {'weight': torch.zeros(2**22)})
+    packed = rewritten(path, zipfile.ZIP_DEFLATED)
+    assert packed.stat().st_size < 2**16
+    tracemalloc.start()
+    with pytest.raises(CheckpointError, match=r'changed.pth is a compressed archive'):
+        read_checkpoint(packed)
+    assert tracemalloc.get_traced_memory()[1] < 2**22
+    tracemalloc.stop()
+
+
+def test_torchscript_is_named(tmp_path: Path) -> None:
+    path = tmp_path / 'net.pt'
+    torch.jit.script(Network()).save(path)
+    with pytest.raises(CheckpointError, match=r'net.pt is a TorchScript program; ask for a file of weights'):
+        read_checkpoint(path)
+
+
+UNUSABLE: dict[str, tuple[Tensor, str]] = {
+    'nan': (torch.tensor([[1.0, float('nan')]]), 'body.weight holds infinite values or NaN'),
+    'infinite': (torch.tensor([[1.0, -float('inf')]]).half(), 'body.weight holds infinite values or NaN'),
+    'complex': (torch.zeros(2, 3, dtype=torch.complex64), 'body.weight is a complex tensor'),
+    'sparse': (torch.eye(3).to_sparse(), 'body.weight is a sparse tensor'),
+    'meta': (torch.zeros(2, 3, device='meta'), 'body.weight is a tensor without data'),
+    'expanded': (torch.zeros(1).expand(2**40), 'body.weight is larger than what the file holds'),
+    'quantised': (
+        torch.quantize_per_tensor(torch.ones(2, 3), 0.1, 0, torch.qint8),
+        'body.weight is a quantised tensor',
+    ),
+}
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('kind', UNUSABLE)
+def test_tensors_that_are_no_weights_are_refused(tmp_path: Path, kind: str) -> None:
+    tensor, told = UNUSABLE[kind]
+    path = saved(tmp_path / 'net.pth', {'params': {'body.weight': tensor}})
+    with pytest.raises(CheckpointError, match=f'net.pth: {told}'):
+        read_checkpoint(path)
+
+
+def test_tensors_that_share_memory_many_times_are_refused(tmp_path: Path) -> None:
+    weight = torch.zeros(10_000)
+    path = saved(tmp_path / 'net.pth', {f'weight{i}': weight for i in range(100)})
+    with pytest.raises(CheckpointError, match='is larger than what the file holds'):
+        read_checkpoint(path)
+    assert len(read_checkpoint(saved(path, {'a': weight, 'b': weight})).state) == 2
+
+
+def test_integers_in_the_place_of_weights_are_refused() -> None:
+    state = {'body.weight': torch.zeros(2, 3, dtype=torch.int8), 'body.bias': STATE['body.bias']}
+    with pytest.raises(CheckpointError, match=r'body.weight is of type int8, not float32'):
+        load_into(Network(), Checkpoint(state, path='net.pth'))
+    network = Network()
+    before = network.body.weight.clone()
+    load_into(network, Checkpoint(state), strict=False)
+    assert torch.equal(network.body.weight, before)
+
+
+@pytest.mark.parametrize('content', [{'params': STATE, 'params_ema': STATE}, STATE])
+def test_a_wrong_key_is_an_error(tmp_path: Path, content: dict[str, Any]) -> None:
+    told = 'params, params_ema' if 'params' in content else 'it is a state dict without such keys'
+    with pytest.raises(CheckpointError, match=f"has no entry 'parms_ema'; .*{told}"):
+        read_checkpoint(saved(tmp_path / 'net.pth', content), 'parms_ema')
+
+
+def test_settings_of_the_network_travel_with_the_weights(tmp_path: Path) -> None:
+    network = {'type': 'DSGformer', 'score': 'softmax', 'num_blocks': [1, 2, 4, 4]}
+    checkpoint = read_checkpoint(saved(tmp_path / 'net.pth', {'params': STATE, 'network': network}))
+    assert checkpoint.described() == ('DSGformer', {'score': 'softmax', 'num_blocks': [1, 2, 4, 4]})
+    assert_state(checkpoint.state)
+    # Some authors wrap their state dict in this key.
+    assert read_checkpoint(saved(tmp_path / 'net.pth', {'network': STATE})).described() is None
+
+
+@pytest.mark.parametrize('settings', ['[' * 100_000, '{"a":' * 100_000, '1' * 10_000, 'NaN', '', '[1]'])
+def test_metadata_that_are_no_settings_are_one_sentence(tmp_path: Path, settings: str) -> None:
+    save_file(dict(STATE), tmp_path / 'net.safetensors', {'system': 'dsgformer', 'settings': settings})
+    checkpoint = read_checkpoint(tmp_path / 'net.safetensors')
+    with pytest.raises(CheckpointError, match='settings that are no JSON object'):
+        checkpoint.described()
+
+
+BASES = {'pth': io.BytesIO(), 'old': io.BytesIO(), 'safetensors': io.BytesIO(save(dict(STATE), {'a': 'b'}))}
+torch.save({'params': STATE, 'epoch': np.float64(3)}, BASES['pth'])
+torch.save({'params': STATE}, BASES['old'], _use_new_zipfile_serialization=False)
+
+
+@hypothesis.settings(
+    max_examples=150, deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
+)
+@hypothesis.given(
+    base=strategies.sampled_from(sorted(BASES)),
+    edits=strategies.lists(
+        strategies.tuples(strategies.floats(0, 1), strategies.binary(max_size=4)), max_size=4
+    ),
+    end=strategies.floats(0.5, 1),
+)
+@pytest.mark.filterwarnings('ignore')
+def test_any_bytes_are_read_or_refused_in_one_sentence(
+    tmp_path: Path, base: str, edits: list[tuple[float, bytes]], end: float
+) -> None:
+    content = bytearray(BASES[base].getvalue())
+    for position, change in edits:
+        start = int(position * len(content))
+        content[start : start + len(change)] = change
+    path = tmp_path / 'net.pth'
+    path.write_bytes(bytes(content[: round(end * len(content))]) if end < 0.99 else bytes(content))
+    told = ''
+    try:
+        checkpoint = read_checkpoint(path)
+    except UserError as error:
+        told = str(error)
+    assert '\n' not in told
+    assert str(path) in told or all(tensor.numel() < 100 for tensor in checkpoint.state.values())

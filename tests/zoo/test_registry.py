@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,9 @@ from torch import Tensor, nn
 from dsgformer_arch import zoo
 from dsgformer_arch.restore import final_output, restore
 from dsgformer_arch.utils.errors import UserError
+from dsgformer_arch.zoo import registry
 from dsgformer_arch.zoo.checkpoint import CheckpointError, read_checkpoint
+from tests.conformance.check import fill_state_dict
 from tests.small_systems import SMALL, TRACELESS, outputs, small
 
 NAMES = [
@@ -64,7 +68,7 @@ def test_an_unknown_name_lists_the_nearest() -> None:
 @pytest.mark.parametrize('name', NAMES)
 def test_each_system_has_its_parameters_and_its_source(name: str) -> None:
     system = zoo.get(name)
-    network = zoo.create_without_data(name)
+    network = zoo.create_on_meta(name)
     assert sum(p.numel() for p in network.parameters() if p.requires_grad) == system.parameters
     assert isinstance(network, ARCH_REGISTRY.get(system.architecture))
     assert all((system.title, system.authors, system.year, system.release, system.licence))
@@ -111,7 +115,7 @@ def test_any_size_is_padded_by_reflection_and_cropped(name: str, size: tuple[int
 
 
 @pytest.mark.parametrize('name', SMALL)
-def test_a_system_has_the_keys_of_its_release_s_network(name: str) -> None:
+def test_a_system_has_the_keys_of_its_architecture(name: str) -> None:
     network = small(name)
     bare = zoo.network_class(zoo.get(name).architecture)(**{**zoo.get(name).settings, **SMALL[name]})
     assert list(network.state_dict()) == list(bare.state_dict())
@@ -212,7 +216,7 @@ def test_a_checkpoint_tells_the_system_and_its_sizes(name: str, tmp_path: Path) 
 
 @pytest.mark.parametrize('name', [name for name in NAMES if name != 'ipt'])
 def test_the_published_sizes_are_recognised_by_name(name: str) -> None:
-    found, settings = zoo.identify(zoo.create_without_data(name).state_dict())
+    found, settings = zoo.identify(zoo.create_on_meta(name).state_dict())
     assert found == name
     assert (
         settings.items()
@@ -386,3 +390,120 @@ def test_converting_refuses_what_loading_refuses_and_leaves_nothing(tmp_path: Pa
     with pytest.raises(CheckpointError, match='does not fit fftformer'):
         zoo.convert(clean, tmp_path / 'net.safetensors', 'fftformer')
     assert sorted(file.name for file in tmp_path.iterdir()) == ['clean.pth', 'net.pth']
+
+
+# Settings that travel with the weights.
+
+
+def written(tmp_path: Path, network: Any, name: str = 'net.pth', **stated: Any) -> Path:
+    """A checkpoint as training writes it."""
+    settings = {'type': type(network).__name__, **network.settings, **stated}
+    return save(tmp_path, {'params': network.state_dict(), 'network': settings}, name)
+
+
+@pytest.mark.parametrize('variant', [{'score': 'softmax'}, {'score': 'relu'}, {'gate': 'simplegate'}])
+def test_variants_that_leave_no_trace_are_loaded_as_trained(tmp_path: Path, variant: dict[str, Any]) -> None:
+    network = small('dsgformer', **variant)
+    path = written(tmp_path, network)
+    assert same(zoo.load(path), network)
+    assert not same(zoo.load(save(tmp_path, network.state_dict(), 'bare.pth')), network)
+    assert zoo.identify(path)[1].items() >= variant.items()
+    zoo.convert(path, tmp_path / 'net.safetensors')
+    assert same(zoo.load(tmp_path / 'net.safetensors'), network)
+    assert same(zoo.load(written(tmp_path, zoo.load(path), 'again.pth')), network)
+
+
+def test_stated_settings_must_be_those_of_the_system_that_is_asked_for(tmp_path: Path) -> None:
+    network = zoo.create('dsgformer_t', score='softmax')
+    path = written(tmp_path, network)
+    assert same(zoo.load(path, 'dsgformer_t'), network)
+    with pytest.raises(CheckpointError, match='does not fit dsgformer_s: it states that num_blocks is'):
+        zoo.load(path, 'dsgformer_s')
+    with pytest.raises(CheckpointError, match='does not fit nafnet32: it states that it is a DSGformer'):
+        zoo.load(path, 'nafnet32')
+
+
+@pytest.mark.parametrize(
+    ('stated', 'told'),
+    [
+        (
+            {'width': 8},
+            r'net.pth: the settings that it states contradict its weights: head.weight is 16×3×3×3',
+        ),
+        ({'attention': 'mdta'}, 'contradict its weights: .* is not expected'),
+        ({'gate': 'gelu'}, 'contradict its weights: .*mask is not expected'),
+        ({'type': 'NAFNet', 'width': 16}, 'NAFNet has no setting'),
+        ({'type': 'Absent'}, r"net.pth: by its metadata, there is no system 'Absent'"),
+        ({'heads': [0, 0, 0, 0]}, 'DSGformer cannot be built'),
+        ({'width': 10**12}, 'DSGformer cannot be built|contradict its weights'),
+        ({'width': 'wide'}, 'DSGformer cannot be built'),
+        ({'num_blocks': [10**9, 1, 1, 1]}, 'its settings ask for 1000000003 blocks'),
+        ({'num_blocks': [1] * 10**4}, 'its settings ask for 10000 blocks'),
+        ({'num_blocks': None}, 'DSGformer cannot be built'),
+    ],
+)
+def test_stated_settings_that_contradict_the_weights_are_refused(
+    stated: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    path = written(tmp_path, small('dsgformer'), **stated)
+    for use in (zoo.load, zoo.identify, lambda path: zoo.convert(path, tmp_path / 'net.safetensors')):
+        with pytest.raises(UserError, match=told) as caught:
+            use(path)
+        assert '\n' not in str(caught.value)
+    assert not (tmp_path / 'net.safetensors').exists()
+
+
+@pytest.mark.parametrize(
+    'key', ['encoder.0.30000.norm.weight', f'encoder.0.{10**30}.norm.weight', 'encoder.0.x.norm.weight']
+)
+def test_names_of_blocks_that_are_not_there_are_refused_at_once(key: str, tmp_path: Path) -> None:
+    state = {**small('dsgformer').state_dict(), key: torch.ones(16)}
+    with pytest.raises(CheckpointError, match=r'net.pth: these are'):
+        zoo.load(save(tmp_path, state))
+    network = small('nafnet32').state_dict()
+    with pytest.raises(CheckpointError, match=r'net.pth: these are'):
+        zoo.load(save(tmp_path, {**network, 'encoders.999999999.0.beta': torch.ones(1)}))
+
+
+def test_loading_in_part_does_not_allocate_what_the_file_does_not_hold(tmp_path: Path) -> None:
+    network = small('dsgformer')
+    state = {'head.bias': torch.zeros(4096), 'tail.bias': torch.zeros(3)}
+    settings = {'type': 'DSGformer', **network.settings, 'width': 4096, 'num_blocks': [1, 1, 0, 0]}
+    path = save(tmp_path, {'params': state, 'network': settings})
+    with pytest.raises(CheckpointError, match=r'ask for .* parameters, but it holds 4,099'):
+        zoo.load(path, strict=False)
+
+
+def test_a_key_of_the_file_can_be_chosen(tmp_path: Path) -> None:
+    networks = {'params': small('nafnet32'), 'best': fill_state_dict(small('nafnet32'), 9, 0.7)}
+    path = save(tmp_path, {key: network.state_dict() for key, network in networks.items()})
+    for key, network in networks.items():
+        assert same(zoo.load(path, param_key=key), network)
+    with pytest.raises(CheckpointError, match="no entry 'parms'; it has best, params"):
+        zoo.load(path, param_key='parms')
+
+
+# Weights that the package ships.
+
+
+def test_shipped_weights_are_verified_and_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = zoo.create('dsgformer_t', score='softmax')
+    path = written(tmp_path, network, 'tiny.pth')
+    weights = zoo.Weights('tiny.pth', hashlib.sha256(path.read_bytes()).hexdigest())
+    monkeypatch.setattr(registry, 'WEIGHTS', tmp_path)
+    monkeypatch.setitem(registry._BY_NAME, 'dsgformer_t', replace(zoo.get('dsgformer_t'), weights=weights))
+    assert same(zoo.create('dsgformer_t', pretrained=True), network)
+    path.write_bytes(path.read_bytes()[:-1] + b'!')
+    with pytest.raises(CheckpointError, match=r'tiny.pth has the SHA-256 .* install the package again'):
+        zoo.create('dsgformer_t', pretrained=True)
+    path.unlink()
+    with pytest.raises(UserError, match='cannot read'):
+        zoo.create('dsgformer_t', pretrained=True)
+    with pytest.raises(UserError, match=r'the package has no weights of ipt, but of .*dsgformer_t'):
+        zoo.create('ipt', pretrained=True)
+
+
+def test_every_shipped_checkpoint_is_the_published_one() -> None:
+    for name in zoo.names():
+        if zoo.get(name).weights:
+            zoo.create(name, pretrained=True)

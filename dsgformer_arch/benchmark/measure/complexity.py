@@ -1,28 +1,25 @@
-"""How many MACs a network's forward pass takes.
+"""MACs (multiply-accumulate operations) of a network's forward pass.
 
-What is counted is what the network runs: convolutions, matrix products (linear layers and both
-products of every attention), and Fourier transforms, which stand apart because most published counts
-leave them out.  What is done element by element (activations, norms, softmax, pooling, the reading of
-deformable convolution between pixels) is not counted, here as in those.
+Counted are the operators that the network runs: convolutions, matrix products (linear layers and both
+products of every attention), and Fourier transforms, which are kept apart because most published counts
+leave them out.  Element-wise operations (activations, norms, softmax, pooling, the interpolation in
+deformable convolutions) are not counted, here as in those.
 
-DSGformer is counted in its literal form, whose filters are Fourier transforms; its fast form computes
-the same with matrix products.
+DSGformer is counted in its reference implementation, whose filters are Fourier transforms; its fast
+implementations compute the same with matrix products.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import FlopCounterMode
 
 from dsgformer_arch import ops, zoo
 
@@ -35,18 +32,18 @@ CONVOLUTIONS = {
     aten._slow_conv2d_forward,
     aten.convolution_overrideable,
 }
-"""Operators of PyTorch's registry that are convolutions; what else it counts is a matrix product."""
+"""Operators of PyTorch's counter that are convolutions; the others are matrix products."""
 
 
 @dataclass(frozen=True)
 class Complexity:
-    """MACs by what they are spent on.
+    """MACs by kind of operator.
 
     Attributes:
         convolutions: transposed ones included.
         products: of matrices.
-        fourier: transforms; 5 N log2 N operations for N complex numbers, half of that for real ones, and
-            two operations to a MAC.
+        fourier: Fourier transforms; 5 N log2 N operations for N complex numbers, half of that for real
+            ones, and two operations to a MAC.
     """
 
     convolutions: int
@@ -65,11 +62,11 @@ class Complexity:
 
 
 def count(name: str, height: int = 256, width: int | None = None, /, **overrides: Any) -> Complexity:
-    """Count a system's forward pass in evaluation mode, for one image, without computing it.
+    """Count the MACs of a system's forward pass in evaluation mode, for one image, without computing it.
 
     Args:
         name: one of `zoo.names()`.
-        height: of the image in pixels; what the system pads is counted too.
+        height: of the image in pixels; MACs for padding are included.
         width: `height` by default.
         overrides: settings, as in `zoo.create`.
 
@@ -77,16 +74,17 @@ def count(name: str, height: int = 256, width: int | None = None, /, **overrides
         UserError: as `zoo.create`.
     """
     with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
-        # IPT copies its layers, and to copy a tensor without data asks where its data are.
+        # IPT copies its layers, and copying a tensor without data accesses its data pointer.
         warnings.filterwarnings('ignore', 'Accessing the data pointer')
         network = zoo.create(name, **overrides).eval()
         image = torch.empty(1, 3, height, width or height)
-        with torch.no_grad(), ops.use('plain'), _Counter() as counter:
+        counter = FlopCounterMode(display=False, custom_mapping={**FOURIER, **ATTENTION})
+        with torch.no_grad(), ops.use('plain'), counter:
             network(image)
-    found = counter.multiply_adds
-    convolutions = sum(number for kind, number in found.items() if kind in CONVOLUTIONS)
-    fourier = sum(number for kind, number in found.items() if kind in FOURIER)
-    return Complexity(convolutions, sum(found.values()) - convolutions - fourier, fourier)
+    found = counter.get_flop_counts()['Global']
+    convolutions = sum(number for kind, number in found.items() if kind in CONVOLUTIONS) // 2
+    fourier = sum(number for kind, number in found.items() if kind in FOURIER) // 2
+    return Complexity(convolutions, sum(found.values()) // 2 - convolutions - fourier, fourier)
 
 
 def multiply_adds(name: str, height: int = 256, width: int | None = None, /, **overrides: Any) -> int:
@@ -94,45 +92,29 @@ def multiply_adds(name: str, height: int = 256, width: int | None = None, /, **o
     return count(name, height, width, **overrides).total
 
 
-class _Counter(TorchDispatchMode):
-    """Adds up the MACs of what runs within, by operator."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.multiply_adds: Counter[Any] = Counter()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        output = func(*args, **kwargs)
-        kind = func.overloadpacket
-        if kind in FOURIER:
-            self.multiply_adds[kind] += FOURIER[kind](args[0], output, args[1])
-        elif kind is aten._scaled_dot_product_flash_attention_for_cpu:  # the registry has other devices' only
-            self.multiply_adds[kind] += _attention(*args[:3])
-        elif kind in flop_registry:
-            self.multiply_adds[kind] += flop_registry[kind](*args, **kwargs, out_val=output) // 2
-        return output
+def _attention(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
+    """Operations of both products, for tensors of shape (N, heads, tokens, channels)."""
+    return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor) -> int:
-    """Both products, for tensors of shape (N, heads, tokens, channels)."""
-    return query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+def _transform(shape: Shape, dims: Sequence[int]) -> int:
+    """Operations of a transform of complex numbers, to a whole number of MACs."""
+    length = math.prod(shape[dim] for dim in dims)
+    return 2 * round(math.prod(shape) * 5 * math.log2(length) / 2)
 
 
-def _real_transform(real: Tensor, dims: list[int]) -> int:
-    return _complex_transform(real, dims) // 2
+def _half_transform(shape: Shape, dims: Sequence[int]) -> int:
+    return 2 * (_transform(shape, dims) // 4)
 
 
-def _complex_transform(x: Tensor, dims: list[int]) -> int:
-    length = math.prod(x.shape[dim] for dim in dims)
-    return round(x.numel() * 5 * math.log2(length) / 2)
+Shape = Sequence[int]
 
-
-FOURIER: dict[Any, Callable[[Tensor, Tensor, list[int]], int]] = {
-    aten._fft_r2c: lambda x, y, dims: _real_transform(x, dims),
-    aten._fft_c2r: lambda x, y, dims: _real_transform(y, dims),
-    aten._fft_c2c: lambda x, y, dims: _complex_transform(x, dims),
+FOURIER: dict[Any, Any] = {
+    aten._fft_r2c: lambda x, dims, *_, **__: _half_transform(x, dims),
+    aten._fft_c2r: lambda x, dims, *_, out_shape, **__: _half_transform(out_shape, dims),
+    aten._fft_c2c: lambda x, dims, *_, **__: _transform(x, dims),
 }
-"""MACs of each Fourier transform from its input, its output and the dimensions."""
+"""Operations of Fourier transforms, from shapes; PyTorch's counter leaves them out."""
+
+ATTENTION: dict[Any, Any] = {aten._scaled_dot_product_flash_attention_for_cpu: _attention}
+"""Operations of the CPU's fused attention; PyTorch's counter knows that of other devices."""
