@@ -1,4 +1,4 @@
-"""The recipes of the weights in the package: the option files fit their data, their network and each other."""
+"""The recipes of the weights in the package: option files that fit their data, network and each other."""
 
 from __future__ import annotations
 
