@@ -43,17 +43,28 @@ setup(
         'tqdm',
         'filelock',
         'requests',
+        # What `dsgformer` reads and writes images with, and what tells it how much memory is free.
+        'pillow',
+        'pyvips[binary]',
+        'tifffile',
+        'psutil',
     ],
     extras_require={
-        'benchmark': ['matplotlib', 'psutil'],
+        'benchmark': ['matplotlib'],
         'loader': ['pyvips[binary]'],
         'metrics': ['pyiqa'],
+        'video': ['av'],
         'dev': [
-            *('matplotlib', 'psutil', 'pytest', 'pytest-xdist', 'ruff', 'mypy', 'types-PyYAML'),
+            *('matplotlib', 'av', 'pytest', 'pytest-xdist', 'ruff', 'mypy', 'types-PyYAML'),
             'triton; platform_system == "Linux"',  # its interpreter runs the GPU's kernels in the tests
         ],
     },
-    entry_points={'console_scripts': ['basicsr=dsgformer_arch.cli.basicsr:main']},
+    entry_points={
+        'console_scripts': [
+            'basicsr=dsgformer_arch.cli.basicsr:main',
+            'dsgformer=dsgformer_arch.cli.dsgformer:main',
+        ]
+    },
     classifiers=[
         'License :: OSI Approved :: Apache Software License',
         'Programming Language :: Python :: 3.10',

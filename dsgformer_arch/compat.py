@@ -14,7 +14,6 @@ import importlib
 import importlib.util
 import inspect
 import os
-import pickle
 import random
 import subprocess
 import sys
@@ -104,91 +103,18 @@ def option_files_that_run_code() -> None:
     options._postprocess_yml_value = forced_value
 
 
-def resume_without_gpu() -> None:
-    """Resume on any device, and look for the state where the run left it.
-
-    `load_resume_state` calls `torch.cuda.current_device()`, which fails on a
-    machine without a GPU (see XPixelGroup/BasicSR#679);
-    with `--auto_resume` it looks in `experiments/` below the working directory,
-    whatever the root folder is; and it takes the newest state even if the
-    machine died while writing it.
-    """
-    train: Any = importlib.import_module('basicsr.train')
-    if 'cuda.current_device' in inspect.getsource(train.load_resume_state):
-        train.load_resume_state = load_resume_state
-
-
-def load_resume_state(opt: dict[str, Any]) -> dict[str, Any] | None:
-    """The training state to go on from, or None to start anew.
-
-    Args:
-        opt: BasicSR's options.  With `auto_resume`, the newest complete state
-            below `path: training_states` is taken; otherwise the file that
-            `path: resume_state` names, if any.
-
-    Raises:
-        UserError: where the file named by `resume_state` is missing or damaged.
-    """
-    misc: Any = importlib.import_module('basicsr.utils.misc')
-    path = opt['path'].get('resume_state')
-    models = opt['path']['models']
-    state = None
-    if opt['auto_resume']:
-        for path in newest_states(opt['path']['training_states']):
-            state = read_state(path)
-            if state is not None and os.path.isfile(_network_of(opt, state)):
-                opt['path']['resume_state'] = path
-                break
-            print(f'skipping the incomplete training state {path}', file=sys.stderr, flush=True)
-            state = None
-    elif path:
-        from dsgformer_arch.utils.errors import UserError
-
-        state = read_state(path)
-        if state is None:
-            raise UserError(f'path: resume_state: {path} is missing or no complete training state')
-        opt['path']['models'] = os.path.join(os.path.dirname(os.path.dirname(path)), 'models')
-        if not os.path.isfile(_network_of(opt, state)):
-            raise UserError(f'path: resume_state: {_network_of(opt, state)}, which belongs to it, is missing')
-    if state is not None:
-        misc.check_resume(opt, state['iter'])
-        opt['path']['models'] = models  # what is read may lie elsewhere; what is written stays here
-    return state
-
-
-def newest_states(folder: str) -> list[str]:
-    """The `<iteration>.state` files of `folder`, newest first."""
-    if not os.path.isdir(folder):
-        return []
-    names = [name for name in os.listdir(folder) if name.endswith('.state') and name[:-6].isdigit()]
-    return [os.path.join(folder, name) for name in sorted(names, key=lambda name: -int(name[:-6]))]
-
-
-def read_state(path: str) -> dict[str, Any] | None:
-    """A training state, on the CPU; None if the file is missing, truncated or holds anything but data."""
-    try:
-        state = torch.load(path, map_location='cpu', weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError):
-        return None
-    return state if isinstance(state, dict) and {'epoch', 'iter'} <= set(state) else None
-
-
-def _network_of(opt: dict[str, Any], state: dict[str, Any]) -> str:
-    return os.path.join(opt['path']['models'], f'net_g_{state["iter"]}.pth')
-
-
 def distributed_without_gpus() -> None:
     """Let distributed training start where there are no GPUs, over gloo.
 
     `init_dist` divides by the number of GPUs, always asks for nccl, and
     `model_to_device` names a CUDA device (the same lines in mmcv, from which
-    BasicSR has them: open-mmlab/mmdetection#368).
+    BasicSR has them: open-mmlab/mmdetection#368).  Under SLURM it passes the
+    list of nodes through a shell.
     """
     dist_util: Any = importlib.import_module('basicsr.utils.dist_util')
     if 'gloo' in inspect.getsource(dist_util._init_dist_pytorch):
         return
     base_model: Any = importlib.import_module('basicsr.models.base_model')
-    upstream_slurm = dist_util._init_dist_slurm
     upstream_to_device = base_model.BaseModel.model_to_device
 
     def init_pytorch(backend: str, **kwargs: Any) -> None:
@@ -201,18 +127,16 @@ def distributed_without_gpus() -> None:
             torch.distributed.init_process_group(backend='gloo', **kwargs)
 
     def init_slurm(backend: str, port: int | None = None) -> None:
-        if torch.cuda.device_count():
-            upstream_slurm(backend, port)
-            return
         first = subprocess.run(
             ['scontrol', 'show', 'hostname', os.environ['SLURM_NODELIST']],
-            capture_output=True, text=True, check=True,
+            capture_output=True, text=True, encoding='utf-8', check=True,
         ).stdout.split()[0]  # fmt: skip
         os.environ['MASTER_ADDR'] = first
         os.environ['MASTER_PORT'] = str(port or os.environ.get('MASTER_PORT', 29500))
         os.environ['RANK'] = os.environ['SLURM_PROCID']
         os.environ['WORLD_SIZE'] = os.environ['SLURM_NTASKS']
-        torch.distributed.init_process_group(backend='gloo')
+        os.environ['LOCAL_RANK'] = os.environ.get('SLURM_LOCALID', os.environ['SLURM_PROCID'])
+        init_pytorch(backend)
 
     def model_to_device(self: Any, net: torch.nn.Module) -> torch.nn.Module:
         if not self.opt['dist'] or self.device.type == 'cuda':
@@ -222,30 +146,6 @@ def distributed_without_gpus() -> None:
 
     dist_util._init_dist_pytorch, dist_util._init_dist_slurm = init_pytorch, init_slurm
     base_model.BaseModel.model_to_device = model_to_device
-
-
-def forced_seed_that_seeds_nothing() -> None:
-    """Seed with the number that `--force_yml manual_seed=…` gives.
-
-    BasicSR seeds before it applies `--force_yml`: the log shows the new seed,
-    the run is that of the file's.
-    """
-    names = ('basicsr.utils.options', 'basicsr.train', 'basicsr.test')
-    modules: list[Any] = [importlib.import_module(name) for name in names]
-    upstream = modules[0].parse_options
-    source = inspect.getsource(upstream)
-    if not 0 <= source.find('set_random_seed(') < source.find('force_yml is not None'):
-        return
-    misc: Any = importlib.import_module('basicsr.utils')
-
-    def parse_options(root_path: str, is_train: bool = True) -> Any:
-        opt, args = upstream(root_path, is_train=is_train)
-        if any(entry.split('=')[0].strip() == 'manual_seed' for entry in args.force_yml or ()):
-            misc.set_random_seed(opt['manual_seed'] + opt['rank'])
-        return opt, args
-
-    for module in modules:
-        module.parse_options = parse_options
 
 
 def workers_that_repeat_themselves() -> None:
@@ -291,9 +191,7 @@ REPAIRS: tuple[Callable[[], None], ...] = (
     missing_torchvision_operators,
     removed_functional_tensor,
     option_files_that_run_code,
-    resume_without_gpu,
     distributed_without_gpus,
-    forced_seed_that_seeds_nothing,
     workers_that_repeat_themselves,
     epochs_that_data_sets_do_not_know,
 )

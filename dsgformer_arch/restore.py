@@ -1,20 +1,43 @@
-"""One image in, one image out: padding, final output, precision, tiles, CUDA graphs."""
+"""One image in, one image out: padding, final output, precision, tiles.
+
+Images that are too large for the memory are restored in tiles that overlap. `restore` takes a tensor;
+`restore_rows` streams: it reads rows as it needs them and yields restored rows in order, so that an image
+of any height passes through a fixed amount of memory.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import copy
+import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from dsgformer_arch.archs.layers.padding import pad_to_multiple
+from dsgformer_arch.archs.layers.padding import pad_to_multiple, padded_size
+from dsgformer_arch.utils.memory import free_memory
 
 Outputs = Tensor | list[Tensor] | tuple[Tensor, ...]
 """What a network returns: an image, or several of which one is the result."""
 
 PRECISIONS = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 """Names of the precisions that command lines and options take."""
+
+TILE_OVERLAP = 64
+"""Pixels by which automatic tiles overlap."""
+
+SMALLEST_TILE = 64
+"""Tiles are not halved below this side, in pixels."""
+
+MOST_MEMORY = 2.5e9
+"""Bytes that an automatic tile may take, however much is free: larger tiles save next to nothing."""
+
+UNKNOWN_MEMORY = 20_000
+"""Bytes per pixel assumed for a network whose memory cannot be computed; Restormer takes 13,000."""
 
 
 def final_output(network: nn.Module, outputs: Outputs) -> Tensor:
@@ -61,18 +84,17 @@ def order_memory(network: nn.Module, memory_format: torch.memory_format) -> nn.M
 
 @contextlib.contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients inside, the former mode afterwards."""
-    # Changing the mode visits every module twice: milliseconds, which small images would notice.
-    changed = any(module.training for module in network.modules())
-    training = network.training
-    if changed:
-        network.eval()
+    """Evaluation mode and no gradients inside; afterwards every module has its former mode again."""
+    # A module may be frozen in evaluation mode inside a network in training mode.
+    training = [module for module in network.modules() if module.training]
+    for module in training:
+        module.training = False
     try:
         with torch.inference_mode():
             yield
     finally:
-        if changed:
-            network.train(training)
+        for module in training:
+            module.training = True
 
 
 def restore(
@@ -80,7 +102,7 @@ def restore(
     image: Tensor,
     *,
     precision: str = 'fp32',
-    tile: int | None = None,
+    tile: int | str | None = None,
     tile_overlap: int = 32,
 ) -> Tensor:
     """Restore a batch of images.
@@ -90,59 +112,265 @@ def restore(
             `min_size`, where it has them, say what sizes it takes.
         image: (N, 3, H, W) in [0, 1], on the network's device.
         precision: `'fp32'`, or `'bf16'` or `'fp16'` for autocast.
-        tile: side of the tiles into which larger images are cut, or None for the whole image at once.
+        tile: largest side of the tiles into which larger images are cut; `'auto'` for the size that
+            free memory allows; None for the whole image at once.
             Tiles change the result wherever a network uses statistics of the whole image.
-        tile_overlap: how far tiles overlap; the overlap is blended linearly.
+        tile_overlap: how far tiles overlap; the overlap is blended.  Not used with `'auto'`.
 
     Returns:
         (N, 3, H, W), float32 (float64 for a float64 image), not clipped.
 
     Raises:
-        ValueError: tile or overlap are out of range.
+        ValueError: tile or overlap are out of range, or the image is not floating point.
     """
+    if not image.is_floating_point():
+        raise ValueError(f'the image is {image.dtype}; convert it to floating point in [0, 1]')
+    if tile == 'auto':
+        tile, tile_overlap = automatic_tile(network, image.device, image.shape[0]), TILE_OVERLAP
+    elif isinstance(tile, str):
+        raise ValueError(f'tile is {tile!r}; give a number of pixels, "auto" or None')
     if tile is not None and not 0 <= tile_overlap < tile:
         raise ValueError(
             f'tile_overlap is {tile_overlap}, but should lie between 0 and tile - 1 = {tile - 1}'
         )
     with evaluating(network):
         if tile is None or max(image.shape[-2:]) <= tile:
-            return whole_image(network, image, precision)
-        return _tiled(network, image, precision, tile, tile_overlap)
+            restored = whole_image(network, image, precision)
+        else:
+            bands = restore_rows(
+                lambda part: whole_image(network, part, precision),
+                lambda top, bottom: image[..., top:bottom, :],
+                (image.shape[-2], image.shape[-1]),
+                tile,
+                tile_overlap,
+                getattr(network, 'pad_multiple', 1),
+            )
+            restored = torch.cat(list(bands), dim=-2)
+    return restored.clone()  # an inference tensor could not be changed in place
 
 
 def whole_image(network: nn.Module, image: Tensor, precision: str) -> Tensor:
+    """`restore` without tiles, for a network in evaluation mode and without gradients."""
     height, width = image.shape[-2:]
     padded = pad_to_multiple(image, getattr(network, 'pad_multiple', 1), getattr(network, 'min_size', 1))
     dtype = PRECISIONS[precision]
-    with torch.autocast(image.device.type, dtype, enabled=dtype is not torch.float32):
+    # Autocast leaves float64 alone, and kernels do not take the mixture.
+    enabled = dtype is not torch.float32 and image.dtype != torch.float64
+    with torch.autocast(image.device.type, dtype, enabled=enabled):
         outputs = predict(network, padded, getattr(network, 'input_offset', 0.0))
     restored = final_output(network, outputs)
     restored = restored if restored.dtype == torch.float64 else restored.float()
     return restored[..., :height, :width]
 
 
-def _tiled(network: nn.Module, image: Tensor, precision: str, tile: int, overlap: int) -> Tensor:
-    total = torch.zeros_like(image)
-    weight = torch.zeros_like(image[:1, :1])
-    height, width = image.shape[-2:]
-    for top in tile_starts(height, tile, overlap):
-        for left in tile_starts(width, tile, overlap):
-            part = image[..., top : top + tile, left : left + tile]
-            ramp = _ramp(part.shape[-2], overlap, image)[:, None] * _ramp(part.shape[-1], overlap, image)
-            total[..., top : top + tile, left : left + tile] += ramp * whole_image(network, part, precision)
-            weight[..., top : top + tile, left : left + tile] += ramp
-    return total / weight
+def restore_rows(
+    call: Callable[[Tensor], Tensor],
+    rows: Callable[[int, int], Tensor],
+    size: tuple[int, int],
+    tile: int,
+    overlap: int,
+    multiple: int = 1,
+    tick: Callable[[float], None] = lambda fraction: None,
+) -> Iterator[Tensor]:
+    """Restore an image in overlapping tiles, row by row of tiles, and blend them where they overlap.
+
+    Args:
+        call: restores a tile, (N, C, h, w) to the same.
+        rows: `rows(top, bottom)` returns (N, C, bottom - top, W); called with increasing `top`.
+        size: height and width of the image.
+        tile: largest side of a tile.
+        overlap: least overlap of neighbouring tiles; see `spans`.
+        multiple: tiles start and end at multiples of this, which is the network's `pad_multiple`.
+        tick: called with the fraction that is done after each tile.
+
+    Yields:
+        Restored rows (N, C, n, W) in order, of H rows altogether.
+    """
+    height, width = size
+    vertical, horizontal = spans(height, tile, overlap, multiple), spans(width, tile, overlap, multiple)
+    count, done = len(vertical) * len(horizontal), 0
+    kept: tuple[Tensor, Tensor] | None = None
+    for index, (top, bottom) in enumerate(vertical):
+        source = rows(top, bottom)
+        if len(horizontal) == 1:
+            total = call(source)
+            done += 1
+            tick(done / count)
+        else:
+            total = torch.zeros_like(source)
+            across = torch.zeros_like(source[:1, :1, :1])
+            for number, (left, right) in enumerate(horizontal):
+                ramp = _ramp(horizontal, number, source)
+                total[..., left:right] += ramp * call(source[..., left:right])
+                across[..., left:right] += ramp
+                done += 1
+                tick(done / count)
+            total /= across
+        if len(vertical) == 1:
+            yield total
+            return
+        weight = _ramp(vertical, index, source)[:, None].clone()
+        total = total * weight
+        if kept is not None:
+            total[..., : kept[0].shape[-2], :] += kept[0]
+            weight[: kept[1].shape[0]] += kept[1]
+        end = (vertical[index + 1][0] if index + 1 < len(vertical) else height) - top
+        yield total[..., :end, :] / weight[:end]
+        kept = total[..., end:, :].clone(), weight[end:]
 
 
-def tile_starts(size: int, tile: int, overlap: int) -> list[int]:
-    """Where tiles of side `tile` start so that they cover `size` and overlap by at least `overlap`."""
+def spans(size: int, tile: int, overlap: int, multiple: int = 1) -> list[tuple[int, int]]:
+    """The fewest tiles that cover `size` and overlap by at least `overlap`, spread evenly.
+
+    All but the end of the last lie at multiples of `multiple`, as far as the size of the tile allows: a
+    network that cuts its image into blocks then cuts tiles like the whole.
+
+    Returns:
+        Start and end of each.
+    """
     if size <= tile:
-        return [0]
-    step = tile - overlap
-    return [*range(0, size - tile, step), size - tile]
+        return [(0, size)]
+    if tile < 2 * multiple:
+        multiple = 1
+    tile -= tile % multiple
+    overlap = min(-(-overlap // multiple) * multiple, tile - multiple)
+    number = -(-(size - overlap) // (tile - overlap))
+    step = -(-(size - tile) // (number - 1))
+    step = min(-(-step // multiple) * multiple, tile - overlap)
+    # Tiles of this size and step just reach the end; the last one may be a few pixels shorter.
+    tile = min(tile, -(-(size - step * (number - 1)) // multiple) * multiple)
+    tile = max(tile, step + overlap)
+    return [(step * i, min(step * i + tile, size)) for i in range(number)]
 
 
-def _ramp(size: int, overlap: int, like: Tensor) -> Tensor:
-    """Weights that rise from the tile's border over the overlap; never 0."""
-    position = torch.arange(1, size + 1, device=like.device, dtype=like.dtype)
-    return torch.minimum(position, size + 1 - position).clamp(max=overlap + 1)
+def _ramp(tiles: list[tuple[int, int]], index: int, like: Tensor) -> Tensor:
+    """Weights of tile `index` along its axis: they rise smoothly over what its neighbours cover too."""
+    start, end = tiles[index]
+    weight = torch.ones(end - start, device=like.device, dtype=like.dtype)
+    if index:
+        shared = tiles[index - 1][1] - start
+        weight[:shared] *= _rise(shared, like)
+    if index + 1 < len(tiles):
+        shared = end - tiles[index + 1][0]
+        weight[end - start - shared :] *= _rise(shared, like).flip(0)
+    return weight
+
+
+def _rise(length: int, like: Tensor) -> Tensor:
+    position = (torch.arange(length, device=like.device, dtype=like.dtype) + 0.5) / max(length, 1)
+    return (position * (math.pi / 2)).sin().square().clamp(min=1e-6)
+
+
+class Halving:
+    """A restorer of tiles that halves them where the memory does not suffice, and remembers that.
+
+    Args:
+        call: restores a tile, (N, C, h, w) to the same.
+        multiple: the network's `pad_multiple`.
+
+    Attributes:
+        side: largest side of the tiles that `call` is given; None before memory ran out.
+    """
+
+    def __init__(self, call: Callable[[Tensor], Tensor], multiple: int = 1) -> None:
+        self.call, self.multiple = call, multiple
+        self.side: int | None = None
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """(N, C, H, W) to the same.
+
+        Raises:
+            RuntimeError: PyTorch's own, where not even the smallest tile fits, or for other reasons.
+        """
+        while True:
+            size = (image.shape[-2], image.shape[-1])
+            if self.side is None or max(size) <= self.side:
+                try:
+                    return self.call(image)
+                except (RuntimeError, MemoryError) as error:
+                    half = -(-max(size) // 2)
+                    if not is_out_of_memory(error) or half < SMALLEST_TILE:
+                        raise
+                    self.side = half + -half % self.multiple
+                if image.is_cuda:  # outside `except`: the traceback holds the tensors
+                    torch.cuda.empty_cache()
+            overlap = min(TILE_OVERLAP, self.side // 4)
+            bands = restore_rows(
+                self, lambda top, bottom: image[..., top:bottom, :], size, self.side, overlap, self.multiple
+            )
+            # A tile of this very call may halve again; start over with what is known then.
+            side = self.side
+            restored = torch.cat(list(bands), dim=-2)
+            if self.side == side or restored.shape == image.shape:
+                return restored
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, on a GPU or in the C library's allocator."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and (
+        'out of memory' in text or "can't allocate memory" in text or 'not enough memory' in text
+    )
+
+
+def automatic_tile(network: nn.Module, device: torch.device, batch: int = 1) -> int:
+    """Side of the largest square tile whose restoration fits into half of the free memory, in pixels."""
+    budget = min(free_memory(device) / 2, MOST_MEMORY if device.type == 'cpu' else math.inf)
+    side = math.isqrt(int(budget / batch / memory_per_pixel(network)))
+    multiple = getattr(network, 'pad_multiple', 1)
+    return max(SMALLEST_TILE, side - side % multiple)
+
+
+def memory_per_pixel(network: nn.Module, side: int = 256) -> float:
+    """Bytes that restoring takes for each pixel of an image, in float32; an upper bound for autocast.
+
+    The network runs on an image whose tensors have shapes but no data, while the tensors alive are counted.
+    Half is added for what libraries allocate inside their operators.
+    """
+    try:
+        shapes = without_data(network)
+        side = padded_size(side, getattr(network, 'pad_multiple', 1), getattr(network, 'min_size', 1))
+        image = torch.empty(1, 3, side, side, device='meta')
+        with evaluating(shapes), _Alive() as alive:
+            shapes(image)
+    except Exception:
+        return UNKNOWN_MEMORY  # what cannot run without data: operators that compute with values
+    return 1.5 * alive.most / side**2
+
+
+def without_data(network: nn.Module) -> nn.Module:
+    """A copy of a network whose tensors have shapes but no data."""
+    memo: dict[int, Any] = {}
+    for parameter in network.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach().to('meta'), parameter.requires_grad)
+    for buffer in network.buffers():
+        memo[id(buffer)] = buffer.to('meta')
+    return copy.deepcopy(network, memo)
+
+
+class _Alive(TorchDispatchMode):
+    """Counts the bytes of all tensors that operators inside it made and that are alive at the same time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = self._now = 0
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = operator(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                reference = StorageWeakRef(storage)
+                if reference.cdata not in self._alive:
+                    self._alive[reference.cdata] = reference, storage.nbytes()
+                    self._now += storage.nbytes()
+        if self._now > self.most:  # at most: what has died since then is still counted
+            self._alive = {key: value for key, value in self._alive.items() if not value[0].expired()}
+            self._now = sum(size for _, size in self._alive.values())
+            self.most = max(self.most, self._now)
+        return result

@@ -1,4 +1,4 @@
-"""The recipes of the weights in the package: option files that fit their data, network and each other."""
+"""Recipes of the weights in the package: option files fit their data, their network and each other."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_the_settings_of_the_synthetic_blur_leave_the_held_out_images_alone(proj
 def test_fine_tuning_starts_from_weights_that_ship() -> None:
     settings = options.read(str(ROOT / 'options/finetune.yml'))
     path = Path(settings['path']['pretrain_network_g'])
-    assert path.name == zoo.get('dsgformer_h').weights
+    assert path.name == zoo.get('dsgformer_h').weights.file
     assert (ROOT / path).is_file()
     network: Any = build_network(settings['network_g'])
     shipped: Any = zoo.create('dsgformer_h', pretrained=True)

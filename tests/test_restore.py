@@ -11,8 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from dsgformer_arch import cuda_graphs
+from dsgformer_arch import restore as restoring
 from dsgformer_arch.cuda_graphs import CudaGraphs
-from dsgformer_arch.restore import final_output, order_memory, predict, restore, tile_starts
+from dsgformer_arch.restore import (
+    Halving,
+    automatic_tile,
+    final_output,
+    memory_per_pixel,
+    order_memory,
+    predict,
+    restore,
+    restore_rows,
+    spans,
+)
 
 
 class Blur(nn.Module):
@@ -87,13 +98,107 @@ def test_tiles_are_blended_towards_their_middle() -> None:
     assert (whole - tiled)[inside].abs().median() < 1e-6
 
 
-@pytest.mark.parametrize(('size', 'tile', 'overlap'), [(100, 40, 8), (41, 40, 8), (40, 40, 0), (97, 10, 9)])
-def test_tiles_cover_everything_and_overlap(size: int, tile: int, overlap: int) -> None:
-    starts = tile_starts(size, tile, overlap)
-    assert starts[0] == 0
-    assert starts[-1] + tile == max(size, tile)
-    for a, b in itertools.pairwise(starts):
-        assert a < b <= a + tile - overlap
+@pytest.mark.parametrize('multiple', [1, 8, 32])
+@pytest.mark.parametrize(
+    ('size', 'tile', 'overlap'), [(100, 40, 8), (41, 40, 8), (40, 40, 0), (97, 10, 9), (1280, 512, 64)]
+)
+def test_tiles_cover_everything_and_overlap(size: int, tile: int, overlap: int, multiple: int) -> None:
+    tiles = spans(size, tile, overlap, multiple)
+    assert tiles[0][0] == 0
+    assert tiles[-1][1] == size
+    assert all(end - start <= tile for start, end in tiles)
+    if tile >= 2 * multiple:
+        assert all(start % multiple == 0 for start, _ in tiles)
+        overlap = min(overlap, tile - tile % multiple - multiple)
+    for (a, b), (c, d) in itertools.pairwise(tiles):
+        assert a < c <= b - overlap
+        assert b < d
+
+
+def test_rows_are_read_in_order_and_come_out_once() -> None:
+    x = torch.rand(1, 3, 150, 90)
+    asked: list[tuple[int, int]] = []
+
+    def rows(top: int, bottom: int) -> Tensor:
+        asked.append((top, bottom))
+        return x[..., top:bottom, :]
+
+    ticks: list[float] = []
+    bands = list(restore_rows(lambda part: 2 * part, rows, (150, 90), 48, 16, 8, ticks.append))
+    torch.testing.assert_close(torch.cat(bands, -2), 2 * x)
+    assert len(bands) == len(asked) > 2
+    assert asked == sorted(asked)
+    assert ticks == sorted(ticks)
+    assert ticks[-1] == 1
+
+
+def test_tiles_are_halved_when_memory_runs_out() -> None:
+    sides: list[int] = []
+
+    def scarce(part: Tensor) -> Tensor:
+        sides.append(max(part.shape[-2:]))
+        if sides[-1] > 100:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried …")
+        return 2 * part
+
+    call = Halving(scarce, multiple=8)
+    x = torch.rand(1, 3, 300, 200)
+    torch.testing.assert_close(call(x), 2 * x)
+    assert max(sides) == 300
+    assert call.side is not None
+    assert call.side <= 100
+    sides.clear()
+    torch.testing.assert_close(call(x), 2 * x)
+    assert max(sides) <= 100  # what was learnt stays
+
+
+def test_memory_that_never_suffices_and_other_errors_are_raised() -> None:
+    def fails(message: str) -> Halving:
+        def call(part: Tensor) -> Tensor:
+            raise RuntimeError(message)
+
+        return Halving(call)
+
+    with pytest.raises(RuntimeError, match='out of memory'):
+        fails('CUDA out of memory')(torch.rand(1, 3, 200, 200))
+    with pytest.raises(RuntimeError, match='wrong shape'):
+        fails('wrong shape')(torch.rand(1, 3, 200, 200))
+
+
+def test_memory_is_counted_by_what_is_alive_at_once() -> None:
+    class Wide(nn.Module):
+        """Two maps of 32 channels are alive at once, however often."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.head, self.tail = nn.Conv2d(3, 32, 1), nn.Conv2d(32, 3, 1)
+            self.body = nn.ModuleList(nn.Conv2d(32, 32, 1) for _ in range(10))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.head(x)
+            for layer in self.body:
+                y = layer(y)
+            return self.tail(y)
+
+    assert memory_per_pixel(Wide()) == pytest.approx(1.5 * 4 * (32 + 32), rel=0.1)
+
+
+def test_automatic_tiles_follow_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device('cpu')
+    network = Blur()
+    sides = []
+    for free in (1e6, 1e8, 1e9):
+        monkeypatch.setattr(restoring, 'free_memory', lambda device, free=free: free)
+        sides.append(automatic_tile(network, cpu))
+        assert sides[-1] % 8 == 0
+        if sides[-1] > restoring.SMALLEST_TILE:
+            assert sides[-1] ** 2 * memory_per_pixel(network) <= free / 2
+    assert sides[0] < sides[1] < sides[2]
+    x = torch.rand(1, 3, 100, 900)
+    monkeypatch.setattr(restoring, 'free_memory', lambda device: 1e6)
+    inside = (..., slice(1, -1), slice(1, -1))
+    tiled, whole = restore(network, x, tile='auto'), restore(network, x)
+    torch.testing.assert_close(tiled[inside], whole[inside], atol=1e-3, rtol=0)
 
 
 def test_mode_and_precision_are_restored() -> None:
@@ -102,6 +207,30 @@ def test_mode_and_precision_are_restored() -> None:
     assert network.training
     assert y.dtype == torch.float32
     assert restore(Blur().double(), torch.rand(1, 3, 16, 16).double()).dtype == torch.float64
+
+
+def test_frozen_modules_stay_frozen() -> None:
+    network = nn.Sequential(Blur(), nn.BatchNorm2d(3)).train()
+    network[1].eval()
+    restore(network, torch.rand(1, 3, 16, 16))
+    assert network.training
+    assert network[0].training
+    assert not network[1].training
+
+
+def test_double_images_are_restored_in_double_whatever_the_precision() -> None:
+    x = torch.rand(1, 3, 16, 16).double()
+    y = restore(Blur().double(), x, precision='bf16')
+    torch.testing.assert_close(y, restore(Blur().double(), x))
+
+
+def test_the_result_can_be_changed_in_place() -> None:
+    restore(Blur(), torch.rand(1, 3, 16, 16)).clamp_(0, 1)
+
+
+def test_integers_are_refused() -> None:
+    with pytest.raises(ValueError, match='floating point'):
+        restore(Blur(), torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
 
 
 def test_bad_overlap_is_refused() -> None:

@@ -12,7 +12,8 @@ benchmark.py report   results/benchmark
 from __future__ import annotations
 
 import argparse
-from importlib import import_module
+import math
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
         prog='benchmark.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = top.add_subparsers(dest='command', required=True)
-    speed(commands.add_parser('speed', help='latency, throughput, memory, multiply-adds'))
+    speed(commands.add_parser('speed', help='latency, throughput, memory, MACs'))
     quality(commands.add_parser('quality', help='PSNR, SSIM and more on a data set, under its protocol'))
     training(commands.add_parser('training', help='quality reached with the same data and budget'))
     ablation(commands.add_parser('ablation', help="the paper's table 2 on a budget"))
@@ -51,7 +52,7 @@ def common(command: argparse.ArgumentParser, kind: str) -> None:
     )  # fmt: skip
     command.add_argument('--resume', action='store_true', help='keep what PATH.json holds already')
     command.add_argument('--device', default='cpu', help='cpu, cuda or cuda:N (default: %(default)s)')
-    command.add_argument('--threads', type=positive, help='CPU threads (default: one a core)')
+    command.add_argument('--threads', type=cores, help='CPU threads (default: one a core)')
 
 
 def speed(command: argparse.ArgumentParser) -> None:
@@ -69,11 +70,11 @@ def speed(command: argparse.ArgumentParser) -> None:
         '--precision', default='fp32', choices=['fp32', 'bf16', 'fp16'], help='autocast type'
     )
     command.add_argument('--compile', action='store_true', help='torch.compile the networks')
-    command.add_argument('--channels-last', action='store_true', help='memory order of images and kernels')
+    command.add_argument('--channels-last', action='store_true', help='memory format of images and kernels')
     command.add_argument('--batch', type=positive, default=1, help='images at once (default: %(default)s)')
     command.add_argument('--train', action='store_true', help='forward, backward and an AdamW step')
     command.add_argument(
-        '--best', action='store_true', help='try every memory order and precision for each system'
+        '--best', action='store_true', help='try every memory format and precision for each system'
     )
     command.add_argument('--scaling', action='store_true', help='sweep sizes and fit growth with pixels')
     command.add_argument(
@@ -124,7 +125,7 @@ def quality(command: argparse.ArgumentParser) -> None:
 def training(command: argparse.ArgumentParser) -> None:
     command.add_argument('--models', type=names, required=True, metavar='A,B,…', help='names of the zoo')
     command.add_argument(
-        '--match', metavar='NAME', help='scale the others to the multiply-adds of NAME (default: as they are)'
+        '--match', metavar='NAME', help='scale the others to the MACs of NAME (default: as they are)'
     )
     budget = command.add_mutually_exclusive_group(required=True)
     budget.add_argument('--iterations', type=positive, help='iterations for each system')
@@ -176,7 +177,7 @@ def learning(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         '--patch', type=positive, default=64, help='side of the crops (default: %(default)s)'
     )
-    command.add_argument('--lr', type=float, default=1e-3, help='peak learning rate (default: %(default)s)')
+    command.add_argument('--lr', type=rate, default=1e-3, help='peak learning rate (default: %(default)s)')
     command.add_argument('--validations', type=positive, default=4, help='how often to validate in a run')
 
 
@@ -192,21 +193,28 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError('the figures are drawn with matplotlib; install it with: pip install matplotlib')
     settings = vars(arguments)
     command = settings.pop('command')
-    module = import_module(
-        f'dsgformer_arch.benchmark.{"render" if command == "report" else "measure"}.{command}'
-    )
     threads = settings.pop('threads', None)
     if threads:
         torch.set_num_threads(threads)
     if command == 'quality':
         keep_freed_memory()
-    return module.run(**settings)
+    # Imported here: matplotlib and every measuring module take a second that --help need not wait for.
+    from dsgformer_arch.benchmark import commands
+    from dsgformer_arch.benchmark.render import report as reports
+
+    try:
+        return reports.run(**settings) if command == 'report' else commands.run(command, **settings)
+    except MemoryError:
+        raise UserError(f'{command} does not fit in memory; lower --batch, --patch or --size') from None
 
 
 def names(text: str) -> list[str]:
     if text == 'all':
         return list(zoo.names())
-    return [zoo.get(name).name for name in words(text)]
+    found = [zoo.get(name).name for name in words(text)]
+    if not found:
+        raise argparse.ArgumentTypeError('name at least one system, such as dsgformer')
+    return found
 
 
 def words(text: str) -> list[str]:
@@ -222,6 +230,8 @@ def assignment(text: str) -> tuple[str, Path]:
 
 def result(text: str) -> Path:
     path = Path(text)
+    if not path.name or path.name == '..':
+        raise argparse.ArgumentTypeError(f'{text!r} names no file; write results/NAME, say')
     return path.with_suffix('') if path.suffix in ('.json', '.md', '.png', '.csv', '.html') else path
 
 
@@ -229,6 +239,24 @@ def positive(text: str) -> int:
     value = int(text) if text.isdecimal() else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f'{text} is no whole number from 1 up')
+    return value
+
+
+def rate(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f'{text} is no positive number')
+    return value
+
+
+def cores(text: str) -> int:
+    most = 4 * (os.cpu_count() or 1)
+    value = positive(text)
+    if value > most:
+        raise argparse.ArgumentTypeError(f'{text} is too many for this machine; take {most} at most')
     return value
 
 

@@ -33,6 +33,7 @@ from basicsr.utils.registry import ARCH_REGISTRY
 from spandrel.util import get_seq_len
 from torch import Tensor, nn
 
+from dsgformer_arch.archs.layers.network import RestorationNetwork
 from dsgformer_arch.utils.errors import UserError
 
 POOLS = (8, 4, 2)
@@ -240,11 +241,11 @@ class FAM(nn.Module):
 
 
 @ARCH_REGISTRY.register()
-class ConvIR(nn.Module):
+class ConvIR(RestorationNetwork):
     """The network.  (N, 3, H, W) in [0, 1] to three images, at a quarter, half and all of the size.
 
-    H and W are multiples of 32 and at least `min_size`: the filters reflect the pooled features at their
-    border by as many pixels as they are dilated.
+    Images are padded to multiples of 32 and at least `min_size`: the filters reflect the pooled features at
+    their border by as many pixels as they are dilated.
 
     Args:
         num_res: residual blocks of a level: 4 (S), 8 (B) or 16 (L).
@@ -258,7 +259,8 @@ class ConvIR(nn.Module):
     pad_multiple = 32
     min_size = 256
     """For the default dilations; an instance with others has its own."""
-    final_output = -1
+    width_settings = ('base_channel',)
+    depth_settings = ('num_res',)
 
     def __init__(
         self, num_res: int = 16, base_channel: int = 32, dilations: Sequence[int] = (7, 9, 11)
@@ -294,7 +296,7 @@ class ConvIR(nn.Module):
         self.FAM2 = FAM(2 * C)
         self.SCM2 = SCM(2 * C)
 
-    def forward(self, x: Tensor) -> list[Tensor]:
+    def forward_padded(self, x: Tensor) -> list[Tensor]:
         x2, x4 = x[..., ::2, ::2], x[..., ::4, ::4]
         E1 = self.Encoder[0](self.feat_extract[0](x))
         E2 = self.Encoder[1](self.FAM2(self.feat_extract[1](E1), self.SCM2(x2)))
@@ -315,7 +317,7 @@ class ConvIR(nn.Module):
     def settings_from_state(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
         """The keyword arguments of a network, read from the shapes of its state dict.
 
-        `dilations` leave no trace in the shapes: those of deblurring are assumed.
+        `dilations` leave no trace in the shapes.
         """
         return {
             'num_res': get_seq_len(state, 'Encoder.0.layers'),

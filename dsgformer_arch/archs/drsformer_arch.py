@@ -29,9 +29,8 @@ separable convolutions and a 3×3 mean, side by side; their weights follow from 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from fractions import Fraction
-from typing import Any, ClassVar, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -39,11 +38,11 @@ from basicsr.utils.registry import ARCH_REGISTRY
 from spandrel.util import get_seq_len
 from torch import Tensor, nn
 
+from dsgformer_arch.archs.layers.network import RestorationNetwork
 from dsgformer_arch.archs.layers.settings import expansion_factor
+from dsgformer_arch.archs.layers.top_k import TOP_K_RATIOS
+from dsgformer_arch.archs.tlc import Windowed, window_method
 from dsgformer_arch.utils.errors import UserError
-
-TOP_K_RATIOS = (Fraction(1, 2), Fraction(2, 3), Fraction(3, 4), Fraction(4, 5))
-"""k over the head's width, for `attn1` to `attn4`; k is rounded down."""
 
 EXPERT_STEPS = 4
 """Layers of experts in one compensator."""
@@ -283,7 +282,7 @@ def upsample(dim: int) -> nn.Sequential:
 
 
 @ARCH_REGISTRY.register()
-class DRSformer(nn.Module):
+class DRSformer(RestorationNetwork):
     """DRSformer; the module's docstring gives the source and the structure.
 
     Args:
@@ -298,8 +297,12 @@ class DRSformer(nn.Module):
         moe: whether the two mixtures of experts are there.
     """
 
-    pad_multiple: ClassVar[int] = 8
-    min_size: ClassVar[int] = 8
+    pad_multiple = 8
+    min_size = 8
+    sees_whole_image = True
+    channel_settings = ('inp_channels', 'out_channels')
+    width_settings = ('dim',)
+    depth_settings = ('num_blocks',)
 
     def __init__(
         self,
@@ -346,7 +349,7 @@ class DRSformer(nn.Module):
         self.refinement = experts(2 * dim)
         self.output = nn.Conv2d(2 * dim, out_channels, 3, padding=1, bias=bias)
 
-    def forward(self, inp_img: Tensor) -> Tensor:
+    def forward_padded(self, inp_img: Tensor) -> Tensor:
         """The image, (N, C, H, W) in [0, 1], H and W multiples of 8, to the restored one, not clipped."""
         level1 = self.encoder_level1(self.encoder_level0(self.patch_embed(inp_img)))
         level2 = self.encoder_level2(self.down1_2(level1))
@@ -359,6 +362,11 @@ class DRSformer(nn.Module):
         x = self.decoder_level2(x)
         x = self.decoder_level1(torch.cat([self.up2_1(x), level1], dim=1))
         return self.output(self.refinement(x)) + inp_img
+
+    def windowed_attentions(self) -> Iterator[tuple[str, Windowed]]:
+        for name, module in self.named_modules():
+            if isinstance(module, TopKSparseAttention):
+                yield name, window_method(module, 'attend')
 
     @classmethod
     def recognises(cls, state: Mapping[str, Tensor]) -> bool:

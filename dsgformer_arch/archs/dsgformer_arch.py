@@ -29,7 +29,7 @@ runs by default is a faster form of the same numbers (`dsgformer_arch.ops`);
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple, cast
@@ -41,7 +41,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dsgformer_arch import ops
-from dsgformer_arch.archs.layers.padding import pad_to_multiple
+from dsgformer_arch.archs.layers.network import RestorationNetwork
+from dsgformer_arch.archs.layers.top_k import TOP_K_RATIOS
+from dsgformer_arch.archs.tlc import Windowed, window_method
 
 Score = Literal['relu2', 'relu', 'softmax']
 Attention = Literal['dtsas', 'mdta']
@@ -51,9 +53,6 @@ WeightsInit = Literal['mean', 'width']
 OutputInit = Literal['random', 'zero']
 Ratio = str | float | Fraction
 """k_n over the head's width: `'1/2'`, 0.5 or Fraction(1, 2)."""
-
-TOP_K_RATIOS = (Fraction(1, 2), Fraction(2, 3), Fraction(3, 4), Fraction(4, 5))
-"""k_n over the head's width, n = 1..N; the values are DRSformer's (CVPR 2023)."""
 
 BLOCK = 8
 """Side of DFGB's blocks, JPEG's."""
@@ -231,7 +230,7 @@ class Features(NamedTuple):
 
 
 @ARCH_REGISTRY.register()
-class DSGformer(nn.Module):
+class DSGformer(RestorationNetwork):
     """The network.  Any RGB image in [0, 1] to one of the same size.
 
     An image whose sides are no multiples of 8·`patch` is padded by reflection
@@ -261,6 +260,9 @@ class DSGformer(nn.Module):
 
     pad_multiple = BLOCK
     min_size = BLOCK
+    sees_whole_image = True
+    width_settings = ('width',)
+    depth_settings = ('num_blocks',)
 
     def __init__(
         self,
@@ -311,9 +313,9 @@ class DSGformer(nn.Module):
             nn.init.zeros_(self.tail.weight)
             nn.init.zeros_(cast(Tensor, self.tail.bias))
 
-    def forward(self, B: Tensor) -> Tensor:
-        height, width = B.shape[-2:]
-        x = F.pixel_unshuffle(pad_to_multiple(B, self.pad_multiple, self.min_size), self.patch)
+    def forward_padded(self, B: Tensor) -> Tensor:
+        """B, (N, 3, H, W) with H and W multiples of 8·`patch`, to Ŝ of the same shape."""
+        x = F.pixel_unshuffle(B, self.patch)
         if ops.fast(x):
             x = x.contiguous(memory_format=torch.channels_last)
         D = self.decode(self.encode(x))
@@ -322,7 +324,7 @@ class DSGformer(nn.Module):
         S = F.pixel_shuffle(S, self.patch)
         if not torch.compiler.is_compiling():
             ops.memory.kept.trim()
-        return S[..., :height, :width]
+        return S
 
     def encode(self, B: Tensor) -> Features:
         """E1–E4 of an image, taken apart into `patch`×`patch` channels, whose sides are multiples of 8."""
@@ -347,6 +349,13 @@ class DSGformer(nn.Module):
             for block in blocks:
                 x = block(x)
         return x
+
+    def windowed_attentions(self) -> Iterator[tuple[str, Windowed]]:
+        for name, block in self.named_modules():
+            if isinstance(block, DSGA):
+                # The fast implementations sum over the whole map; the reference calls its attention.
+                block.forward = block.literal  # type: ignore[method-assign]
+                yield name, window_method(block.attention, 'forward')
 
     @classmethod
     def recognises(cls, state: Mapping[str, Any]) -> bool:

@@ -36,6 +36,7 @@ from spandrel.util import get_seq_len
 from torch import Tensor, nn
 
 from dsgformer_arch.archs.layers.deform_conv import deform_conv2d
+from dsgformer_arch.archs.layers.network import RestorationNetwork
 from dsgformer_arch.utils.errors import UserError
 
 Branches = list[Tensor]
@@ -341,8 +342,8 @@ def upsample(dim: int, dim_out: int) -> Resample:
 
 
 @ARCH_REGISTRY.register()
-class MBTaylorFormerV2(nn.Module):
-    """MB-TaylorFormer V2.  (N, inp_channels, H, W) to (N, 3, H, W), H and W multiples of 8.
+class MBTaylorFormerV2(RestorationNetwork):
+    """MB-TaylorFormer V2.  (N, inp_channels, H, W) to (N, 3, H, W).
 
     Args:
         inp_channels: channels of the image; 6 for dual-pixel images.
@@ -361,6 +362,10 @@ class MBTaylorFormerV2(nn.Module):
 
     pad_multiple = 8
     min_size = 8
+    sees_whole_image = True
+    channel_settings = ('inp_channels',)
+    width_settings = ('dim',)
+    depth_settings = ('num_blocks', 'num_path')
 
     def __init__(
         self,
@@ -410,7 +415,7 @@ class MBTaylorFormerV2(nn.Module):
             self.skip_conv = nn.Conv2d(d0, d1, 1, bias=bias)
         self.output = nn.Sequential(nn.Conv2d(d1, 3, 3, padding=1, bias=False))
 
-    def forward(self, image: Tensor) -> Tensor:
+    def forward_padded(self, image: Tensor) -> Tensor:
         if image.dtype != torch.float64:
             image = image.contiguous(memory_format=torch.channels_last)  # several times as fast on a CPU
         embedded = self.patch_embed['proj'](image)
@@ -447,7 +452,7 @@ class MBTaylorFormerV2(nn.Module):
     def settings_from_state(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
         """The keyword arguments of a network, read from the shapes of its state dict.
 
-        `offset_clamp` and `focusing_factor` leave no trace: those of the deblurring release are assumed.
+        `offset_clamp` and `focusing_factor` leave no trace in the shapes.
         """
         stages = ('encoder_level1', 'encoder_level2', 'encoder_level3', 'latent')
         layers = [f'{stage}.mhca_blk.MHCA_layers' for stage in stages]
@@ -460,6 +465,4 @@ class MBTaylorFormerV2(nn.Module):
             'bias': 'reduce_chan_level3.0.bias' in state,
             'dual_pixel_task': 'skip_conv.weight' in state,
             'num_path': tuple(norm.shape[0] for norm in norms),
-            'offset_clamp': (-3, 3),
-            'focusing_factor': 8,
         }

@@ -27,7 +27,7 @@ that means over a window of the training size can take their place at test time 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,7 @@ from spandrel.util import get_seq_len
 from torch import Tensor, nn
 
 from dsgformer_arch.archs.drsformer_arch import TopKSparseAttention, keep_layout, named
+from dsgformer_arch.archs.layers.network import RestorationNetwork
 from dsgformer_arch.utils.errors import UserError
 
 LEVELS = 4
@@ -216,7 +217,7 @@ class FullResolutionBranch(nn.Module):
 
 
 @ARCH_REGISTRY.register()
-class MHNet(nn.Module):
+class MHNet(RestorationNetwork):
     """MHNet; the module's docstring gives the source and the structure.
 
     Args:
@@ -233,8 +234,12 @@ class MHNet(nn.Module):
         UserError: `enc_blk_nums` or `dec_blk_nums` has not four entries, or the width does not suit.
     """
 
-    pad_multiple: ClassVar[int] = 2**LEVELS
-    min_size: ClassVar[int] = 2**LEVELS
+    pad_multiple = 2**LEVELS
+    min_size = 2**LEVELS
+    sees_whole_image = True
+    channel_settings = ('in_c', 'out_c')
+    width_settings = ('width',)
+    depth_settings = ('num_cab', 'enc_blk_nums', 'middle_blk_num', 'dec_blk_nums')
 
     def __init__(
         self,
@@ -257,7 +262,7 @@ class MHNet(nn.Module):
         self.concat12 = nn.Conv2d(2 * width, width, 1, bias=bias)
         self.ending = nn.Conv2d(width, out_c, 3, padding=1, bias=bias)
 
-    def forward(self, image: Tensor) -> Tensor:
+    def forward_padded(self, image: Tensor) -> Tensor:
         """The image, (N, C, H, W) in [0, 1], H and W multiples of 16, to the restored one, not clipped."""
         encoded, decoded = self.stage1(image)
         x = self.concat12(torch.cat([self.intro2(image), decoded[0]], dim=1))

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 
+from dsgformer_arch.archs.layers.network import RestorationNetwork
 from dsgformer_arch.utils.errors import UserError
 
 CHANNELS_PER_HEAD = 64
@@ -213,10 +214,10 @@ class Decoder(nn.Module):
 
 
 @ARCH_REGISTRY.register()
-class Stripformer(nn.Module):
-    """The network.  (N, 3, H, W), around zero, to the same; H and W multiples of 4.
+class Stripformer(RestorationNetwork):
+    """The network.  (N, 3, H, W), around zero, to the same.
 
-    The release's network takes no settings; the defaults are what it is.
+    The official implementation takes no settings; it has the defaults.
 
     Args:
         channels: width of the encoder at full, half and quarter resolution; the last is a multiple of 64.
@@ -228,10 +229,12 @@ class Stripformer(nn.Module):
     """
 
     pad_multiple = 8
-    """The network needs 4; the release's test scripts for HIDE and RealBlur pad to 8."""
+    """The network needs 4; the official test scripts for HIDE and RealBlur pad to 8."""
     min_size = 8
     input_offset = 0.5
-    """To be taken from an image in [0, 1] before, and added to the result after."""
+    sees_whole_image = True
+    width_settings = ('channels', 'decoder_channels')
+    depth_settings = ('num_blocks',)
 
     def __init__(
         self,
@@ -251,7 +254,7 @@ class Stripformer(nn.Module):
         add_blocks(self, 'Trans_block_', channels[-1], self.num_blocks)
         self.decoder = Decoder(channels, decoder_channels, decoder_blocks)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward_padded(self, x: Tensor) -> Tensor:
         features, R1, R2 = self.encoder(x)
         features = run_blocks(self, 'Trans_block_', self.num_blocks, features)
         return self.decoder(features, R1, R2) + x

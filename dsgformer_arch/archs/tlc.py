@@ -1,8 +1,9 @@
 """Local statistics at test time (TLC), for networks trained on crops and run on whole images.
 
 Chu X., Chen L., Chen C., Lu X., "Improving Image Restoration by Revisiting Global Information
-Aggregation", ECCV 2022, arXiv 2112.04491.  Releases followed: megvii-research/TLC (MPRNet, Restormer),
-megvii-research/NAFNet (NAFNet) and Tombs98/MHNet (MHNet), each in its exact form (`fast_imp=False`).
+Aggregation", ECCV 2022, arXiv 2112.04491.  Official implementations: megvii-research/TLC (MPRNet,
+Restormer), megvii-research/NAFNet (NAFNet) and Tombs98/MHNet (MHNet), each without approximation
+(`fast_imp=False`).
 
 A mean over all pixels, or a channel attention whose scores are sums over all pixels, sees in training
 a crop and in a test the whole image.  Here both see a window of the crop's order instead:
@@ -15,13 +16,14 @@ a crop and in a test the whole image.  Here both see a window of the crop's orde
 A window is `base_size / train_size` times the size that the feature map has in training, so a layer
 at half the resolution has windows of half the size.
 
-TLC has no release for DRSformer and DSGformer; theirs is made from the two rules above.  DRSformer's
-experts are then weighted for each pixel, and DSGformer's blocks run in their literal form.
+There is no official TLC for DRSformer and DSGformer; theirs follows the two rules above.  DRSformer's
+experts are then weighted for each pixel, and DSGformer's blocks run in their reference implementation.
+
+A network declares its attentions over all pixels in `RestorationNetwork.windowed_attentions`.
 """
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Callable, Sequence
 from types import MethodType
@@ -29,10 +31,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from spandrel_extra_arches.architectures.Restormer.__arch.restormer_arch import Attention
 from torch import Tensor, nn
 
-from dsgformer_arch.archs.layers.padding import padded_size
+from dsgformer_arch.archs.layers.network import RestorationNetwork, meta_copy
 from dsgformer_arch.utils.errors import UserError
 
 Window = tuple[int, int]
@@ -49,12 +50,12 @@ def use_local_pooling(
     is compiled after this.
 
     Args:
-        network: NAFNet, MPRNet, MHNet, Restormer, DRSformer or DSGformer, wrapped or bare, or another
-            whose only global statistics are `nn.AdaptiveAvgPool2d(1)` modules.  MHNet's channel
-            attention stays global, as in its release.
+        network: a `RestorationNetwork`, wrapped or bare, or another whose only global statistics are
+            `nn.AdaptiveAvgPool2d(1)` modules.  MHNet's channel attention stays global, as in its official
+            implementation.
         train_size: side, or height and width, of the crops that it was trained on, in pixels.
-        base_size: the same of the windows at full resolution; 1.5 times `train_size` by default, which
-            all the releases use.
+        base_size: side, or height and width, of the windows at full resolution, in pixels; 1.5 times
+            `train_size` by default, which all official implementations use.
 
     Returns:
         `network`.
@@ -175,51 +176,17 @@ class Windowed:
         return self.core(*maps) if self.window is None else windowed(self.core, maps, self.window)
 
 
-class MDTA(Attention):
-    """Restormer's channel attention with the part that is global apart, which spandrel's class has not.
+def window_method(module: Any, name: str) -> Windowed:
+    """Put a `Windowed` in the place of a module's method, and return it.
 
-    Existing modules are given this class.
+    Args:
+        module: of which one instance is changed; its class stays as it is.
+        name: of a method that takes and returns maps as `windowed` asks of its `core`.
     """
+    local = Windowed(MethodType(getattr(type(module), name), module))
+    setattr(module, name, local)
+    return local
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) to the same."""
-        return self.project_out(self.attend(self.qkv_dwconv(self.qkv(x))))
-
-    def attend(self, qkv: Tensor) -> Tensor:
-        """Q, K and V stacked, (N, 3C, H, W), to softmax(τ Q Kᵀ) V, (N, C, H, W)."""
-        n, c, h, w = qkv.shape
-        q, k, v = qkv.reshape(n, 3, self.num_heads, c // 3 // self.num_heads, h * w).unbind(1)
-        scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1) * self.temperature
-        return (scores.softmax(dim=-1) @ v).reshape(n, c // 3, h, w)
-
-
-def _window_mdta(attention: Any) -> Windowed:
-    attention.__class__ = MDTA
-    return _window_tksa(attention)
-
-
-def _window_tksa(attention: Any) -> Windowed:
-    attention.attend = Windowed(MethodType(type(attention).attend, attention))
-    return attention.attend
-
-
-def _window_dsga(block: Any) -> Windowed:
-    # The fast forms of the block sum over the whole map at once; the literal one asks its attention.
-    block.forward = block.literal
-    attention = block.attention
-    attention.forward = Windowed(MethodType(type(attention).forward, attention))
-    return attention.forward
-
-
-CHANNEL_ATTENTIONS: dict[str, tuple[str, Callable[[Any], Windowed]]] = {
-    'Restormer': ('Attention', _window_mdta),
-    'DRSformer': ('TopKSparseAttention', _window_tksa),
-    'DSGformer': ('DSGA', _window_dsga),
-}
-"""By class of the network: the class that holds a channel attention, and how to give that windows.
-
-Names, as these networks stand above this module; and by network, as MHNet leaves DRSformer's global.
-"""
 
 Local = tuple[str, LocalAvgPool2d | Windowed]
 """The name of a module whose input has the size of the feature map, and what takes the window."""
@@ -235,19 +202,13 @@ def _local_pools(network: nn.Module) -> list[Local]:
 
 
 def _local_attentions(network: nn.Module) -> list[Local]:
-    """Give windows to every channel attention of the networks in `CHANNEL_ATTENTIONS`."""
+    """Give windows to every attention that a network in `network` declares."""
     return [
-        (name, give_windows(module))
-        for system, (holder, give_windows) in CHANNEL_ATTENTIONS.items()
-        if any(_is_a(module, system) for module in network.modules())
-        for name, module in network.named_modules()
-        if _is_a(module, holder)
+        (f'{prefix}.{name}' if prefix else name, local)
+        for prefix, module in network.named_modules()
+        if isinstance(module, RestorationNetwork)
+        for name, local in module.windowed_attentions()
     ]
-
-
-def _is_a(module: nn.Module, name: str) -> bool:
-    """Whether the module's class, or one that it derives from, has this name."""
-    return any(kind.__name__ == name for kind in type(module).__mro__)
 
 
 def _training_sizes(network: nn.Module, train: Sequence[int]) -> dict[str, Window]:
@@ -264,25 +225,20 @@ def _training_sizes(network: nn.Module, train: Sequence[int]) -> dict[str, Windo
 
         return note
 
-    shapes = _without_data(network)
+    shapes = meta_copy(network)
     for name, module in shapes.named_modules():
         module.register_forward_pre_hook(noting(name))
-    multiple, minimum = getattr(network, 'pad_multiple', 1), getattr(network, 'min_size', 1)
-    height, width = (padded_size(side, multiple, minimum) for side in train)
-    first = next(module for module in shapes.modules() if isinstance(module, nn.Conv2d))
+    parameter = next(shapes.parameters())
     with torch.no_grad():
-        shapes(first.weight.new_empty(1, first.in_channels, height, width))
+        shapes(parameter.new_empty(1, _image_channels(network), *train))
     return sizes
 
 
-def _without_data(network: nn.Module) -> nn.Module:
-    """A copy whose tensors have shapes but no data: running it costs neither time nor memory."""
-    memo: dict[int, Any] = {}
-    for parameter in network.parameters():
-        memo[id(parameter)] = nn.Parameter(parameter.to('meta'), parameter.requires_grad)
-    for buffer in network.buffers():
-        memo[id(buffer)] = buffer.to('meta')
-    return copy.deepcopy(network, memo)
+def _image_channels(network: nn.Module) -> int:
+    known = (module for module in network.modules() if isinstance(module, RestorationNetwork))
+    convolutions = (module for module in network.modules() if isinstance(module, nn.Conv2d))
+    found = next(known, None)
+    return found.image_channels if found else next(convolutions).in_channels
 
 
 def _pair(size: int | Sequence[int], name: str) -> Window:

@@ -15,17 +15,13 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.axes import Axes
-from matplotlib.axis import Axis
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
 
 from dsgformer_arch.utils.errors import UserError
 from dsgformer_arch.utils.files import write_atomically
@@ -145,31 +141,6 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     put(lambda temporary: Path(temporary).write_text(text, encoding='utf-8'), path)
 
 
-def canvas(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure that needs no display, and its axes side by side with a common y.
-
-    Args:
-        width: in inches, likewise `height`.
-        height: of the whole figure.
-        columns: number of axes.
-    """
-    figure = Figure(figsize=(width, height), layout='constrained')
-    return figure, [*figure.subplots(1, columns, sharey=True, squeeze=False)[0]]
-
-
-def logarithmic(axis: Axis) -> None:
-    """Ticks of a logarithmic axis, already drawn on, as plain numbers: 1, 2, 5, 10, 20, …"""
-    low, high = axis.get_view_interval()
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 60 * low else (1, 3)))
-    axis.set_major_formatter('{x:g}')
-    axis.set_minor_formatter(NullFormatter())
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, whole or not at all."""
-    put(lambda temporary: figure.savefig(temporary, dpi=130, format='png'), path)
-
-
 def command_line() -> str:
     """The command as it was typed, the script's path as in a checkout."""
     script = Path(sys.argv[0])
@@ -193,50 +164,6 @@ def environment() -> dict[str, Any]:
         'packages': {name: _version(name) for name in PACKAGES},
         'commit': _commit(),
     }
-
-
-def markdown_table(columns: Mapping[str, str], rows: Iterable[Mapping[str, Any]]) -> str:
-    """A Markdown table.
-
-    Args:
-        columns: heading by key of the rows; the first column is left-aligned, the others right.
-        rows: their values are text already, or None for an empty cell.
-    """
-    heads = list(columns.values())
-    lines = ['| ' + ' | '.join(heads) + ' |', '|---|' + '---:|' * (len(heads) - 1)]
-    for row in rows:
-        cells = ['' if row.get(key) is None else str(row[key]) for key in columns]
-        lines.append('| ' + ' | '.join(cells) + ' |')
-    return '\n'.join(lines)
-
-
-def filled(columns: Mapping[str, str], cells: Sequence[Mapping[str, str | None]]) -> dict[str, str]:
-    """The columns that have a value in some row."""
-    return {key: head for key, head in columns.items() if any(cell.get(key) for cell in cells)}
-
-
-def made(record: Record) -> dict[str, str]:
-    """How a record's numbers were made: protocol, machine, versions and date, in words."""
-    e = record.environment
-    machine = f'{e["processor"]}, {e["cores"]} cores ({e["threads"]} threads), {e["memory_gib"]} GiB'
-    if e['gpus']:
-        machine += f'; {", ".join(e["gpus"])}'
-    if e['instructions']:
-        machine += f'; {", ".join(e["instructions"])}'
-    packages = ', '.join(f'{name} {version}' for name, version in e['packages'].items() if version)
-    return {
-        'Protocol': record.protocol,
-        'Machine': machine,
-        'Versions': f'Python {e["python"]}, {packages}; commit {e["commit"] or "unknown"}',
-        'Date': e['date'],
-    }
-
-
-def markdown_page(title: str, record: Record, parts: Sequence[str]) -> str:
-    """A page: title, parts, then how the numbers were made."""
-    how = [f'{name}: {text.rstrip(".")}.' for name, text in made(record).items()]
-    own = ['## How these numbers were made', f'    {record.command}', *how]
-    return '\n\n'.join([f'# {title}', *parts, *own]) + '\n'
 
 
 def _version(package: str) -> str | None:

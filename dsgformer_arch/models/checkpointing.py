@@ -13,6 +13,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import logging
+import math
 import os
 import pickle
 import zipfile
@@ -184,6 +185,10 @@ def check_optimizer_state(optimizer: Optimizer, state: Any, path: str) -> None:
         numbers
     ):
         raise fault
+    for group, saved in zip(optimizer.param_groups, groups, strict=True):
+        for key, value in group.items():
+            if _is_number(value) and not _is_number(saved.get(key, value)):
+                raise DamagedError(f'{fault}: {key} is {saved[key]!r}')
     for number, parameter in zip(numbers, parameters, strict=True):
         for name, value in entries.get(number, {}).items():
             if isinstance(value, Tensor) and not _fits(name, value, parameter):
@@ -191,6 +196,10 @@ def check_optimizer_state(optimizer: Optimizer, state: Any, path: str) -> None:
                 raise DamagedError(
                     f'{fault}: {name} of parameter {number} is {shapes[0]}, {value.dtype}, not {shapes[1]}'
                 )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _fits(name: str, value: Tensor, parameter: Tensor) -> bool:

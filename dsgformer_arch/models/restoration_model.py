@@ -552,9 +552,16 @@ class RestorationModel(SRModel):
         optimizers, schedulers = resume_state['optimizers'], resume_state['schedulers']
         if (len(optimizers), len(schedulers)) != (len(self.optimizers), len(self.schedulers)):
             raise checkpointing.DamagedError(f'{path} belongs to another kind of run')
-        changes = self.changed_settings(resume_state.get('recipe') or {})
         for optimizer, state in zip(self.optimizers, optimizers, strict=True):
             checkpointing.check_optimizer_state(optimizer, state, path)
+        for scheduler, state in zip(self.schedulers, schedulers, strict=True):
+            public = {key for key in state if not key.startswith('_')} if isinstance(state, dict) else {''}
+            if not public <= set(scheduler.state_dict()):
+                raise checkpointing.DamagedError(
+                    f'{path} holds the state of another schedule than train: scheduler: type'
+                )
+        changes = self.changed_settings(resume_state.get('recipe') or {})
+        for optimizer, state in zip(self.optimizers, optimizers, strict=True):
             new = [dict(group) for group in optimizer.param_groups]
             optimizer.load_state_dict(state)
             checkpointing.match_memory_format(optimizer)
@@ -565,13 +572,8 @@ class RestorationModel(SRModel):
                         group['initial_lr'] = before['initial_lr']
                     elif key in group:
                         group[key] = before[key]
+        kept = set(changes['scheduler']) | ({'base_lrs'} if 'lr' in changes['optim_g'] else set())
         for scheduler, state in zip(self.schedulers, schedulers, strict=True):
-            public = {key for key in state if not key.startswith('_')} if isinstance(state, dict) else {''}
-            if not public <= set(scheduler.state_dict()):
-                raise checkpointing.DamagedError(
-                    f'{path} holds the state of another schedule than train: scheduler: type'
-                )
-            kept = set(changes['scheduler']) | ({'base_lrs'} if 'lr' in changes['optim_g'] else set())
             scheduler.load_state_dict({key: value for key, value in state.items() if key not in kept})
         self.trained_seconds = resume_state.get('seconds', 0.0)
         if 'scaler' in resume_state:

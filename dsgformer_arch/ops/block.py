@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from dsgformer_arch.ops import eager
-from dsgformer_arch.ops.cpu import binding
+from dsgformer_arch.ops.cpu import binding, training
 
 if TYPE_CHECKING:
     from dsgformer_arch.archs.dsgformer_arch import DSGA
@@ -80,6 +80,16 @@ def computes_in(x: Tensor, *widths: int) -> torch.dtype | None:
     return dtype if dtype in binding.TYPES and binding.works(dtype) else None
 
 
+def trains_in(X: Tensor, heads: int) -> torch.dtype | None:
+    """As `computes_in`, for the kernel that trains: takes X of shape (N, C, H, W) and the number of heads."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return None
+    if X.device.type != 'cpu' or not X.numel() or not compiled_forms_take(X):
+        return None
+    dtype = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else X.dtype
+    return dtype if training.takes(dtype, X.shape[1], heads) else None
+
+
 def forward(block: DSGA, X: Tensor) -> Tensor:
     """Y of the block, by the form that suits the call.
 
@@ -95,6 +105,11 @@ def forward(block: DSGA, X: Tensor) -> Tensor:
     """
     if computes_in(X, X.shape[1] // block.attention.heads) == X.dtype:
         y = binding.restored(X.permute(0, 2, 3, 1).contiguous(), eager.Weights.of(block, torch.float32))
+        return y.permute(0, 3, 1, 2)
+    if trains_in(X, block.attention.heads) == X.dtype:
+        recompute = block.recompute or X.nbytes > eager.KEPT_BYTES['cpu']
+        weights = eager.Weights.of(block, torch.float32)
+        y = training.differentiable(X.permute(0, 2, 3, 1).contiguous(), weights, recompute)
         return y.permute(0, 3, 1, 2)
     device = X.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else X.dtype

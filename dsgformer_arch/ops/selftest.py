@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -43,6 +44,43 @@ def passes(
         return False
     if not error <= 8 * torch.finfo(dtype).eps:
         _LOG.warning('the eager form of DSGA runs on %s, as the one for it is off by %.1e', device, error)
+        return False
+    return True
+
+
+def trains(
+    form: Callable[[Tensor, eager.Weights], Tensor], channels: int, heads: int, dtype: torch.dtype
+) -> bool:
+    """Whether `form(x, weights)` and its gradients are right on a CPU; if not, the log says why.
+
+    Args:
+        form: what is tried; takes its weights in float32.
+        channels: C.
+        heads: heads of the attention.
+        dtype: of x.
+    """
+    x = _random(1, 11, 13, channels) * 4
+    direction = _random(1, 11, 13, channels)
+
+    def gradients(form: Callable[[Tensor, eager.Weights], Tensor], dtype: torch.dtype) -> list[Tensor]:
+        weights = _weights(channels, heads, torch.float32, x.device)
+        given = [x.to(dtype), *(value for value in vars(weights).values() if isinstance(value, Tensor))]
+        given = [value.requires_grad_() for value in given]
+        with torch.enable_grad():
+            y = form(given[0], weights)
+            return [y.detach(), *torch.autograd.grad(y, given, direction.to(dtype))]
+
+    try:
+        with torch.inference_mode(False), torch.autocast('cpu', enabled=False):
+            expected = gradients(lambda x, weights: eager.whole(x, x, weights), torch.float32)
+            given = gradients(form, dtype)
+        pairs = zip(given, expected, strict=True)
+        error = max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+    except Exception as reason:  # whatever a compiler may say, there is a form that works
+        _LOG.info('DSGA trains in its eager form, as the one for a CPU failed: %s', reason)
+        return False
+    if not error <= 32 * torch.finfo(dtype).eps:
+        _LOG.warning('DSGA trains in its eager form, as the one for a CPU is off by %.1e', error)
         return False
     return True
 

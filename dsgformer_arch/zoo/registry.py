@@ -1,16 +1,19 @@
 """Every compared system by name, and which checkpoint belongs to which.
 
-`create('restormer')` builds a system as its authors released it, for images of any size;
-`load('weights.pth')` tells from a checkpoint alone whose it is, and of what size.
+`create('restormer')` builds a system with its official settings;
+`load('weights.pth')` finds out from a checkpoint alone which system it belongs to, and of what size.
 """
 
 from __future__ import annotations
 
-import inspect
+import hashlib
 import json
 import os
+import re
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +21,10 @@ from basicsr.utils.registry import ARCH_REGISTRY
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+import dsgformer_arch.archs  # noqa: F401  (registers the networks)
+from dsgformer_arch.archs.layers.network import RGB, RestorationNetwork, meta_copy
 from dsgformer_arch.archs.tlc import use_local_pooling
 from dsgformer_arch.utils.errors import UserError
 from dsgformer_arch.utils.files import write_atomically
@@ -30,16 +36,17 @@ from dsgformer_arch.zoo.checkpoint import (
     mismatches,
     read_checkpoint,
 )
-from dsgformer_arch.zoo.padded import padded
-from dsgformer_arch.zoo.systems import SYSTEMS, Reported, System
-from dsgformer_arch.zoo.weights import read_shipped, shipped
+from dsgformer_arch.zoo.systems import SYSTEMS, Reported, System, Weights
 
 __all__ = [
     'Reported',
     'System',
     'UnknownSystemError',
+    'Weights',
+    'architectures',
     'convert',
     'create',
+    'create_on_meta',
     'create_without_data',
     'get',
     'identify',
@@ -53,10 +60,14 @@ __all__ = [
 
 TrainSize = int | Sequence[int]
 
-CHANNEL_SETTINGS = ('in_c', 'out_c', 'inp_channels', 'out_channels', 'img_channel')
-"""Settings for the channels of images; checkpoints are loaded with the default, RGB."""
+WEIGHTS = Path(__file__).parents[1] / 'weights'
+"""Folder of the weights that the package ships."""
 
-RGB = 3
+MOST_ENTRIES = 1000
+"""How many numbers a setting may have; a checkpoint with more was not made by training."""
+
+LARGEST_SHARE = 4
+"""How many times more parameters a network may have than a checkpoint that is loaded in part."""
 
 _BY_NAME = {system.name: system for system in SYSTEMS}
 
@@ -68,6 +79,11 @@ class UnknownSystemError(UserError):
 def names() -> list[str]:
     """The names of all systems."""
     return list(_BY_NAME)
+
+
+def shipped() -> list[str]:
+    """The names of the systems whose weights are in the package."""
+    return [name for name, system in _BY_NAME.items() if system.weights is not None]
 
 
 def get(name: str) -> System:
@@ -83,49 +99,54 @@ def get(name: str) -> System:
         raise UnknownSystemError(f'there is no system {name!r}{hint}') from None
 
 
-def network_class(architecture: str) -> Any:
+def architectures() -> list[str]:
+    """The networks of all systems, by their names in ARCH_REGISTRY."""
+    return list(dict.fromkeys(system.architecture for system in _BY_NAME.values()))
+
+
+def network_class(architecture: str) -> type[RestorationNetwork]:
     """The class registered in ARCH_REGISTRY for a system's `architecture`."""
     return ARCH_REGISTRY.get(architecture)
 
 
 def create(
     name: str, *, pretrained: bool = False, tlc: TrainSize | None = None, **overrides: Any
-) -> nn.Module:
-    """Build a system, with fresh weights or with those that the package brings.
+) -> RestorationNetwork:
+    """Build a system, with fresh weights or with those that the package ships.
 
-    It takes images (N, 3, H, W) of any size: it pads by reflection to what it needs and crops its
-    outputs.  Keys of the state dict, and number and order of the outputs, are the release's.
+    It takes images (N, 3, H, W) of any size, see `RestorationNetwork.forward`.  Keys of the state dict,
+    and number and order of the outputs, are those of the official implementation.
 
     Args:
         name: one of `names()`.
-        pretrained: load the weights in the package, in float32; `weights/README.md` says what they were
-            trained on.
-        tlc: train size, in pixels, for local pooling at test time; None for none.
+        pretrained: load the system's `weights`, whose SHA-256 is verified.
+        tlc: size of the training crops, in pixels, for local pooling at test time; None for none.
         overrides: settings of the architecture other than the system's.
 
     Raises:
         UnknownSystemError: no system has this name.
         UserError: the architecture has no such setting, not this value of it, or nothing to pool locally;
-            or `pretrained`, and the package has no weights for this system.
-        CheckpointError: `pretrained`, and the weights do not fit the overrides, or are damaged.
+            or, with `pretrained`, the package has no weights of the system, or damaged ones.
     """
     system = get(name)
-    network = _build(system.architecture, {**system.settings, **overrides}, tlc)
     if pretrained:
-        checkpoint = read_shipped(system)
-        _check_fit(network, checkpoint, f'{name} with these settings')
-        load_into(network, checkpoint)
-    return network
+        return load(_shipped(system), name, tlc=tlc, **overrides)
+    return _build(system.architecture, {**system.settings, **overrides}, tlc)
 
 
-def create_without_data(name: str) -> nn.Module:
-    """A system whose tensors have shapes but no data: to look at, at the cost of no memory.
+def create_on_meta(name: str, **overrides: Any) -> RestorationNetwork:
+    """A system whose tensors have names, shapes and types but no data, which takes no memory.
 
     Raises:
         UnknownSystemError: no system has this name.
+        UserError: as `create`.
     """
     system = get(name)
-    return _without_data(system.architecture, system.settings)
+    return _build_on_meta(system.architecture, {**system.settings, **overrides})
+
+
+create_without_data = create_on_meta
+"""The former name of `create_on_meta`."""
 
 
 def load(
@@ -134,59 +155,92 @@ def load(
     *,
     strict: bool = True,
     tlc: TrainSize | None = None,
+    param_key: str | None = None,
     **overrides: Any,
-) -> nn.Module:
+) -> RestorationNetwork:
     """Build the system that a checkpoint belongs to, with its weights, in float32.
 
+    The settings are those that the file states (`network` in a `.pth` file of this project's training, the
+    metadata of a safetensors file); else the system's, where `name` is given; else those that the shapes
+    tell, completed by the official ones.
+
     Args:
-        path: a `.pth`, `.pt`, `.ckpt` or `.safetensors` file as releases publish it.
+        path: a `.pth`, `.pt`, `.ckpt` or `.safetensors` file as authors publish it.
         name: the system that it has to be; by default the file tells (see `identify`).
         strict: refuse a checkpoint whose names or shapes differ; otherwise load what fits, if anything.
         tlc: as in `create`.
+        param_key: as in `read_checkpoint`.
         overrides: settings that leave no trace in the weights, such as ConvIR's `dilations`.
 
     Raises:
-        CheckpointError: no checkpoint, damaged, holds code; of no known system, or not of `name`; not
-            for RGB images; or `strict` and something differs, with the nearest system and the first
-            differences in the message.
+        CheckpointError: no checkpoint, damaged, holds code; of no known system, or not of `name`; stated
+            settings that contradict the weights; not for RGB images; or `strict` and something differs,
+            with the nearest system and the first differences in the message.
         UserError: as `create`.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, param_key)
     architecture, settings = _described(checkpoint, name)
-    network = _build(architecture, {**settings, **overrides}, tlc)
-    _check_channels(network, checkpoint)
-    if strict or not _shapes(network.state_dict()) & _shapes(checkpoint.state):
-        _check_fit(network, checkpoint, name or architecture)
+    settings = {**settings, **overrides}
+    # Nothing of the size that the file states is allocated before it is compared with what the file holds.
+    _check_depth(architecture, settings, checkpoint)
+    shapes = _build_on_meta(architecture, settings)
+    _check_stated(shapes, checkpoint, name)
+    _check_channels(shapes, checkpoint)
+    if strict or not _shapes(shapes.state_dict()) & _shapes(checkpoint.state):
+        _check_fit(shapes, checkpoint, name or architecture)
+    elif _numbers(shapes.state_dict()) > LARGEST_SHARE * _numbers(checkpoint.state):
+        raise CheckpointError(
+            f'{checkpoint.path}: its settings ask for {_numbers(shapes.state_dict()):,d} parameters, but it '
+            f'holds {_numbers(checkpoint.state):,d}; give a checkpoint of the whole network'
+        )
+    network = _build(architecture, settings, tlc)
     load_into(network, checkpoint, strict=strict)
     return network
 
 
-def identify(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]]:
-    """Tell whose weights these are.
+def identify(
+    source: Mapping[str, Tensor] | Checkpoint | str | os.PathLike[str],
+) -> tuple[str, dict[str, Any]]:
+    """Tell which system weights belong to.
 
     Args:
-        state: a bare state dict.
+        source: a bare state dict, what `read_checkpoint` returned, or a file.  Only the latter two can
+            state settings that leave no trace in the weights.
 
     Returns:
         The system's name, or its architecture's if no named system has these sizes; and all settings
-        that rebuild it.  What leaves no trace in the weights is as the authors have it.
+        that rebuild it.  What the file does not state and the weights do not tell is the official value.
 
     Raises:
         CheckpointError: the weights of no known system, in which case the nearest and the first differing
-            keys are named; or entries that tell the settings are missing.
+            keys are named; entries that tell the settings are missing; or settings that the file states
+            contradict its weights.
     """
-    architecture = _recognised(state)
-    settings = settings_of(architecture, state)
+    if isinstance(source, (str, os.PathLike)):
+        source = read_checkpoint(source)
+    if isinstance(source, Checkpoint) and source.described() is not None:
+        architecture, settings = _described(source, None)
+        _check_depth(architecture, settings, source)
+        _check_fit(_build_on_meta(architecture, settings), source, architecture)
+    else:
+        state = source.state if isinstance(source, Checkpoint) else source
+        architecture = _recognised(state)
+        settings = settings_of(architecture, state)
     return _name_of(architecture, settings) or architecture, settings
 
 
 def settings_of(architecture: str, state: Mapping[str, Tensor]) -> dict[str, Any]:
     """All settings that rebuild the network of `state`, the weights of an architecture; as `identify`."""
+    for key in state:
+        if any(int(index) > len(state) for index in re.findall(r'\d+', key[:MOST_ENTRIES])):
+            raise CheckpointError(
+                f'these are {len(state)} weights, but one is named {key[:80]!r}; download again'
+            )
     try:
         found = network_class(architecture).settings_from_state(state)
-    except (KeyError, IndexError, ZeroDivisionError) as error:
+    except (LookupError, ArithmeticError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise CheckpointError(
-            f'these are weights of {architecture}, but {error} is missing or wrong; fetch the file again'
+            f'these are weights of {architecture}, but {error} is missing or wrong; download the file again'
         ) from None
     # What leaves no trace is taken from the system of these sizes, else from the architecture's first.
     name = _name_of(architecture, found)
@@ -215,8 +269,8 @@ def convert(
     """Write a checkpoint as safetensors that say which system they belong to, and read them back.
 
     The file's metadata hold `format` (`'pt'`), `system` (a name, or an architecture) and `settings`
-    (JSON).  Whatever wrapped the weights is left away; their values stay, and their types unless `dtype` says
-    otherwise.
+    (JSON).  Keys around the state dict are dropped; values of the weights stay, and their types unless
+    `dtype` says otherwise.
 
     Args:
         source: as for `load`.
@@ -232,10 +286,12 @@ def convert(
         UserError: `target` cannot be written, or does not end with .safetensors.
     """
     if not os.fspath(target).endswith('.safetensors'):
-        raise UserError(f'{os.fspath(target)}: call it *.safetensors, for readers go by the name')
+        raise UserError(f'{os.fspath(target)}: choose a name that ends with .safetensors')
     checkpoint = read_checkpoint(source)
     architecture, settings = _described(checkpoint, name)
-    network = _without_data(architecture, settings)
+    _check_depth(architecture, settings, checkpoint)
+    network = _build_on_meta(architecture, settings)
+    _check_stated(network, checkpoint, name)
     _check_channels(network, checkpoint)
     _check_fit(network, checkpoint, name or architecture)
     system = name or _name_of(architecture, settings) or architecture
@@ -262,42 +318,73 @@ def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
 
 
-def _build(architecture: str, settings: Mapping[str, Any], tlc: TrainSize | None) -> nn.Module:
-    known = _defaults(architecture)
+def _build(architecture: str, settings: Mapping[str, Any], tlc: TrainSize | None) -> RestorationNetwork:
+    kind = network_class(architecture)
+    known = kind.default_settings()
     for key in settings:
         if key not in known:
             raise UserError(f'{architecture} has no setting {key!r}{did_you_mean(key, known)}')
     if tlc is not None and not any(system.tlc for system in _systems(architecture)):
-        pooled = ', '.join(system.name for system in SYSTEMS if system.tlc)
+        pooled = ', '.join(system.name for system in _BY_NAME.values() if system.tlc)
         raise UserError(f'{architecture} has no local pooling; leave it off, or choose one of {pooled}')
     try:
-        network = padded(network_class(architecture))(**settings)
-    except (TypeError, ValueError) as error:
-        raise UserError(f'{architecture} cannot be built with these settings: {error}') from error
-    return network if tlc is None else use_local_pooling(network, tlc)
+        network = kind(**settings)
+    except (TypeError, ValueError, LookupError, ArithmeticError, AssertionError, RuntimeError) as error:
+        reason = ' '.join(str(error).split())
+        raise UserError(f'{architecture} cannot be built with these settings: {reason}') from error
+    if tlc is not None:
+        use_local_pooling(network, tlc)
+    return network
 
 
-def _defaults(architecture: str) -> dict[str, Any]:
-    """The settings that an architecture takes; some classes pass what they do not know to the one above."""
-    found: dict[str, Any] = {}
-    for kind in network_class(architecture).__mro__:
-        if '__init__' in vars(kind):
-            parameters = inspect.signature(kind.__init__).parameters.values()
-            named = {p.name: p.default for p in parameters if p.kind is not p.VAR_KEYWORD}
-            found = {**named, **found}
-            if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-                break
-    return {name: default for name, default in found.items() if name != 'self'}
+def _build_on_meta(architecture: str, settings: Mapping[str, Any]) -> RestorationNetwork:
+    """The network with names and shapes but without data, at the cost of neither time nor memory."""
+    try:
+        with torch.device('meta'):
+            return _build(architecture, settings, None)
+    except UserError as error:
+        if not isinstance(error.__cause__, RuntimeError):
+            raise
+    # IPT computes with tensors of the CPU while it is built.
+    with FakeTensorMode(), warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'Accessing the data pointer')
+        network = _build(architecture, settings, None)
+    return meta_copy(network)
+
+
+def _shipped(system: System) -> Path:
+    """The file of a system's weights in the package.
+
+    Raises:
+        UserError: the package has none.
+        CheckpointError: they are not those that were published.
+    """
+    if system.weights is None:
+        have = ', '.join(other.name for other in _BY_NAME.values() if other.weights) or 'no system'
+        raise UserError(
+            f'the package has no weights of {system.name}, but of {have}; train it, or load a file'
+        )
+    path = WEIGHTS / system.weights.file
+    try:
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f'cannot read {path}: {error.strerror}; install the package again') from None
+    if found != system.weights.sha256:
+        raise CheckpointError(
+            f'{path} has the SHA-256 {found}, not {system.weights.sha256}; install the package again'
+        )
+    return path
 
 
 def _systems(architecture: str) -> list[System]:
-    return [system for system in SYSTEMS if system.architecture == architecture]
+    return [system for system in _BY_NAME.values() if system.architecture == architecture]
 
 
 def _name_of(architecture: str, settings: Mapping[str, Any]) -> str | None:
     """The system with exactly these settings; those that are not given count as equal."""
+    defaults = network_class(architecture).default_settings()
     for system in _systems(architecture):
-        own = {**_defaults(architecture), **system.settings}
+        own = {**defaults, **system.settings}
         if all(_plain(own.get(key)) == _plain(value) for key, value in settings.items()):
             return system.name
     return None
@@ -308,32 +395,56 @@ def _plain(value: Any) -> Any:
 
 
 def _described(checkpoint: Checkpoint, name: str | None) -> tuple[str, dict[str, Any]]:
-    """Architecture and settings by the file's metadata, else by `name`, else by the weights."""
-    told = checkpoint.metadata
-    if {'system', 'settings'} <= told.keys() and name in (None, told['system']):
-        return _from_metadata(checkpoint)
+    """Architecture and settings as the file states them, else by `name`, else by the weights."""
+    stated = checkpoint.described()
+    if stated is not None:
+        return _stated(checkpoint, *stated, name)
     if name is not None:
         system = get(name)
         return system.architecture, dict(system.settings)
     try:
         found, settings = identify(checkpoint.state)
-    except CheckpointError as error:
+    except UserError as error:
         raise CheckpointError(f'{checkpoint.path}: {error}') from None
-    return _architecture(found), _rgb(settings)
+    architecture = _architecture(found)
+    return architecture, _rgb(architecture, settings)
 
 
-def _from_metadata(checkpoint: Checkpoint) -> tuple[str, dict[str, Any]]:
-    system = checkpoint.metadata['system']
+def _stated(
+    checkpoint: Checkpoint, found: str, settings: dict[str, Any], name: str | None
+) -> tuple[str, dict[str, Any]]:
+    """What a file states, checked against the system that it has to be.
+
+    Args:
+        checkpoint: the file.
+        found: a system or an architecture.
+        settings: what differs from that system's settings, or from the architecture's defaults.
+        name: the system that it has to be, if one was asked for.
+    """
     try:
-        settings = json.loads(checkpoint.metadata['settings'])
-    except json.JSONDecodeError:
-        settings = None
-    if not isinstance(settings, dict):
-        raise CheckpointError(f'{checkpoint.path}: its metadata hold settings that are no JSON object')
-    try:
-        return _architecture(system), _rgb(settings)
+        architecture = _architecture(found)
     except UnknownSystemError as error:
         raise CheckpointError(f'{checkpoint.path}: by its metadata, {error}') from None
+    if found in _BY_NAME:
+        settings = {**get(found).settings, **settings}
+    if name is not None and get(name).architecture != architecture:
+        raise CheckpointError(f'{checkpoint.path} does not fit {name}: it states that it is a {found}')
+    return architecture, _rgb(architecture, settings)
+
+
+def _check_stated(network: RestorationNetwork, checkpoint: Checkpoint, name: str | None) -> None:
+    """Refuse a file that states other settings than those of the system that it has to be."""
+    stated = checkpoint.described()
+    if stated is None or name in (None, stated[0]):
+        return
+    system = get(str(name))
+    wanted = create_on_meta(system.name).settings
+    for key in system.settings:
+        if key in wanted and _plain(network.settings[key]) != _plain(wanted[key]):
+            raise CheckpointError(
+                f'{checkpoint.path} does not fit {name}: it states that {key} is {network.settings[key]}, '
+                f'not {wanted[key]}'
+            )
 
 
 def _architecture(found: str) -> str:
@@ -343,18 +454,19 @@ def _architecture(found: str) -> str:
     return get(found).architecture
 
 
-def _rgb(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in settings.items() if key not in CHANNEL_SETTINGS}
+def _rgb(architecture: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    channels = network_class(architecture).channel_settings
+    return {key: value for key, value in settings.items() if key not in channels}
 
 
 def _recognised(state: Mapping[str, Tensor]) -> str:
-    for architecture in dict.fromkeys(system.architecture for system in SYSTEMS):
+    for architecture in architectures():
         if network_class(architecture).recognises(state):
             return architecture
     name, share = nearest(state)
     raise CheckpointError(
         f'these are the weights of no system known here; the nearest is {name} with {share:.0%} of the '
-        f'entries in common: {"; ".join(mismatches(create_without_data(name), state))}'
+        f'entries in common: {"; ".join(mismatches(create_on_meta(name), state))}'
     )
 
 
@@ -372,8 +484,25 @@ def _check_channels(network: nn.Module, checkpoint: Checkpoint) -> None:
                 )
 
 
+def _check_depth(architecture: str, settings: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+    """Refuse settings that would build more blocks than the file has weights."""
+    for key, value in settings.items():
+        entries = value if isinstance(value, (list, tuple)) else [value]
+        blocks = sum(entry for entry in entries if isinstance(entry, int))
+        deep = key in network_class(architecture).depth_settings and blocks > len(checkpoint.state)
+        if deep or len(entries) > MOST_ENTRIES:
+            raise CheckpointError(
+                f'{checkpoint.path}: its settings ask for {max(blocks, len(entries))} blocks ({key}), but it '
+                f'holds {len(checkpoint.state)} weights; download it again'
+            )
+
+
 def _check_fit(network: nn.Module, checkpoint: Checkpoint, wanted: str) -> None:
     faults = mismatches(network, checkpoint.state)
+    if faults and checkpoint.described() is not None and wanted not in _BY_NAME:
+        raise CheckpointError(
+            f'{checkpoint.path}: the settings that it states contradict its weights: {"; ".join(faults)}'
+        )
     if faults:
         name, share = nearest(checkpoint.state)
         raise CheckpointError(
@@ -382,22 +511,17 @@ def _check_fit(network: nn.Module, checkpoint: Checkpoint, wanted: str) -> None:
         )
 
 
+def _numbers(state: Mapping[str, Tensor]) -> int:
+    return sum(tensor.numel() for tensor in state.values())
+
+
 def _shapes(state: Mapping[str, Tensor]) -> frozenset[tuple[str, torch.Size]]:
     return frozenset((key, tensor.shape) for key, tensor in state.items())
 
 
 @cache
 def _shapes_of(name: str) -> frozenset[tuple[str, torch.Size]]:
-    return _shapes(create_without_data(name).state_dict())
-
-
-def _without_data(architecture: str, settings: Mapping[str, Any]) -> nn.Module:
-    """The network without data: it has names and shapes, and costs neither time nor memory."""
-    try:
-        with torch.device('meta'):
-            return _build(architecture, settings, None)
-    except RuntimeError:  # IPT computes with its tensors while it is built
-        return _build(architecture, settings, None).to('meta')
+    return _shapes(create_on_meta(name).state_dict())
 
 
 def _equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:

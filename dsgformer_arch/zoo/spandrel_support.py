@@ -1,12 +1,15 @@
 """Our networks in spandrel's registry, so that `spandrel.ModelLoader` opens their files.
 
-Importing `dsgformer_arch` calls `register`.  Restormer, MPRNet, NAFNet, FFTformer and IPT are
-spandrel's own (the first two in spandrel_extra_arches) and keep its recognition and its classes.
+Importing `dsgformer_arch` calls `register`.  Networks that spandrel has itself (Restormer, MPRNet, NAFNet,
+FFTformer, IPT) keep its recognition and its classes.
+
+`ModelLoader` hands over tensors only: settings that leave no trace in shapes, such as DSGformer's `score`,
+are then the official ones, whatever the file states.  `load_file` takes the file's.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import os
 
 import spandrel_extra_arches
 from spandrel import (
@@ -18,41 +21,41 @@ from spandrel import (
     SizeRequirements,
     StateDict,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
-from dsgformer_arch import zoo
+from dsgformer_arch.archs.layers.network import RestorationNetwork
 from dsgformer_arch.restore import final_output, predict
-
-WHOLE_IMAGE = {'DSGformer', 'MHNet', 'DRSformer', 'MBTaylorFormerV2', 'Stripformer'}
-"""Networks whose attention sees the whole image: cut into tiles they compute something else."""
-
-ARCHITECTURES = ('DSGformer', 'MHNet', 'Stripformer', 'ConvIR', 'MBTaylorFormerV2', 'DRSformer')
-"""Their names in ARCH_REGISTRY, which are their ids in spandrel's."""
+from dsgformer_arch.zoo import registry
 
 
-class Release(Architecture[nn.Module]):
-    """One of our networks as spandrel knows networks.
+class SystemArchitecture(Architecture[RestorationNetwork]):
+    """One of our networks as spandrel describes networks.
 
     Args:
-        architecture: its name in ARCH_REGISTRY.
+        architecture: its name in ARCH_REGISTRY, which is its id in spandrel's registry.
     """
 
     def __init__(self, architecture: str) -> None:
         super().__init__(
-            id=architecture, detect=lambda state: zoo.network_class(architecture).recognises(state)
+            id=architecture, detect=lambda state: registry.network_class(architecture).recognises(state)
         )
 
-    def load(self, state_dict: StateDict) -> ImageModelDescriptor[nn.Module]:
+    def load(self, state_dict: StateDict) -> ImageModelDescriptor[RestorationNetwork]:
         """The network of a state dict, with its weights.
 
         Raises:
             CheckpointError: entries that tell the settings are missing.
         """
-        settings = zoo.settings_of(self.id, state_dict)
-        network: Any = zoo.network_class(self.id)(**settings)
+        settings = registry.settings_of(self.id, state_dict)
+        return self.describe(registry.network_class(self.id)(**settings), state_dict)
+
+    def describe(
+        self, network: RestorationNetwork, state: StateDict
+    ) -> ImageModelDescriptor[RestorationNetwork]:
+        """A network of this architecture; it pads its images itself, so spandrel need not."""
         return ImageModelDescriptor(
             network,
-            state_dict,
+            state,
             architecture=self,
             purpose='Restoration',
             tags=[],
@@ -61,8 +64,8 @@ class Release(Architecture[nn.Module]):
             scale=1,
             input_channels=3,
             output_channels=3,
-            size_requirements=SizeRequirements(minimum=network.min_size, multiple_of=network.pad_multiple),
-            tiling=ModelTiling.DISCOURAGED if self.id in WHOLE_IMAGE else ModelTiling.SUPPORTED,
+            size_requirements=SizeRequirements(),
+            tiling=ModelTiling.DISCOURAGED if network.sees_whole_image else ModelTiling.SUPPORTED,
             call_fn=_restored,
         )
 
@@ -70,10 +73,30 @@ class Release(Architecture[nn.Module]):
 def register() -> None:
     """Add our architectures, and spandrel_extra_arches', to spandrel's main registry; again does nothing."""
     spandrel_extra_arches.install(ignore_duplicates=True)
-    ours = (ArchSupport.from_architecture(Release(architecture)) for architecture in ARCHITECTURES)
-    MAIN_REGISTRY.add(*ours, ignore_duplicates=True)
+    supports = (ArchSupport.from_architecture(SystemArchitecture(name)) for name in own_architectures())
+    MAIN_REGISTRY.add(*supports, ignore_duplicates=True)
 
 
-def _restored(network: nn.Module, image: Tensor) -> Tensor:
-    """A network's final image in [0, 1], whatever range its release works in."""
-    return final_output(network, predict(network, image, getattr(network, 'input_offset', 0.0)))
+def own_architectures() -> list[str]:
+    """The architectures that spandrel does not have itself."""
+    return [
+        name
+        for name in registry.architectures()
+        if registry.network_class(name).spandrel_architecture is None
+    ]
+
+
+def load_file(path: str | os.PathLike[str]) -> ImageModelDescriptor[RestorationNetwork]:
+    """Open a checkpoint of any system for spandrel, with the settings that the file states.
+
+    Raises:
+        UserError: as `zoo.load`.
+    """
+    network = registry.load(path)
+    architecture = SystemArchitecture(type(network).__name__)
+    return architecture.describe(network, network.state_dict())
+
+
+def _restored(network: RestorationNetwork, image: Tensor) -> Tensor:
+    """A network's final image in [0, 1], whatever range its official implementation works in."""
+    return final_output(network, predict(network, image, network.input_offset))

@@ -27,26 +27,38 @@ class Reported:
 
 
 @dataclass(frozen=True)
+class Weights:
+    """A checkpoint that the package ships, for `zoo.create(name, pretrained=True)`.
+
+    Attributes:
+        file: its name in the package's folder `weights`.
+        sha256: of the file, in hexadecimal digits; verified whenever it is loaded.
+    """
+
+    file: str
+    sha256: str
+
+
+@dataclass(frozen=True)
 class System:
     """One system of the comparison.
 
     Attributes:
-        name: as the command lines and `zoo.create` take it.
-        architecture: its class in ARCH_REGISTRY.
+        name: as command lines and `zoo.create` take it.
+        architecture: its class in ARCH_REGISTRY, a `RestorationNetwork`.
         settings: keyword arguments of that class.
-        task: what the released weights are for, `'deblurring'` or `'deraining'`.
+        task: what the official weights are for, `'deblurring'` or `'deraining'`.
         title: of the paper; authors, venue and year with it.
         url: of the paper.
-        release: the authors' repository.
-        licence: of the release.
+        release: repository of the official implementation.
+        licence: of the official implementation.
         parameters: number of trainable parameters.
         reported: what its own paper reports.
-        release_excess: multiply-adds at 256×256 that the release spends on top, for the same numbers.
+        release_excess: MACs at 256×256 that the official implementation takes on top, for the same result.
         tlc: whether local pooling at test time applies to it.
+        weights: the checkpoint that the package ships; None for none.
         compiles: `'yes'`, or what `torch.compile` cannot do and why.
         bf16: `'yes'`, or what bfloat16 autocast cannot do and why.
-        weights: the file of the package's folder `weights` that holds weights for it; empty for none.
-        sha256: of that file.
     """
 
     name: str
@@ -64,10 +76,9 @@ class System:
     reported: tuple[Reported, ...] = ()
     release_excess: int = 0
     tlc: bool = False
+    weights: Weights | None = None
     compiles: str = 'yes'
     bf16: str = 'yes'
-    weights: str = ''
-    sha256: str = ''
 
 
 RESTORER = 'quoted by PromptRestorer (NeurIPS 2023), tables 1 and 2'

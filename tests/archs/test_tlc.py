@@ -17,7 +17,9 @@ from dsgformer_arch.archs.convir_arch import ConvIR
 from dsgformer_arch.archs.drsformer_arch import DRSformer, TopKSparseAttention
 from dsgformer_arch.archs.dsgformer_arch import DSGformer
 from dsgformer_arch.archs.mhnet_arch import MHNet
-from dsgformer_arch.archs.spandrel_arch import MPRNet, NAFNet, Restormer
+from dsgformer_arch.archs.mprnet_arch import MPRNet
+from dsgformer_arch.archs.nafnet_arch import NAFNet
+from dsgformer_arch.archs.restormer_arch import Restormer
 from dsgformer_arch.archs.tlc import LocalAvgPool2d, use_local_pooling, windowed
 from dsgformer_arch.utils.errors import UserError
 from tests.conformance.check import check

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from dsgformer_arch.benchmark import record as records
+from dsgformer_arch.benchmark.render import output
 from dsgformer_arch.utils.errors import UserError
 from tests.benchmark.conftest import make
 
@@ -81,7 +82,7 @@ def test_the_command_can_be_typed_again(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_page_tells_how_the_numbers_were_made() -> None:
-    page = records.markdown_page('Title', make('speed'), ['part'])
+    page = output.markdown_page('Title', make('speed'), ['part'])
     assert page.startswith('# Title\n\npart\n\n')
     for fact in (
         '--x',
@@ -96,7 +97,7 @@ def test_a_page_tells_how_the_numbers_were_made() -> None:
 
 
 def test_cells_without_a_value_stay_empty() -> None:
-    table = records.markdown_table({'a': 'A', 'b': 'B'}, [{'a': 'x'}, {'a': 'y', 'b': '0'}])
+    table = output.markdown_table({'a': 'A', 'b': 'B'}, [{'a': 'x'}, {'a': 'y', 'b': '0'}])
     assert table.splitlines() == ['| A | B |', '|---|---:|', '| x |  |', '| y | 0 |']
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import lmdb
 import numpy as np
 import pytest
 import torch
@@ -108,6 +110,230 @@ def test_interrupted_run_goes_on(tmp_path: Path) -> None:
     resumed = torch.load(run / 'models' / 'net_g_4.pth', weights_only=True)
     assert not torch.equal(resumed['params']['head.weight'], weights['params']['head.weight'])
     assert torch.allclose(resumed['params']['head.weight'], weights['params']['head.weight'], atol=0.01)
+
+
+def content(run: Path, iteration: int) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint by name, optimizer and average included."""
+    tensors: dict[str, torch.Tensor] = {}
+
+    def collect(prefix: str, value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            tensors[prefix] = value
+        elif isinstance(value, dict):
+            for key, part in value.items():
+                collect(f'{prefix}/{key}', part)
+        elif isinstance(value, (list, tuple)):
+            for key, part in enumerate(value):
+                collect(f'{prefix}/{key}', part)
+        elif isinstance(value, (int, float)) and 'seconds' not in prefix:
+            tensors[prefix] = torch.tensor(value)
+
+    collect('network', torch.load(run / 'models' / f'net_g_{iteration}.pth', weights_only=True))
+    collect('state', torch.load(run / 'training_states' / f'{iteration}.state', weights_only=True))
+    return tensors
+
+
+def assert_same_end(run: Path, other: Path, iteration: int) -> None:
+    """Two runs ended bit for bit alike."""
+    expected, found = content(run, iteration), content(other, iteration)
+    assert set(expected) == set(found)
+    differing = [name for name, value in expected.items() if not torch.equal(value, found[name])]
+    assert not differing
+    for name in ('metrics_sample.json',):
+        assert (run / name).read_text() == (other / name).read_text()
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_a_resumed_run_ends_like_an_uninterrupted_one(workers: int, tmp_path: Path) -> None:
+    """Stopped within a pass over the data, with a validation right after the checkpoint."""
+    options = tiny_options(iterations=7)
+    options['datasets']['train'] |= {'num_worker_per_gpu': workers, 'persistent_workers': False}
+    options['network_g']['recompute'] = True
+    options['logger']['save_checkpoint_freq'] = 4
+    options['val']['val_freq'] = 2
+    file = write_project(tmp_path, options)
+    assert basicsr.main(['train', '-opt', str(file), '--force_yml', 'name=whole']) == 0
+    assert basicsr.main(['train', '-opt', str(file), '--force_yml', 'train:total_iter=4']) == 0
+    basicsr_run = tmp_path / 'experiments' / 'tiny'
+    assert basicsr.main(['train', '-opt', str(file), '--auto_resume']) == 0
+    assert_same_end(tmp_path / 'experiments' / 'whole', basicsr_run, 7)
+    best = torch.load(basicsr_run / 'training_states' / '7.state', weights_only=True)['best']
+    assert set(best['sample']) == {'psnr', 'ssim'}
+
+
+def test_a_second_run_of_one_name_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dsgformer_arch.models import pipelines
+
+    monkeypatch.setattr(pipelines, 'LOCK_SECONDS', 0.1)
+    file = write_project(tmp_path, tiny_options(iterations=2))
+    run = tmp_path / 'experiments' / 'tiny'
+    with pipelines.run_lock({'rank': 0, 'path': {'experiments_root': str(run)}}):
+        message = stopped(['train', '-opt', str(file)], capsys)
+    assert 'another run called tiny' in message
+    assert not run.exists()
+    assert basicsr.main(['train', '-opt', str(file)]) == 0
+
+
+def test_resume_state_with_a_new_name_and_another_root(tmp_path: Path) -> None:
+    file = write_project(tmp_path, tiny_options(iterations=4))
+    assert basicsr.main(['train', '-opt', str(file), '--force_yml', 'train:total_iter=2']) == 0
+    state = tmp_path / 'experiments' / 'tiny' / 'training_states' / '2.state'
+    other = tmp_path / 'other'
+    (other / 'datasets').mkdir(parents=True)
+    (other / 'datasets' / 'sample').symlink_to(tmp_path / 'datasets' / 'sample')
+    forced = [f'path:resume_state={state}', 'name=renamed']
+    assert basicsr.main(['train', '-opt', str(file), '--root', str(other), '--force_yml', *forced]) == 0
+    run = other / 'experiments' / 'renamed'
+    assert (run / 'training_states' / '4.state').is_file()
+    assert basicsr.main(['train', '-opt', str(file), '--auto_resume']) == 0
+    assert_same_end(tmp_path / 'experiments' / 'tiny', run, 4)
+
+
+def test_auto_resume_falls_back_from_a_damaged_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_project(tmp_path, tiny_options(iterations=4))
+    assert basicsr.main(['train', '-opt', str(file)]) == 0
+    run = tmp_path / 'experiments' / 'tiny'
+    shutil.copytree(run, tmp_path / 'whole')
+    (run / 'models' / 'net_g_4.pth').write_bytes(b'damaged')
+    leftover = run / 'models' / 'net_g_4.pth.part99'
+    leftover.write_bytes(b'half')
+    assert basicsr.main(['train', '-opt', str(file), '--auto_resume']) == 0
+    error = capsys.readouterr().err
+    assert error.count('skipping a checkpoint') == 1
+    assert 'iterations 3 to 4' in error
+    assert_same_end(tmp_path / 'whole', run, 4)
+    assert not leftover.exists()
+
+
+def test_an_earlier_run_is_kept_until_everything_is_checked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = tiny_options(iterations=2)
+    file = write_project(tmp_path, options)
+    assert basicsr.main(['train', '-opt', str(file)]) == 0
+    for forced in ('train:optim_g:type=Adamm', 'train:optim_g:momentum=0.9'):
+        stopped(['train', '-opt', str(file), '--force_yml', forced], capsys)
+    torch.save({'params': {'conv.weight': torch.ones(3, 3)}}, tmp_path / 'other.pth')
+    forced = f'path:pretrain_network_g={tmp_path / "other.pth"}'
+    assert 'does not fit' in stopped(['train', '-opt', str(file), '--force_yml', forced], capsys)
+    assert [path.name for path in (tmp_path / 'experiments').glob('[!.]*')] == ['tiny']
+    assert (tmp_path / 'experiments' / 'tiny' / 'models' / 'net_g_latest.pth').is_file()
+
+
+def test_kept_and_best_checkpoints(tmp_path: Path) -> None:
+    options = tiny_options(iterations=8) | {'save': {'keep_last': 2, 'best': 'psnr'}}
+    options['val']['val_freq'] = 1
+    file = write_project(tmp_path, options)
+    assert basicsr.main(['train', '-opt', str(file)]) == 0
+    run = tmp_path / 'experiments' / 'tiny'
+    assert {path.name for path in (run / 'training_states').iterdir()} == {'6.state', '8.state'}
+    assert {path.name for path in (run / 'models').iterdir()} == {
+        'net_g_6.pth', 'net_g_8.pth', 'net_g_best.pth', 'net_g_latest.pth',
+    }  # fmt: skip
+    best = torch.load(run / 'training_states' / '8.state', weights_only=True)['best']['sample']['psnr']
+    record = json.loads((run / 'metrics_sample.json').read_text())
+    assert best['val'] >= record['means']['psnr'] or best['iter'] < 8
+    saved = torch.load(run / 'models' / 'net_g_best.pth', weights_only=True)
+    assert saved['network'] == options['network_g']
+
+
+def make_corrupt(folder: Path, key: str) -> None:
+    """The image is a PNG that ends after its signature."""
+    with lmdb.open(str(folder)) as environment, environment.begin(write=True) as transaction:
+        transaction.put(key.encode(), b'\x89PNG\r\n\x1a\n')
+
+
+@pytest.mark.parametrize(('workers', 'prefetch'), [(0, None), (2, None), (0, 'cpu')])
+def test_a_corrupt_image_ends_the_run_or_is_replaced(
+    workers: int, prefetch: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = tiny_options(iterations=4)
+    train = options['datasets']['train']
+    train |= {'num_worker_per_gpu': workers, 'prefetch_mode': prefetch}
+    file = write_project(tmp_path, options)
+    make_corrupt(tmp_path / 'datasets' / 'sample' / 'train_lq.lmdb', 'train-1')
+    message = stopped(['train', '-opt', str(file)], capsys)
+    assert 'train-1' in message
+    train['corrupt_images'] = 'replace'
+    write_project(tmp_path, options)
+    assert basicsr.main(['train', '-opt', str(file)]) == 0
+    error = capsys.readouterr().err
+    assert error.count('other images take its place') == 1
+    assert 'train-1' in error
+
+
+@pytest.mark.parametrize(('weights', 'reason'), [
+    (None, 'pretrain_network_g is missing'),
+    (lambda value: value * float('nan'), 'is not finite'),
+    (lambda value: value.to(torch.int8), 'int8'),
+    (lambda value: value * 1j, 'complex'),
+])  # fmt: skip
+def test_weights_that_cannot_be_tested(
+    weights: Any, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from basicsr.archs import build_network
+
+    options = options_to_test()
+    if weights is None:
+        options['path']['pretrain_network_g'] = None
+    else:
+        path = tmp_path / options['path']['pretrain_network_g']
+        path.parent.mkdir(parents=True)
+        state = build_network(options['network_g']).state_dict()
+        torch.save({'params_ema': {key: weights(value) for key, value in state.items()}}, path)
+    file = write_project(tmp_path, options)
+    assert reason in stopped(['test', '-opt', str(file)], capsys)
+    assert not (tmp_path / 'results').exists()
+
+
+def test_a_mistyped_param_key_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from basicsr.archs import build_network
+
+    options = options_to_test()
+    path = tmp_path / options['path']['pretrain_network_g']
+    path.parent.mkdir(parents=True)
+    torch.save({'params': build_network(options['network_g']).state_dict()}, path)
+    file = write_project(tmp_path, options)
+    message = stopped(['test', '-opt', str(file)], capsys)
+    assert 'params_ema' in message
+
+
+def test_a_full_disk_while_images_are_saved(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from basicsr.archs import build_network
+
+    from dsgformer_arch.utils import files
+
+    options = options_to_test()
+    path = tmp_path / options['path']['pretrain_network_g']
+    path.parent.mkdir(parents=True)
+    torch.save({'params_ema': build_network(options['network_g']).state_dict()}, path)
+    file = write_project(tmp_path, options)
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(files.os, 'fsync', full)
+    assert 'No space left' in stopped(['test', '-opt', str(file)], capsys)
+    assert not [path for path in (tmp_path / 'results').rglob('*') if '.png' in path.name]
+
+
+def test_a_forced_seed_seeds(tmp_path: Path) -> None:
+    file = write_project(tmp_path, tiny_options(iterations=2))
+    for name, seed in (('a', 1), ('b', 2), ('c', 1)):
+        forced = [f'name={name}', f'manual_seed={seed}']
+        assert basicsr.main(['train', '-opt', str(file), '--force_yml', *forced]) == 0
+    weights = [
+        torch.load(tmp_path / 'experiments' / name / 'models' / 'net_g_2.pth', weights_only=True)['params']
+        for name in 'abc'
+    ]
+    assert not torch.equal(weights[0]['head.weight'], weights[1]['head.weight'])
+    assert torch.equal(weights[0]['head.weight'], weights[2]['head.weight'])
 
 
 @pytest.mark.parametrize(('images', 'batch', 'total'), [(3, 2, 7), (3, 8, 2)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 
-from dsgformer_arch.models.restoration_model import RestorationModel
+from dsgformer_arch.models.restoration_model import Interrupted, RestorationModel
 from dsgformer_arch.utils.errors import UserError
 from tests.trees import tiny_options
 
@@ -189,3 +190,125 @@ def test_saved_state_holds_what_resuming_needs(tmp_path: Path) -> None:
     torch.rand(7)
     step(other, batch(), 2)
     assert torch.equal(torch.rand(3), draws)
+
+
+def named(data: dict[str, Tensor], *names: str) -> dict[str, Any]:
+    return {**data, 'lq_path': list(names)}
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_a_step_that_is_not_finite_is_skipped(value: float, tmp_path: Path, run_log: list[str]) -> None:
+    model = build(tmp_path, train={'max_skipped_steps': 3})
+    step(model, batch(), 1)
+    before = copy.deepcopy([model.net_g.state_dict(), model.net_g_ema.state_dict()])
+    moments = copy.deepcopy(model.optimizers[0].state_dict()['state'])
+    bad = named(batch() | {'lq': torch.full((2, 3, 24, 24), value)}, 'cellar', 'roof')
+    for iteration in (2, 3):
+        step(model, bad, iteration)
+        assert f'iteration {iteration}: the loss is not finite' in '\n'.join(run_log)
+    for old, new in zip(before, [model.net_g, model.net_g_ema], strict=True):
+        assert all(torch.equal(tensor, new.state_dict()[name]) for name, tensor in old.items())
+    assert str(moments) == str(model.optimizers[0].state_dict()['state'])
+    step(model, batch(), 4)  # a good one in between: the count in a row begins anew
+    assert (model.skipped, model.skipped_in_a_row) == (2, 0)
+    step(model, bad, 5)
+    step(model, named(bad, 'garden', 'roof'), 6)
+    with pytest.raises(
+        UserError, match=r'3 iterations in a row.* images were cellar, roof, garden'
+    ) as caught:
+        step(model, bad, 7)
+    assert '--auto_resume' in str(caught.value)
+
+
+def test_a_gradient_that_is_not_finite_is_skipped(tmp_path: Path, run_log: list[str]) -> None:
+    """The loss is finite: its derivative is not."""
+
+    class Root(nn.Module):
+        def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
+            return (prediction * 0).sqrt().sum()
+
+    model = build(tmp_path)
+    model.losses = {'l_root': Root()}
+    before = copy.deepcopy(model.net_g.state_dict())
+    step(model, batch())
+    assert 'the gradient is not finite' in '\n'.join(run_log)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.net_g.state_dict().items())
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    model = build(tmp_path)
+    model.save(0, 1)
+    with torch.no_grad():
+        next(model.net_g.parameters()).fill_(float('nan'))
+    with pytest.raises(UserError, match='not finite'):
+        model.save(0, 2)
+    assert sorted(path.name for path in tmp_path.glob('*.[ps]t*')) == ['1.state', 'net_g_1.pth']
+
+
+@pytest.mark.parametrize(('count', 'parts'), [(4, 2), (4, 4), (3, 2), (2, 8)])
+@pytest.mark.parametrize('reduction', ['mean', 'sum'])
+def test_accumulated_parts_are_the_whole_batch(
+    count: int, parts: int, reduction: str, tmp_path: Path
+) -> None:
+    gradients, losses = [], []
+    for accumulate in (1, parts):
+        torch.manual_seed(0)
+        loss = {'type': 'L1Loss', 'loss_weight': 1.0, 'reduction': reduction}
+        model = build(tmp_path, train={'accumulate': accumulate, 'pixel_opt': loss, 'grad_clip': None})
+        step(model, batch(count))
+        assert model.output.shape[0] == count
+        gradients.append([p.grad for p in model.net_g.parameters()])
+        losses.append(model.log_dict['l_pixel'])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    for whole, parted in zip(*gradients, strict=True):
+        torch.testing.assert_close(parted, whole, rtol=1e-4, atol=1e-5 * whole.abs().max().item() + 1e-9)
+
+
+class Images(list[dict[str, Any]]):
+    """Pairs of which the second one makes the network below return NaN."""
+
+    opt: dict[str, Any]
+
+    def __init__(self) -> None:
+        super().__init__(
+            {'lq': torch.full((3, 24, 24), value), 'gt': torch.full((3, 24, 24), 0.5), 'lq_path': f'{value}'}
+            for value in (0.5, 0.0)
+        )
+        self.opt = {'name': 'pairs'}
+
+
+class Inverse(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * x / x - 0.5 * self.scale
+
+
+@pytest.mark.parametrize('is_train', [True, False])
+def test_an_image_of_nan_is_not_measured(
+    is_train: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_log: list[str]
+) -> None:
+    """A test stops; a training run goes on, and such a validation is never its best one."""
+    monkeypatch.setitem(ARCH_REGISTRY._obj_map, 'Inverse', Inverse)
+    model = build(tmp_path, network_g={'type': 'Inverse'})
+    model.opt['is_train'] = is_train
+    loader = type('Loader', (), {'dataset': Images()})()
+    if not is_train:
+        with pytest.raises(UserError, match=r'not finite for the image 0'):
+            model.validation(loader, 1, None)
+        return
+    model.validation(loader, 1, None)
+    assert 'not finite for the image 0' in '\n'.join(run_log)
+    assert model.best_metric_results['pairs']['psnr']['iter'] == -1
+    record = json.loads((tmp_path / 'metrics_pairs.json').read_text())
+    assert record['means']['psnr'] is None
+
+
+def test_a_validation_stops_when_asked_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(tmp_path)
+    monkeypatch.setattr(RestorationModel, 'stop_requested', True)
+    with pytest.raises(Interrupted):
+        model.validation(type('Loader', (), {'dataset': Images()})(), 1, None)
+    assert not (tmp_path / 'metrics_pairs.json').exists()

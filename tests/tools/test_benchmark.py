@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dsgformer_arch import zoo
-from dsgformer_arch.benchmark.measure import ablation, quality, speed, training
+from dsgformer_arch.benchmark import commands
 from dsgformer_arch.benchmark.render import report
 from tests.benchmark.conftest import make
 from tests.trees import write_pairs
@@ -40,11 +40,11 @@ def called(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What the subcommands are called with, in place of their work."""
     found: dict[str, Any] = {}
 
-    def record(**settings: Any) -> int:
+    def record(*command: str, **settings: Any) -> int:
         found.update(settings)
         return 0
 
-    for module in (speed, quality, training, ablation, report):
+    for module in (commands, report):
         monkeypatch.setattr(module, 'run', record)
     return found
 
@@ -102,6 +102,12 @@ def test_the_options_of_training_and_ablation_arrive(called: dict[str, Any]) -> 
         (['ablation', '--data', 'x', '--device', 'cuda:99'], '--device cuda:99'),
         (['report', 'nothing.json'], 'cannot read nothing.json'),
         (['faster'], 'invalid choice'),
+        (['speed', '--models', ''], 'name at least one system'),
+        (['speed', '--models', 'nafnet32', '--out', ''], 'names no file'),
+        (['speed', '--models', 'nafnet32', '--threads', '99999'], 'too many for this machine'),
+        (['training', '--models', 'nafnet32', '--data', '/', '--iterations', '2'], 'no finished LMDB'),
+        (['ablation', '--data', 'x', '--lr', 'nan'], 'nan is no positive number'),
+        (['loader', '--data', 'x'], 'no finished LMDB'),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_sentence_and_status_2(

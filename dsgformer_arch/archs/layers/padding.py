@@ -9,16 +9,16 @@ from torch import Tensor
 def pad_to_multiple(x: Tensor, multiple: int, minimum: int = 1) -> Tensor:
     """Pad an image by reflection, below and to the right.
 
-    Unlike `F.pad(mode='reflect')` it takes any size: a picture smaller than
-    its padding is reflected as often as needed.
+    Unlike `F.pad(mode='reflect')` it takes any size: an image smaller than its padding is reflected as
+    often as needed.
 
     Args:
         x: (…, H, W).
-        multiple: what the padded height and width are multiples of.
+        multiple: the padded height and width are multiples of this.
         minimum: the least padded height and width.
 
     Returns:
-        (…, H', W'); `x` itself if nothing is missing.
+        (…, H', W'); `x` itself if it has such a size already.
     """
     height, width = x.shape[-2:]
     target_h, target_w = (padded_size(size, multiple, minimum) for size in (height, width))
@@ -27,6 +27,21 @@ def pad_to_multiple(x: Tensor, multiple: int, minimum: int = 1) -> Tensor:
     if target_w != width:
         x = x.index_select(-1, reflected_indices(width, target_w, x.device))
     return x
+
+
+def crop_padding(output: Tensor, image: Tensor, padded: Tensor) -> Tensor:
+    """The part of `output`, a network's result for `padded`, that belongs to `image`.
+
+    Args:
+        output: (…, h, w), of the size of `padded` or a fraction of it.
+        image: (…, H, W), before padding.
+        padded: (…, H', W'), after it.
+
+    Returns:
+        (…, H·h/H', W·w/W'), rounded up.
+    """
+    height, width = (-(-image.shape[i] * output.shape[i] // padded.shape[i]) for i in (-2, -1))
+    return output[..., :height, :width]
 
 
 def padded_size(size: int, multiple: int, minimum: int = 1) -> int:

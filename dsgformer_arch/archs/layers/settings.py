@@ -1,8 +1,10 @@
-"""Hyperparameters that a state dict's shapes tell only together."""
+"""Settings that only several shapes of a state dict tell together."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
 
 from dsgformer_arch.utils.errors import UserError
 
@@ -20,3 +22,9 @@ def expansion_factor(widths: Sequence[int], hidden: Sequence[int]) -> float:
         if all(int(w * factor) == h for w, h in zip(widths, hidden, strict=True)):
             return factor
     raise UserError(f'no expansion factor makes {list(hidden)} hidden channels of {list(widths)}.')
+
+
+def expansion_factor_from_state(state: Mapping[str, Tensor], levels: Sequence[str]) -> float:
+    """`expansion_factor` of the feed-forward networks `{level}.0.ffn` of Restormer and FFTformer."""
+    shapes = [state[f'{level}.0.ffn.project_out.weight'].shape[:2] for level in levels]
+    return expansion_factor(*zip(*shapes, strict=True))

@@ -1,4 +1,4 @@
-"""How many multiply-adds a network's forward pass takes.
+"""How many MACs a network's forward pass takes.
 
 What is counted is what the network runs: convolutions, matrix products (linear layers and both
 products of every attention), and Fourier transforms, which stand apart because most published counts
@@ -40,13 +40,13 @@ CONVOLUTIONS = {
 
 @dataclass(frozen=True)
 class Complexity:
-    """Multiply-adds by what they are spent on.
+    """MACs by what they are spent on.
 
     Attributes:
         convolutions: transposed ones included.
         products: of matrices.
         fourier: transforms; 5 N log2 N operations for N complex numbers, half of that for real ones, and
-            two operations to a multiply-add.
+            two operations to a MAC.
     """
 
     convolutions: int
@@ -95,7 +95,7 @@ def multiply_adds(name: str, height: int = 256, width: int | None = None, /, **o
 
 
 class _Counter(TorchDispatchMode):
-    """Adds up the multiply-adds of what runs within, by operator."""
+    """Adds up the MACs of what runs within, by operator."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -135,4 +135,4 @@ FOURIER: dict[Any, Callable[[Tensor, Tensor, list[int]], int]] = {
     aten._fft_c2r: lambda x, y, dims: _real_transform(y, dims),
     aten._fft_c2c: lambda x, y, dims: _complex_transform(x, dims),
 }
-"""Multiply-adds of each Fourier transform from its input, its output and the dimensions."""
+"""MACs of each Fourier transform from its input, its output and the dimensions."""

@@ -26,7 +26,7 @@ from dsgformer_arch.restore import final_output, order_memory, predict, restore
 from dsgformer_arch.utils.errors import UserError
 
 PROTOCOL = """\
-The same data, order, crops, flips and quarter turns for every system of a seed; {loss} loss on the final \
+The same data, order, crops, flips and 90° rotations for every system of a seed; {loss} loss on the final \
 output; AdamW (betas {betas[0]:g} and {betas[1]:g}, weight decay 1e-4), gradient norms clipped at {clip}, \
 {warmup:.0%} of the budget linear warm-up to {lr:g}, then a cosine to 1e-6; crops of {patch}×{patch}, batch \
 {batch}, {numbers}. PSNR and SSIM are the means over the held-out images under the protocol `gopro` (8-bit \

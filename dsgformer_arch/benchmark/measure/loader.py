@@ -7,7 +7,6 @@ second; what a loader gives decides whether it waits.
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ from typing import Any
 import torch
 
 from dsgformer_arch.benchmark import record as records
+from dsgformer_arch.benchmark.measure.pairs import from_lmdbs
+from dsgformer_arch.utils.errors import UserError
 from dsgformer_arch.utils.progress import track
 
 DATASETS = ('PairedImageDataset', 'PairedCropDataset')
@@ -35,8 +36,8 @@ def run(
     out: Path = Path('results/benchmark/loader'),
     resume: bool = False,
     device: str = 'cpu',
-) -> int:
-    """Measure both data sets on `data`_gt.lmdb and `data`_lq.lmdb; write `out`.json and `out`.md.
+) -> records.Record:
+    """Measure both data sets on `data`_gt.lmdb and `data`_lq.lmdb; write `out`.json.
 
     Args:
         data: the common start of two LMDBs, such as `datasets/gopro/train`.
@@ -50,7 +51,7 @@ def run(
         device: not used; loaders run on the CPU.
 
     Returns:
-        0.
+        The record.
     """
     settings = {
         'data': records.data_name(data),
@@ -59,6 +60,7 @@ def run(
         'workers': workers,
         'rounds': rounds,
     }
+    check(data, patch)
     path = records.beside(out, '.json')
     record = records.start('loader', settings, PROTOCOL.format(seconds=seconds, rounds=rounds), path, resume)
     if not record.rows:
@@ -75,10 +77,20 @@ def run(
             for name, values in rates.items()
         ]
         record.save(path)
-    records.write_text(records.beside(out, '.md'), page(record))
-    print(table(record))
-    print(f'wrote {path} and {records.beside(out, ".md")}', file=sys.stderr)
-    return 0
+    return record
+
+
+def check(data: str, patch: int) -> None:
+    """Refuse data that the loaders cannot take.
+
+    Raises:
+        UserError: an LMDB is missing or empty, images have no partner, or one is smaller than `patch`.
+    """
+    pairs = from_lmdbs(Path(data))
+    for key in pairs.keys:
+        sizes = [image.shape[:2] for image in pairs.images(key)]
+        if min(map(min, sizes)) < patch:
+            raise UserError(f'--patch is {patch}, but {data} has an image {key} of {sizes[0]}; lower it')
 
 
 def crops_per_second(name: str, data: str, patch: int, batch: int, workers: int, seconds: float) -> float:
@@ -103,37 +115,3 @@ def crops_per_second(name: str, data: str, patch: int, batch: int, workers: int,
         assert isinstance(pair['lq'], torch.Tensor)
         count += pair['lq'].shape[0]
     return count / (time.perf_counter() - started)
-
-
-COLUMNS = {'dataset': 'data set class', 'rate': 'pairs a second', 'ratio': 'ratio'}
-
-
-def cells(record: records.Record) -> list[dict[str, str | None]]:
-    """The table's rows as text: both loaders, and how many times BasicSR's own each delivers."""
-    base = record.rows[0]['pairs_per_second']
-    return [
-        {
-            'dataset': row['dataset'],
-            'rate': f'{row["pairs_per_second"]:.1f} ({row["lowest"]:.1f} to {row["highest"]:.1f})',
-            'ratio': f'{row["pairs_per_second"] / base:.2f}',
-        }
-        for row in record.rows
-    ]
-
-
-def table(record: records.Record) -> str:
-    """Both loaders as a Markdown table."""
-    return records.markdown_table(COLUMNS, cells(record))
-
-
-def note(record: records.Record) -> str:
-    """What a reader of the table has to know."""
-    s = record.settings
-    return (
-        f'Crops of {s["patch"]}×{s["patch"]} from `{s["data"]}`, batch {s["batch"]}, workers: {s["workers"]}.'
-    )
-
-
-def page(record: records.Record) -> str:
-    """The Markdown page of a run."""
-    return records.markdown_page('Data loaders', record, [note(record), table(record)])

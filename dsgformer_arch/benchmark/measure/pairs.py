@@ -178,7 +178,7 @@ def from_split(name: str, split: layouts.Split) -> Pairs:
 
 
 def _lmdbs(start: Path) -> tuple[Path, Path]:
-    return start.with_name(f'{start.name}_lq.lmdb'), start.with_name(f'{start.name}_gt.lmdb')
+    return Path(f'{start}_lq.lmdb'), Path(f'{start}_gt.lmdb')
 
 
 def _own_layout(root: Path, protocol: str) -> layouts.Split:

@@ -21,7 +21,6 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from torch import nn
 
 from dsgformer_arch import zoo
@@ -102,8 +101,8 @@ def run(
     device: str = 'cpu',
     out: Path = Path('results/benchmark/quality'),
     resume: bool = False,
-) -> int:
-    """Score every system on every image and write `out`.csv, `out`.json, `out`.md and `out`.png.
+) -> records.Record:
+    """Score every system on every image and write `out`.csv and `out`.json.
 
     Args:
         models: names of the zoo.
@@ -121,7 +120,7 @@ def run(
         resume: keep the images that `out`.csv has.
 
     Returns:
-        0, or 1 if an image could not be restored or holds a NaN.
+        The record; `failed` of a row counts the images that could not be restored or hold a NaN.
 
     Raises:
         UserError: a system without weights or with another's, an unknown protocol or metric, or data that
@@ -160,12 +159,7 @@ def run(
     if folder is not None:
         record.extra['examples'] = examples(models, rows, pairs, folder)
     record.save(path)
-    records.write_text(records.beside(out, '.md'), page(record))
-    draw(record, records.beside(out, '.png'))
-    print(table(record))
-    ends = ', '.join(str(records.beside(out, end)) for end in ('.csv', '.json', '.md', '.png'))
-    print(f'wrote {ends}', file=sys.stderr)
-    return int(any(row['failed'] for row in record.rows))
+    return record
 
 
 def load(models: Sequence[str], weights: Mapping[str, Path], tlc: int | None) -> dict[str, nn.Module]:
@@ -287,14 +281,22 @@ class Journal:
         return rows
 
     def _read(self) -> Iterator[Row]:
-        text = self.path.read_text(encoding='utf-8')
+        try:
+            text = self.path.read_text(encoding='utf-8')
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f'--resume: cannot read {self.path} ({error}); delete it') from None
         whole = text[: text.rfind('\n') + 1]  # an interrupted run may end within a line
         for row in csv.DictReader(whole.splitlines()):
             if row.keys() != {*self.fields}:
                 raise UserError(f'--resume: {self.path} has other columns; delete it or write elsewhere')
             if not row['error']:
-                values = {column: float(row[column]) for column in self.columns if row[column]}
-                sides = {side: int(row[side]) for side in ('height', 'width')}
+                try:
+                    values = {column: float(row[column]) for column in self.columns if row[column]}
+                    sides = {side: int(row[side]) for side in ('height', 'width')}
+                except (TypeError, ValueError):
+                    raise UserError(
+                        f'--resume: {self.path} has a damaged line for {row["image"]!r}; delete it'
+                    ) from None
                 yield {**row, **sides, **values, 'tiles': row['tiles'] == 'True', 'error': None}
 
     def _write(self, rows: Iterable[Row]) -> None:
@@ -386,9 +388,6 @@ def write_image(path: Path, image: Image) -> None:
     records.put(lambda temporary: Path(temporary).write_bytes(encoded), path)
 
 
-# Presentation.
-
-
 def describe(rules: Protocol, precision: str, tile: int | None, tlc: int | None) -> str:
     """How it was measured, in sentences."""
     tiles = 'Images are restored whole.'
@@ -403,99 +402,3 @@ def describe(rules: Protocol, precision: str, tile: int | None, tlc: int | None)
         name=rules.name, source=rules.source, rounding=rules.rounding, precision=precision, tiles=tiles,
         blurred=BLURRED,
     )  # fmt: skip
-
-
-TITLES = {
-    'psnr': 'PSNR', 'ssim': 'SSIM', 'ssim_skimage': 'SSIM (skimage)', 'ssim_basicsr': 'SSIM (BasicSR)',
-    'psnr_unaligned': 'PSNR unaligned', 'ssim_unaligned': 'SSIM unaligned', 'ecc_converged': 'aligned',
-}  # fmt: skip
-
-
-def columns_of(record: records.Record) -> dict[str, str]:
-    """Headings of the table, by key of `cells`' rows."""
-    lower = record.extra.get('lower_better', [])
-    scored = [*protocol_of(record.settings['protocol']).columns, *record.settings['metrics']]
-    heads = {key: TITLES.get(key, key) + (' ↓' if key in lower else '') for key in scored}
-    return {'model': 'system', 'images': 'images', **heads, 'gain': 'gain', 'note': 'note'}
-
-
-def cells(record: records.Record) -> list[dict[str, str | None]]:
-    """The table's rows as text."""
-    scored = columns_of(record).keys() - {'model', 'images', 'note'}
-    rows = []
-    for row in record.rows:
-        cell: dict[str, str | None] = {'model': row['model'], 'images': str(row['images'])}
-        cell |= {key: formatted(key, row[key]) for key in scored if row.get(key) is not None}
-        rows.append({**cell, 'note': '; '.join(notes(row)) or None})
-    return rows
-
-
-def formatted(column: str, value: float) -> str:
-    """A score as the field's tables print it."""
-    if column == 'ecc_converged':
-        return f'{100 * value:.0f} %'
-    if column == 'gain':
-        return f'{value:+.2f}'
-    return f'{value:.2f}' if column.startswith('psnr') else f'{value:.4f}'
-
-
-def notes(row: Row) -> list[str]:
-    """What a reader has to know about a system's means."""
-    found = []
-    if row['failed']:
-        found.append(f'{row["failed"]} failed: {row["error"]}')
-    if row['identical']:
-        found.append(f'{row["identical"]} equal to the sharp image (infinite PSNR, left out)')
-    if row['in_tiles']:
-        found.append(f'{row["in_tiles"]} in tiles')
-    if row.get('tlc'):
-        found.append(f'local pooling, {row["tlc"]}')
-    return found
-
-
-def table(record: records.Record) -> str:
-    """All systems as a Markdown table."""
-    return records.markdown_table(columns_of(record), cells(record))
-
-
-def title(record: records.Record) -> str:
-    """What was measured, as a heading."""
-    s = record.settings
-    count = f'{s["images"]} image{"" if s["images"] == 1 else "s"}'
-    return f'Quality on {s["data"]} ({count}), protocol {s["protocol"]}'
-
-
-def weights_text(record: records.Record) -> str:
-    """Which files the weights came from."""
-    return (
-        'Weights: ' + ', '.join(f'{name} from `{f}`' for name, f in record.settings['weights'].items()) + '.'
-    )
-
-
-def page(record: records.Record) -> str:
-    """The Markdown page of a run."""
-    parts = [table(record), weights_text(record)]
-    return records.markdown_page(title(record), record, parts)
-
-
-def plot(axis: Axes, record: records.Record) -> None:
-    """Mean gain over the blurred images; the line reaches from the 10th to the 90th percentile of images."""
-    rows = [row for row in record.rows if row.get('gain') is not None]
-    rows.sort(key=lambda row: row['gain'])
-    for i, row in enumerate(rows):
-        axis.plot([row['gain_p10'], row['gain_p90']], [i, i], color='C0', alpha=0.5, lw=2)
-        axis.plot([row['gain']], [i], 'o', color='C0')
-    axis.axvline(0, color='grey', linestyle=':')
-    axis.set_yticks(range(len(rows)), [row['model'] for row in rows])
-    axis.set_ylim(-0.6, max(len(rows), 1) - 0.4)
-    axis.set_xlabel('PSNR over the blurred image, dB')
-    axis.margins(x=0.1)
-    axis.grid(axis='x', alpha=0.3)
-    axis.spines[['top', 'right']].set_visible(False)
-
-
-def draw(record: records.Record, path: Path) -> None:
-    """The figure of a run."""
-    figure, (axis,) = records.canvas(7, 1.4 + 0.35 * len(record.rows))
-    plot(axis, record)
-    records.save_figure(figure, path)

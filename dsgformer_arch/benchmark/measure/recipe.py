@@ -7,9 +7,6 @@ difference is Student's over the seeds.
 
 from __future__ import annotations
 
-import math
-import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.axes import Axes
-from scipy.stats import t as student
 
 from dsgformer_arch import zoo
 from dsgformer_arch.benchmark import record as records
@@ -28,7 +23,6 @@ from dsgformer_arch.utils.errors import UserError
 from dsgformer_arch.utils.progress import Stages
 
 BASE = 'base'
-CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -39,7 +33,7 @@ class Variant:
         title: what is changed, for the table.
         network: settings of the network other than the preset's.
         recipe: fields of `learning.Recipe` other than the base's.
-        cost: an iteration's cost relative to the base's, by multiply-adds; the budget of iterations is
+        cost: an iteration's cost relative to the base's, by MACs; the budget of iterations is
             divided by it, so that all variants have the same.
     """
 
@@ -59,9 +53,7 @@ VARIANTS: dict[str, Variant] = {
     'double_rate': Variant('twice the learning rate', recipe={'lr': 2.0}),
     'l1': Variant('L1 loss alone', recipe={'frequency': 0.0}),
     'full_resolution': Variant('patch 1, a quarter of the iterations', {'patch': 1}, cost=4.0),
-    'quarter_resolution': Variant(
-        'patch 4 and twice the width, the same multiply-adds', {'patch': 4, 'width': 32}
-    ),
+    'quarter_resolution': Variant('patch 4 and twice the width, the same MACs', {'patch': 4, 'width': 32}),
     'one_head': Variant('one head a level', {'heads': (1, 1, 1, 1)}),
 }
 """The changes, by the names that the command line takes.  A recipe's `lr` is a factor on the base's."""
@@ -80,8 +72,8 @@ def run(
     device: str = 'cpu',
     out: Path = Path('results/benchmark/recipe'),
     resume: bool = False,
-) -> int:
-    """Train the base and every variant `seeds` times and write `out`.json, `out`.md and `out`.png.
+) -> records.Record:
+    """Train the base and every variant `seeds` times and write `out`.json.
 
     Args:
         data: folder of `{train,test}_{lq,gt}.lmdb`.
@@ -98,7 +90,7 @@ def run(
         resume: keep the runs that `out`.json has; more variants and seeds may be asked for than before.
 
     Returns:
-        0, or 1 if a variant could not be trained.
+        The record; rows that could not be measured have an `error`.
 
     Raises:
         UserError: `model` is no DSGformer, or a variant is unknown.
@@ -136,117 +128,4 @@ def run(
         row |= attempt(build, pairs, recipe, seed, target, stages)
         record.rows.append(row)
         record.save(path)
-    records.write_text(records.beside(out, '.md'), page(record))
-    draw(record, records.beside(out, '.png'))
-    print(table(record))
-    print(f'wrote {path}, {records.beside(out, ".md")} and {records.beside(out, ".png")}', file=sys.stderr)
-    return int(any(row.get('error') for row in record.rows))
-
-
-def scores_of(record: records.Record, name: str) -> dict[int, float]:
-    """PSNR of a variant by seed."""
-    return {row['seed']: row['psnr'] for row in record.rows if row['variant'] == name and 'psnr' in row}
-
-
-def differences(record: records.Record, name: str) -> list[float]:
-    """PSNR of a variant minus that of the base, for each seed that both have."""
-    base, other = scores_of(record, BASE), scores_of(record, name)
-    return [other[seed] - base[seed] for seed in sorted(base.keys() & other.keys())]
-
-
-def half_interval(values: Sequence[float]) -> float | None:
-    """Half the width of Student's confidence interval of the mean; None for fewer than two values."""
-    if len(values) < 2:
-        return None
-    quantile = float(student.ppf((1 + CONFIDENCE) / 2, len(values) - 1))
-    return quantile * statistics.stdev(values) / math.sqrt(len(values))
-
-
-COLUMNS = {
-    'variant': 'change', 'psnr': 'PSNR', 'spread': 'lowest to highest', 'difference': 'minus the base',
-    'seeds': 'seeds', 'iterations': 'iterations', 'seconds': 'seconds a run',
-}  # fmt: skip
-
-
-def names_of(record: records.Record) -> list[str]:
-    """The variants that a record has, in the order of `VARIANTS`."""
-    return [name for name in VARIANTS if any(row['variant'] == name for row in record.rows)]
-
-
-def cells(record: records.Record) -> list[dict[str, str | None]]:
-    """The table's rows as text, one a variant."""
-    lines: list[dict[str, str | None]] = [
-        {'variant': '(blurred)', 'psnr': f'{record.extra["blurred"]["psnr"]:.3f}'}
-    ]
-    for name in names_of(record):
-        rows = [row for row in record.rows if row['variant'] == name]
-        line: dict[str, str | None] = {'variant': VARIANTS[name].title}
-        scores = [*scores_of(record, name).values()]
-        if scores:
-            done = [row for row in rows if 'psnr' in row]
-            line |= {
-                'psnr': f'{statistics.mean(scores):.3f}',
-                'spread': f'{min(scores):.3f} to {max(scores):.3f}',
-                'seeds': str(len(scores)),
-                'iterations': str(done[0]['iterations']),
-                'seconds': f'{statistics.mean(row["seconds"] for row in done):.0f}',
-            }
-        else:
-            line['psnr'] = str(rows[0].get('error'))
-        paired = differences(record, name)
-        if name != BASE and paired:
-            half = half_interval(paired)
-            line['difference'] = f'{statistics.mean(paired):+.3f}' + (
-                '' if half is None else f' ± {half:.3f}'
-            )
-        lines.append(line)
-    return lines
-
-
-def table(record: records.Record) -> str:
-    """All variants as a Markdown table."""
-    return records.markdown_table(COLUMNS, cells(record))
-
-
-def note(record: records.Record) -> str:
-    """What a reader of the table has to know."""
-    s = record.settings
-    return (
-        f'PSNR in dB of {s["model"]} after {s["iterations"]} iterations, fewer where a variant costs more. '
-        "The base has the preset's settings. The difference is paired by seed: the mean, ± half the "
-        f'{CONFIDENCE:.0%} interval of Student over the seeds. It covers the randomness of training, not of '
-        'the choice of test images.'
-    )
-
-
-def title(record: records.Record) -> str:
-    """What was measured, as a heading."""
-    return f'Training recipe, one change at a time: {record.settings["data"]}'
-
-
-def page(record: records.Record) -> str:
-    """The Markdown page of a run."""
-    return records.markdown_page(title(record), record, [note(record), table(record)])
-
-
-def plot(axis: Axes, record: records.Record) -> None:
-    """Each seed's difference from the base as a point, and the mean with its interval as a bar."""
-    names = [name for name in names_of(record) if name != BASE and differences(record, name)]
-    for i, name in enumerate(names):
-        paired = differences(record, name)
-        axis.plot(paired, [i] * len(paired), 'o', color='C0', ms=4)
-        half = half_interval(paired)
-        axis.errorbar(statistics.mean(paired), i, xerr=half, fmt='|', color='C1', capsize=4)
-    axis.axvline(0, color='grey', linestyle=':')
-    axis.set_yticks(range(len(names)), [VARIANTS[name].title for name in names])
-    axis.set(xlabel='difference from the base, dB')
-    axis.invert_yaxis()
-    axis.grid(axis='x', alpha=0.3)
-    axis.spines[['top', 'right']].set_visible(False)
-
-
-def draw(record: records.Record, path: Path) -> None:
-    """The figure of a run."""
-    figure, axes = records.canvas(8, 4)
-    plot(axes[0], record)
-    records.save_figure(figure, path)
+    return record

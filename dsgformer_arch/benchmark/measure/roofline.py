@@ -34,7 +34,7 @@ class Rates:
     """The ceilings of a device.
 
     Attributes:
-        operations: floating-point operations a second in a product of matrices, two to a multiply-add.
+        operations: floating-point operations a second in a product of matrices, two to a MAC.
         bytes: read and written, a second, in a copy.
     """
 
@@ -42,7 +42,7 @@ class Rates:
     bytes: float
 
     def floor(self, multiply_adds: float, traffic: float) -> float:
-        """Least seconds for so many multiply-adds and bytes: the larger of the two times."""
+        """Least seconds for so many MACs and bytes: the larger of the two times."""
         return max(2 * multiply_adds / self.operations, traffic / self.bytes)
 
 

@@ -1,4 +1,4 @@
-"""How fast a system is and what it costs: latency, throughput, memory, multiply-adds.
+"""How fast a system is and what it costs: latency, throughput, memory, MACs.
 
 All systems of a run live in one process and are measured in turn, A B C A B C,
 so that a machine that slows down slows all of them; ratios to the first system
@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from matplotlib.axes import Axes
 from torch import Tensor, nn
 
 from dsgformer_arch import zoo
@@ -39,12 +38,8 @@ from dsgformer_arch.utils.progress import track
 PROTOCOL = """\
 Latency: median over {rounds} turns, each of which measures every system once, after one untimed call; \
 spread is (largest - smallest) / median. The clock covers a whole call on data that is already on the device \
-{clock}. Multiply-adds: the whole forward pass at the given size, products of attention and FFTs included. \
+{clock}. MACs: the whole forward pass at the given size, products of attention and FFTs included. \
 Memory: {memory}. Freed memory is {freed}. Ratios are to {first}."""
-
-ROOFLINE = """\
-The roofline is the larger of two times: two operations for each multiply-add at the rate of the \
-product, and, for DSGformer, two reads of X and one write of Y for each block at the rate of the copy."""
 
 SWEEP = (128, 192, 256, 384, 512, 768)
 """Sides of the square images of `--scaling`."""
@@ -95,8 +90,8 @@ def run(
     roofline: bool = False,
     out: Path = Path('results/benchmark/speed'),
     resume: bool = False,
-) -> int:
-    """Measure, print, and write `out`.json, `out`.md and `out`.png.
+) -> records.Record:
+    """Measure and write `out`.json.
 
     Args:
         models: names of the zoo; ratios are to the first.
@@ -104,10 +99,10 @@ def run(
         device: a torch device.
         precision: `fp32`, or `bf16` or `fp16` for autocast.
         compile: `torch.compile` each network.
-        channels_last: memory order of images and kernels.
+        channels_last: memory format of images and kernels.
         batch: images at once.
         train: a forward, backward and AdamW step instead of restoring.
-        best: for each system, every precision up to `precision` with each memory order; the fastest counts.
+        best: for each system, every precision up to `precision` with each memory format; the fastest counts.
         scaling: sweep square sizes instead of `size` and fit the growth.
         rounds: turns.
         no_memory: leave peak memory out.
@@ -118,7 +113,7 @@ def run(
         resume: keep the rows that `out`.json has.
 
     Returns:
-        0, or 1 if a system could not be measured.
+        The record; rows that could not be measured have an `error`.
     """
     target = machine.device(device)
     sizes = [(side, side) for side in SWEEP] if scaling else list(size or [(256, 256)])
@@ -146,11 +141,7 @@ def run(
     if scaling:
         record.extra['growth'] = {name: growth(record.rows, name) for name in models}
     record.save(path)
-    records.write_text(records.beside(out, '.md'), page(record))
-    draw(record, records.beside(out, '.png'))
-    print(table(record))
-    print(f'wrote {path}, {records.beside(out, ".md")} and {records.beside(out, ".png")}', file=sys.stderr)
-    return int(any(row.get('error') for row in record.rows))
+    return record
 
 
 def expand(
@@ -189,16 +180,17 @@ def measure(
 ) -> list[dict[str, Any]]:
     """One row for each variant; what fails has an `error` and no times."""
     rows: list[dict[str, Any]] = [{**variant.key(), **facts(variant)} for variant in variants]
-    networks: dict[str, nn.Module] = {}
+    networks: dict[tuple[str, bool], nn.Module] = {}
     calls: dict[int, Callable[[], None]] = {}
     for i, variant in enumerate(track(variants, 'preparing')):
         with attempt(rows[i], device):
             alone = train or variant.compiled or variant.cuda_graph
-            network = None if alone else networks.get(variant.model)
+            key = variant.model, variant.channels_last
+            network = None if alone else networks.get(key)
             if network is None:
-                network = zoo.create(variant.model).to(device)
+                network = order_memory(zoo.create(variant.model).to(device), memory_format(variant))
             if not alone:
-                networks[variant.model] = network
+                networks[key] = network
             call = prepare(network, variant, device, batch, train)
             started = time.perf_counter()
             call()  # what is set up, compiled or cached at the first call
@@ -250,17 +242,18 @@ def attempt(row: dict[str, Any], device: torch.device) -> Iterator[None]:
 def prepare(
     network: nn.Module, variant: Variant, device: torch.device, batch: int, train: bool
 ) -> Callable[[], None]:
-    """What is timed: a call without arguments that does the work of one turn."""
-    order = torch.channels_last if variant.channels_last else torch.contiguous_format
-    # Shared between variants, so it is put in order at each call; nothing happens where it already is.
+    """What is timed: a call without arguments that does the work of one turn.
+
+    The network's weights are in the variant's memory format already, so that no turn pays for it.
+    """
     generator = torch.Generator().manual_seed(0)
     shape = (batch, 3, variant.height, variant.width)
-    image = torch.rand(shape, generator=generator).to(device).contiguous(memory_format=order)
+    image = torch.rand(shape, generator=generator).to(device).contiguous(memory_format=memory_format(variant))
     if train:
-        return training_step(order_memory(network, order), image, variant)
+        return training_step(network, image, variant)
     target = compiled(network) if variant.compiled else network
     if variant.cuda_graph:
-        graphs = CudaGraphs(order_memory(target, order), variant.precision)
+        graphs = CudaGraphs(target, variant.precision)
 
         def replayed_call() -> None:
             graphs(image)
@@ -270,11 +263,12 @@ def prepare(
     def call() -> None:
         restore(target, image, precision=variant.precision)
 
-    def ordered_call() -> None:
-        order_memory(network, order)
-        call()
+    return call
 
-    return ordered_call
+
+def memory_format(variant: Variant) -> torch.memory_format:
+    """The memory format of a variant's images and weights."""
+    return torch.channels_last if variant.channels_last else torch.contiguous_format
 
 
 def compiled(network: nn.Module) -> nn.Module:
@@ -369,7 +363,8 @@ def peak_memory_here(task: dict[str, Any]) -> dict[str, Any]:
     variant = Variant(**task)
     row: dict[str, Any] = {}
     with attempt(row, device):
-        call = prepare(zoo.create(variant.model).to(device), variant, device, batch, train)
+        network = order_memory(zoo.create(variant.model).to(device), memory_format(variant))
+        call = prepare(network, variant, device, batch, train)
         for _ in range(2 if train else 1):  # the optimiser's own tensors are there from the second step on
             call()
     if row:
@@ -391,31 +386,12 @@ def resident_peak_mib() -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-# Presentation.
-
-
 def describe(device: str, rounds: int, first: str, keep_memory: bool = False) -> str:
     on_gpu = device.startswith('cuda')
     clock_text = '(CUDA events)' if on_gpu else "(the processor's clock)"
     memory = "the allocator's peak" if on_gpu else 'resident peak of a process that makes one call'
     freed = 'kept for the next tensors' if keep_memory or on_gpu else 'left to the C library'
     return PROTOCOL.format(rounds=rounds, first=first, clock=clock_text, memory=memory, freed=freed)
-
-
-def ratios(rows: Sequence[dict[str, Any]], first: str) -> list[float | None]:
-    """For each row: how many times as long as the first system it takes, at the same size.
-
-    The yardstick is the first system's fastest row of that size, which in a run without `--best` is
-    its only one.
-    """
-    fastest: dict[str, float] = {}
-    for row in rows:
-        if row['model'] == first and row.get('latency_ms'):
-            fastest[row['size']] = min(fastest.get(row['size'], math.inf), row['latency_ms'])
-    return [
-        row['latency_ms'] / fastest[row['size']] if row.get('latency_ms') and row['size'] in fastest else None
-        for row in rows
-    ]
 
 
 def growth(rows: Sequence[dict[str, Any]], name: str) -> dict[str, float]:
@@ -432,155 +408,9 @@ def growth(rows: Sequence[dict[str, Any]], name: str) -> dict[str, float]:
     return fits
 
 
-COLUMNS = {
-    'model': 'system', 'size': 'size', 'mode': 'precision', 'parameters': 'parameters',
-    'macs': 'multiply-adds', 'latency': 'latency', 'spread': 'spread', 'ratio': 'ratio', 'rate': 'MP/s',
-    'memory': 'peak memory', 'first': 'first call', 'floor': 'roofline', 'over': 'times the roofline',
-}  # fmt: skip
-
-
-def cells(record: records.Record) -> list[dict[str, str | None]]:
-    """The table's rows as text."""
-    rows = []
-    for row, ratio in zip(record.rows, ratios(record.rows, record.settings['models'][0]), strict=True):
-        memory = row.get('peak_memory_mib')
-        rows.append({
-            'model': row['model'],
-            'size': row['size'].replace('x', '×'),
-            'mode': mode(row),
-            'parameters': f'{row["parameters"] / 1e6:.2f} M',
-            'macs': f'{row["multiply_adds"] / 1e9:.1f} G',
-            'latency': f'{row["latency_ms"]:.1f} ms' if row.get('latency_ms') else row.get('error'),
-            'spread': f'{100 * row["spread"]:.0f} %' if 'spread' in row else None,
-            'ratio': f'{ratio:.2f}' if ratio else None,
-            'rate': f'{row["megapixels_per_second"]:.3f}' if 'megapixels_per_second' in row else None,
-            'memory': f'{memory:.0f} MiB' if memory else row.get('memory_note'),
-            'first': f'{row["first_call_ms"]:.0f} ms' if 'first_call_ms' in row else None,
-            'floor': f'{short(row["floor_ms"])} ms' if 'floor_ms' in row else None,
-            'over': over_the_roofline(row),
-        })  # fmt: skip
-    return rows
-
-
-def over_the_roofline(row: dict[str, Any]) -> str | None:
-    if not row.get('latency_ms') or 'floor_ms' not in row:
-        return None
-    return f'{row["latency_ms"] / row["floor_ms"]:.1f}'
-
-
-def table(record: records.Record) -> str:
-    """All rows as a Markdown table."""
-    rows = cells(record)
-    return records.markdown_table(records.filled(COLUMNS, rows), rows)
-
-
-GROWTH_COLUMNS = {'model': 'system', 'latency_ms': 'time ~ pixels^', 'peak_memory_mib': 'memory ~ pixels^'}
-
-
-def growth_cells(record: records.Record) -> list[dict[str, str | None]]:
-    """Rows of the table of exponents; none without `--scaling`."""
-    fits = record.extra.get('growth', {})
-    return [
-        {'model': name, **{key: f'{value:.2f}' for key, value in fit.items()}} for name, fit in fits.items()
-    ]
-
-
-def title(record: records.Record) -> str:
-    """What was measured, as a heading."""
-    s = record.settings
-    what = 'Speed of a training step' if s['train'] else 'Speed of restoring'
-    return f'{what}: {conditions(record)}'
-
-
-def conditions(record: records.Record) -> str:
-    """What tells a run's results from those of another, in a few words."""
-    s = record.settings
-    size = 'by image size' if 'growth' in record.extra else ', '.join(f'{h}×{w}' for h, w in s['sizes'])
-    modes = ', best mode' * s['best'] + ', memory kept' * s.get('keep_memory', False)
-    modes += ', CUDA graphs' * s.get('cuda_graphs', False)
-    return f'{s["device"]}, {s["precision"]}{modes}, {size}'
-
-
-def page(record: records.Record) -> str:
-    """The Markdown page of a run."""
-    parts = [table(record)]
-    if record.extra.get('growth'):
-        fits = records.markdown_table(GROWTH_COLUMNS, growth_cells(record))
-        parts += ['## Growth with the number of pixels', fits]
-    if record.extra.get('rates'):
-        parts += ['## Roofline', ceilings(record)]
-    return records.markdown_page(title(record), record, parts)
-
-
-def ceilings(record: records.Record) -> str:
-    """What the device can do at best, in sentences."""
-    rates = [
-        f'{kind}: {rate["operations"] / 1e12:.3g} TFLOP/s in a product of large matrices, '
-        f'{rate["bytes"] / 1e9:.3g} GB/s read and written in a copy.'
-        for kind, rate in record.extra['rates'].items()
-    ]
-    return ' '.join([*rates, ROOFLINE])
-
-
-def plot(axis: Axes, record: records.Record) -> None:
-    """Bars of latency, or with `--scaling` curves over pixels."""
-    rows = [row for row in record.rows if row.get('latency_ms')]
-    if 'growth' in record.extra:
-        for name in record.settings['models']:
-            mine = [row for row in rows if row['model'] == name]
-            axis.plot(
-                [pixels(row) / 1e6 for row in mine], [row['latency_ms'] for row in mine], 'o-', label=name
-            )
-        axis.set(xscale='log', yscale='log', xlabel='megapixels', ylabel='latency, ms')
-        records.logarithmic(axis.xaxis)
-        records.logarithmic(axis.yaxis)
-        axis.legend(frameon=False, fontsize='small')
-        axis.grid(alpha=0.3)
-    else:
-        rows.sort(key=lambda row: -row['latency_ms'])
-        bars = axis.barh(range(len(rows)), [row['latency_ms'] for row in rows], color='#4878a8')
-        axis.set_yticks(range(len(rows)), labels(rows))
-        axis.bar_label(bars, [short(row['latency_ms']) for row in rows], padding=3)
-        modes = {mode(row) for row in rows}
-        axis.set(xscale='log', xlabel='latency, ms' + f' ({min(modes)})' * (len(modes) == 1))
-        axis.margins(x=0.15)
-        records.logarithmic(axis.xaxis)
-        axis.grid(axis='x', alpha=0.3)
-    axis.spines[['top', 'right']].set_visible(False)
-
-
-def labels(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """A name for each row: the system, and whatever else tells the rows apart."""
-    parts: list[list[str]] = [[row['model']] for row in rows]
-    if len({row['size'] for row in rows}) > 1:
-        parts = [[*part, row['size']] for part, row in zip(parts, rows, strict=True)]
-    if len({mode(row) for row in rows}) > 1:
-        parts = [[*part, mode(row)] for part, row in zip(parts, rows, strict=True)]
-    return [' '.join(part) for part in parts]
-
-
-def mode(row: dict[str, Any]) -> str:
-    """Precision, memory order, compilation and recording of a row."""
-    orders = ', channels-last' * row['channels_last'] + ', compiled' * row['compile']
-    return row['precision'] + orders + ', CUDA graph' * row.get('cuda_graph', False)
-
-
-def short(number: float) -> str:
-    """Three digits, but never fewer than stand before the point."""
-    return f'{number:.3g}' if number < 100 else f'{number:.0f}'
-
-
 def pixels(row: dict[str, Any]) -> int:
     """Pixels of a row's image."""
     return math.prod(map(int, row['size'].split('x')))
-
-
-def draw(record: records.Record, path: Path) -> None:
-    """The figure of a run."""
-    height = 5 if 'growth' in record.extra else 1.2 + 0.32 * len(record.rows)
-    figure, (axis,) = records.canvas(8, height)
-    plot(axis, record)
-    records.save_figure(figure, path)
 
 
 if __name__ == '__main__':

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
-import statistics
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.axes import Axes
 from torch import nn
 
 from dsgformer_arch import zoo
@@ -25,7 +21,7 @@ from dsgformer_arch.utils.errors import UserError
 from dsgformer_arch.utils.progress import Stages
 
 MATCH_SIZE = 256
-"""Side of the image at which multiply-adds are matched."""
+"""Side of the image at which MACs are matched."""
 
 
 def run(
@@ -42,13 +38,13 @@ def run(
     device: str = 'cpu',
     out: Path = Path('results/benchmark/training'),
     resume: bool = False,
-) -> int:
-    """Train every system `seeds` times and write `out`.json, `out`.md and `out`.png.
+) -> records.Record:
+    """Train every system `seeds` times and write `out`.json.
 
     Args:
         models: names of the zoo.
         data: folder of `{train,test}_{lq,gt}.lmdb`.
-        match: scale every other system's width to the multiply-adds of this one.
+        match: scale every other system's width to the MACs of this one.
         iterations: budget of a run; or
         seconds: the same as a time.
         seeds: repetitions; seed k is the same for all systems.
@@ -61,7 +57,7 @@ def run(
         resume: keep the runs that `out`.json has.
 
     Returns:
-        0, or 1 if a system could not be trained.
+        The record; rows that could not be measured have an `error`.
     """
     target = machine.device(device)
     recipe = learning.Recipe(iterations, seconds, batch, patch, lr, validations)
@@ -89,11 +85,7 @@ def run(
         row |= attempt(build, pairs, recipe, seed, target, stages)
         record.rows.append(row)
         record.save(path)
-    records.write_text(records.beside(out, '.md'), page(record))
-    draw(record, records.beside(out, '.png'))
-    print(table(record))
-    print(f'wrote {path}, {records.beside(out, ".md")} and {records.beside(out, ".png")}', file=sys.stderr)
-    return int(any(row.get('error') for row in record.rows))
+    return record
 
 
 def attempt(
@@ -116,40 +108,35 @@ def attempt(
 
 
 def cost(name: str, overrides: dict[str, Any]) -> dict[str, Any]:
-    """Parameters and multiply-adds of a system as it is trained here."""
+    """Parameters and MACs of a system as it is trained here."""
     parameters = sum(parameter.numel() for parameter in zoo.create(name, **overrides).parameters())
     macs = multiply_adds(name, MATCH_SIZE, MATCH_SIZE, **overrides)
     return {'parameters': parameters, 'multiply_adds': macs}
 
 
-WIDTHS = (
-    'width', 'dim', 'n_feat', 'scale_unetfeats', 'scale_orsnetfeats', 'channels', 'decoder_channels',
-    'base_channel',
-)  # fmt: skip
-"""What releases call the settings that hold numbers of channels; all of a system's are scaled together."""
-
 NARROWEST, WIDEST = 2, 128
 """Widths that `--match` tries for the first level of a system."""
 
 FARTHEST = 2.0
-"""How many times a scaled system's multiply-adds may be the reference's, or the other way round."""
+"""How many times a scaled system's MACs may be the reference's, or the other way round."""
 
 
 def matched(name: str, reference: str) -> dict[str, Any]:
-    """The overrides of a system's widths that bring its multiply-adds nearest to the reference's.
+    """The overrides of a system's widths that bring its MACs nearest to the reference's.
 
     Raises:
         UserError: the system has no widths to scale, or none of them comes near.
     """
     if name == reference:
         return {}
-    widths = widths_of(name)
+    system = zoo.get(name)
+    kind = zoo.network_class(system.architecture)
+    if not kind.width_settings:
+        raise UserError(f'--match: {name} has no widths that could be scaled; leave it out')
     target = multiply_adds(reference, MATCH_SIZE, MATCH_SIZE)
-    first = next(iter(widths.values()))
-    lead = first if isinstance(first, int) else first[0]
     nearest, best = math.inf, {}
     for width in range(NARROWEST, WIDEST + 1):
-        overrides = {key: scaled(value, width / lead) for key, value in widths.items()}
+        overrides = kind.scaled_widths(system.settings, width)
         ratio = spent(name, overrides) / target
         distance = abs(math.log(ratio))
         if distance < nearest:
@@ -158,14 +145,14 @@ def matched(name: str, reference: str) -> dict[str, Any]:
             break
     if nearest > math.log(FARTHEST):
         raise UserError(
-            f'--match: no width of {name} comes near the {target / 1e9:.1f} G multiply-adds of {reference}; '
+            f'--match: no width of {name} comes near the {target / 1e9:.1f} G MACs of {reference}; '
             'leave it out'
         )
     return best
 
 
 def spent(name: str, overrides: dict[str, Any]) -> float:
-    """Multiply-adds of a system with these widths; infinite where they make no network."""
+    """MACs of a system with these widths; infinite where they make no network."""
     torch_says = logging.getLogger('torch._subclasses.fake_tensor')  # a traceback for each such width
     before, torch_says.disabled = torch_says.disabled, True
     try:
@@ -176,124 +163,3 @@ def spent(name: str, overrides: dict[str, Any]) -> float:
         return math.inf
     finally:
         torch_says.disabled = before
-
-
-def widths_of(name: str) -> dict[str, int | Sequence[int]]:
-    """The settings of a system that hold numbers of channels, and their values.
-
-    Raises:
-        UserError: it has none.
-    """
-    system = zoo.get(name)
-    parameters = inspect.signature(zoo.network_class(system.architecture).__init__).parameters
-    values = {key: system.settings.get(key, parameters[key].default) for key in WIDTHS if key in parameters}
-    if not values:
-        raise UserError(f'--match: {name} has no widths that could be scaled; leave it out')
-    return values
-
-
-def scaled(value: int | Sequence[int], factor: float) -> int | tuple[int, ...]:
-    """A number of channels, or one for each level, times a factor."""
-    if isinstance(value, int):
-        return max(1, round(value * factor))
-    return tuple(max(1, round(v * factor)) for v in value)
-
-
-COLUMNS = {
-    'model': 'system', 'width': 'width', 'parameters': 'parameters', 'macs': 'multiply-adds at 256×256',
-    'psnr': 'PSNR', 'gain': 'gain', 'ssim': 'SSIM', 'iterations': 'iterations', 'seconds': 'seconds',
-}  # fmt: skip
-
-
-def cells(record: records.Record) -> list[dict[str, str | None]]:
-    """The table's rows as text, one a system: means over the seeds, and their spread."""
-    blurred = record.extra['blurred']
-    lines = []
-    for name in record.settings['models']:
-        runs = [row for row in record.rows if row['model'] == name]
-        if not runs:
-            continue
-        first = runs[0]
-        line = {
-            'model': name,
-            'width': ', '.join(f'{k} {width_text(v)}' for k, v in first['scaled'].items()) or 'as published',
-            'parameters': f'{first["parameters"] / 1e6:.2f} M',
-            'macs': f'{first["multiply_adds"] / 1e9:.2f} G',
-        }
-        done = [row for row in runs if 'psnr' in row]
-        if done:
-            psnr = [row['psnr'] for row in done]
-            line |= {
-                'psnr': f'{statistics.mean(psnr):.2f} ({min(psnr):.2f} to {max(psnr):.2f})',
-                'gain': f'{statistics.mean(psnr) - blurred["psnr"]:+.2f}',
-                'ssim': f'{statistics.mean(row["ssim"] for row in done):.4f}',
-                'iterations': f'{statistics.mean(row["iterations"] for row in done):.0f}',
-                'seconds': f'{statistics.mean(row["seconds"] for row in done):.0f}',
-            }
-        else:
-            line['psnr'] = first['error']
-        lines.append(line)
-    nothing = {'model': '(blurred)', 'psnr': f'{blurred["psnr"]:.2f}', 'ssim': f'{blurred["ssim"]:.4f}'}
-    return [nothing, *lines]
-
-
-def table(record: records.Record) -> str:
-    """All systems as a Markdown table."""
-    return records.markdown_table(COLUMNS, cells(record))
-
-
-def width_text(value: int | Sequence[int]) -> str:
-    """A number of channels, or one for each level."""
-    return str(value) if isinstance(value, int) else '-'.join(map(str, value))
-
-
-def note(record: records.Record) -> str:
-    """What a reader of the table has to know."""
-    budget = record.settings['iterations']
-    text = f'{budget} iterations' if budget else f'{record.settings["seconds"]} seconds'
-    seeds = record.settings['seeds']
-    return (
-        f'{text} for each system, {seeds} seed{"s" if seeds > 1 else ""}; in brackets, smallest to largest.'
-    )
-
-
-def title(record: records.Record) -> str:
-    """What was measured, as a heading."""
-    return f'Training at equal cost: {record.settings["data"]}'
-
-
-def page(record: records.Record) -> str:
-    """The Markdown page of a run."""
-    return records.markdown_page(title(record), record, [note(record), table(record)])
-
-
-AXES = {'iteration': 'iterations', 'seconds': 'seconds of training'}
-"""What PSNR is drawn against, by key of a curve's points."""
-
-
-def plot(axis: Axes, record: records.Record, key: str) -> None:
-    """PSNR against `key` of `AXES`, the mean over seeds; the band is from the lowest to the highest."""
-    for name in record.settings['models']:
-        curves = [row['curve'] for row in record.rows if row['model'] == name and 'curve' in row]
-        points = list(zip(*curves, strict=False))
-        if not points:
-            continue
-        x = [statistics.mean(point[key] for point in seeds) for seeds in points]
-        psnr = [[point['psnr'] for point in seeds] for seeds in points]
-        (line,) = axis.plot(x, [statistics.mean(v) for v in psnr], marker='o', markersize=3, label=name)
-        axis.fill_between(
-            x, [min(v) for v in psnr], [max(v) for v in psnr], color=line.get_color(), alpha=0.15
-        )
-    axis.axhline(record.extra['blurred']['psnr'], color='grey', linestyle=':', label='blurred')
-    axis.set(xlabel=AXES[key], ylabel='PSNR on held-out images, dB')
-    axis.legend(frameon=False, fontsize='small', ncols=3, loc='lower left', bbox_to_anchor=(0, 1))
-    axis.grid(alpha=0.3)
-    axis.spines[['top', 'right']].set_visible(False)
-
-
-def draw(record: records.Record, path: Path) -> None:
-    """The figure of a run."""
-    figure, axes = records.canvas(11, 4.5, columns=len(AXES))
-    for axis, key in zip(axes, AXES, strict=True):
-        plot(axis, record, key)
-    records.save_figure(figure, path)

@@ -20,7 +20,8 @@ from basicsr.utils import tensor2img
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from dsgformer_arch.benchmark.record import environment, save_figure, write_text
+from dsgformer_arch.benchmark.record import environment, write_text
+from dsgformer_arch.benchmark.render.output import save_figure
 from dsgformer_arch.models import options
 from dsgformer_arch.utils.errors import UserError
 from dsgformer_arch.utils.progress import track

@@ -13,6 +13,7 @@ import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,7 +23,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dsgformer_arch.benchmark.record import markdown_table
+from dsgformer_arch.benchmark.render.output import markdown_table
 from dsgformer_arch.utils.errors import UserError
 
 WEBP_QUALITY = 92
@@ -127,7 +128,11 @@ class Table:
 
     def _row(self, row: Mapping[str, str | None]) -> str:
         first, *others = self.columns
-        cells = ''.join(f'<td{self._classes(key)}>{inline(row.get(key) or "")}</td>' for key in others)
+        cells = ''.join(
+            f'<td{self._classes(key)} data-label="{html.escape(plain(self.columns[key]))}">'
+            f'{inline(row.get(key) or "")}</td>'
+            for key in others
+        )
         name = row.get(first) or ''
         own = ' class="own"' if name in self.own else ''
         return f'<tr{own}><th scope="row">{inline(name)}</th>{cells}</tr>'
@@ -179,11 +184,15 @@ class Drawing:
     caption: str
     height: float = 3.4
 
+    @cached_property
+    def drawn(self) -> str:
+        """The figures as SVG."""
+        return ''.join(svg(plot, self.height, plain(self.caption)) for plot in self.plots)
+
     def html(self) -> str:
-        drawn = ''.join(svg(plot, self.height, plain(self.caption)) for plot in self.plots)
         single = ' single' if len(self.plots) == 1 else ''
         return (
-            f'<figure><div class="figures{single}">{drawn}</div>'
+            f'<figure><div class="figures{single}">{self.drawn}</div>'
             f'<figcaption>{inline(self.caption)}</figcaption></figure>'
         )
 
@@ -271,7 +280,6 @@ class Section:
 
     title: str
     elements: Sequence[Element]
-    short: str = ''
 
     def html(self, anchor: str) -> str:
         body = '\n'.join(element.html() for element in self.elements)
@@ -296,7 +304,7 @@ class Page:
         """As one HTML file."""
         anchors = [f's{i}' for i in range(1, len(self.sections) + 1)]
         contents = [
-            f'<li><a href="#{anchor}">{html.escape(section.short or section.title)}</a></li>'
+            f'<li><a href="#{anchor}">{html.escape(section.title)}</a></li>'
             for anchor, section in zip(anchors, self.sections, strict=True)
         ]
         sections = [section.html(a) for a, section in zip(anchors, self.sections, strict=True)]
@@ -309,7 +317,7 @@ class Page:
     def markdown(self) -> str:
         """As one Markdown file."""
         parts = [text.markdown() for text in self.lead] + [section.markdown() for section in self.sections]
-        return '\n\n'.join([f'# {self.title}', *parts]) + '\n'
+        return without_html('\n\n'.join([f'# {self.title}', *parts]) + '\n')
 
 
 def asset(name: str) -> str:
@@ -323,6 +331,15 @@ def inline(text: str) -> str:
     escaped = re.sub(r'`([^`]+)`', r'<code>\1</code>', escaped)
     escaped = re.sub(r'\*\*([^*]+)\*\*', r'<strong>\1</strong>', escaped)
     return re.sub(r'\[([^\]]+)\]\((https://[^)\s"]+)\)', r'<a href="\2">\1</a>', escaped)
+
+
+def without_html(text: str) -> str:
+    """Markdown in which `<` is text, outside of code too: what a record holds is never HTML."""
+    lines = []
+    for line in text.split('\n'):
+        parts = [line] if line.startswith('    ') else re.split(r'(`[^`|]*`)', line)
+        lines.append(''.join(p if p.startswith(('`', '    ')) else p.replace('<', '&lt;') for p in parts))
+    return '\n'.join(lines)
 
 
 def plain(text: str) -> str:

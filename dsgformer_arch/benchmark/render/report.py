@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import datetime
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from matplotlib.axes import Axes
 
 from dsgformer_arch import zoo
 from dsgformer_arch.benchmark import record as records
-from dsgformer_arch.benchmark.measure import ablation, loader, quality, speed, training
+from dsgformer_arch.benchmark.measure.ablation import ATTENTIONS
+from dsgformer_arch.benchmark.measure.quality import BLURRED, SHARP
+from dsgformer_arch.benchmark.render import ablation, loader, output, quality, recipe, speed, training
 from dsgformer_arch.benchmark.render.page import (
     Beside,
     Comparison,
@@ -27,6 +30,7 @@ from dsgformer_arch.benchmark.render.page import (
     Table,
     Text,
 )
+from dsgformer_arch.benchmark.render.system_table import macs_text
 from dsgformer_arch.utils.errors import UserError
 
 GOPRO = 'GoPro'
@@ -37,8 +41,10 @@ GOPRO_PAIRS = 1111
 
 GOPRO_PROTOCOL = 'gopro'
 
-TABLE_SIZE = '256x256'
-"""The size at which table 1 gives multiply-adds and the plot latency."""
+TABLE_SIDE = 256
+"""Side of the image for which table 1 gives MACs and the plot latency."""
+
+TABLE_SIZE = f'{TABLE_SIDE}x{TABLE_SIDE}'
 
 OWN = 'dsgformer'
 
@@ -87,7 +93,9 @@ def run(inputs: Sequence[str], out: Path = Path('results/benchmark/report')) -> 
     Raises:
         UserError: an input is missing or no result, or there is none at all.
     """
-    results = gather(inputs)
+    results = [result for result in gather(inputs) if readable(result)]
+    if not results:
+        raise UserError(f'there are no results in {", ".join(inputs)}; make some, such as with speed')
     page = Page('DSGformer: benchmarks', lead(results), sections(results))
     for end, text in (('.html', page.html()), ('.md', page.markdown())):
         records.write_text(records.beside(out, end), text)
@@ -115,8 +123,6 @@ def gather(inputs: Sequence[str]) -> list[Result]:
     for result in found.values():
         if not result.record.rows:
             print(f'{result.path} has no rows yet; finish it with --resume', file=sys.stderr)
-    if not results:
-        raise UserError(f'there are no results in {", ".join(inputs)}; make some, such as with speed')
     return results
 
 
@@ -125,6 +131,21 @@ def _in_folder(file: Path) -> Result | None:
         return Result(file, records.Record.load(file))
     except UserError:
         return None
+
+
+def readable(result: Result) -> bool:
+    """Whether a result has the contents that its kind has; if not, standard error says so."""
+    try:
+        lead([result])
+        for part in own_sections(result):
+            part.html('')
+        return True
+    except UserError as error:
+        reason = str(error)
+    except Exception as error:  # a file may hold anything, and must not stop the others
+        reason = f'{type(error).__name__}: {error}'
+    print(f'{result.path} is left out, as it is no result of this version ({reason})', file=sys.stderr)
+    return False
 
 
 def of_kind(results: Sequence[Result], kind: str) -> list[Result]:
@@ -144,15 +165,22 @@ def lead(results: Sequence[Result]) -> list[Text]:
 
 def sections(results: Sequence[Result]) -> list[Section]:
     """The page, from what matters most down."""
-    return [
+    parts = [
         table_one(results),
         *pareto_sections(of_kind(results, 'speed'), results),
-        *(quality_section(result) for result in of_kind(results, 'quality')),
-        *(speed_section(result) for result in of_kind(results, 'speed')),
-        *(training_section(result) for result in of_kind(results, 'training')),
-        *(ablation_section(result) for result in of_kind(results, 'ablation')),
-        *(loader_section(result) for result in of_kind(results, 'loader')),
+        *(part for kind in KINDS for result in of_kind(results, kind) for part in own_sections(result)),
     ]
+    return [replace(part, title=title) for part, title in zip(parts, distinct(parts), strict=True)]
+
+
+def distinct(parts: Sequence[Section]) -> list[str]:
+    """The titles of sections; equal ones are numbered."""
+    count: Counter[str] = Counter()
+    titles = []
+    for part in parts:
+        count[part.title] += 1
+        titles.append(part.title + (f' ({count[part.title]})' if count[part.title] > 1 else ''))
+    return titles
 
 
 def facts(record: records.Record) -> Facts:
@@ -160,7 +188,7 @@ def facts(record: records.Record) -> Facts:
     return Facts(
         'How these numbers were made: command, protocol, machine, versions',
         record.command,
-        records.made(record),
+        output.made(record),
     )
 
 
@@ -193,30 +221,23 @@ def measured_on_gopro(results: Sequence[Result]) -> dict[str, tuple[dict[str, An
 TABLE_ONE = {
     'model': 'system', 'reported_psnr': 'PSNR reported', 'reported_ssim': 'SSIM reported',
     'psnr': 'PSNR measured here', 'ssim': 'SSIM measured here', 'parameters': 'parameters',
-    'macs': 'multiply-adds, 256×256', 'source': 'reported in', 'note': 'measured how',
+    'macs': 'MACs, 256×256', 'source': 'reported in', 'note': 'measured how',
 }  # fmt: skip
 
 
 def table_one(results: Sequence[Result]) -> Section:
     """The paper's table 1: reported and measured."""
     measured = measured_on_gopro(results)
-    macs = {
-        row['model']: row['multiply_adds']
-        for result in of_kind(results, 'speed')
-        for row in result.record.rows
-        if row['size'] == TABLE_SIZE
-    }
     sources: list[str] = []
     rows = []
-    for name in [*zoo.names(), quality.BLURRED]:
-        said = reported(name) if name != quality.BLURRED else None
+    for name in [*zoo.names(), BLURRED]:
+        said = reported(name) if name != BLURRED else None
         if said is None and name not in measured:
             continue
         row: dict[str, str | None] = {'model': name}
-        if name != quality.BLURRED:
+        if name != BLURRED:
             row['parameters'] = f'{zoo.get(name).parameters / 1e6:.2f} M'
-        if name in macs:
-            row['macs'] = f'{macs[name] / 1e9:.1f} G'
+            row['macs'] = macs_text(name, TABLE_SIDE)
         if said is not None:
             row['reported_psnr'] = f'{said.psnr:.2f}'
             row['reported_ssim'] = f'{said.ssim:.3f}' if said.ssim is not None else None
@@ -231,7 +252,7 @@ def table_one(results: Sequence[Result]) -> Section:
     )
     tinted = frozenset({'psnr', 'ssim'})
     table = Table(TABLE_ONE, rows, caption, tinted=tinted, own=frozenset({OWN}))
-    return Section('Table 1: GoPro, reported and measured', [table, Listing(sources)], 'Table 1')
+    return Section('Table 1: GoPro, reported and measured', [table, Listing(sources)])
 
 
 def source(name: str, said: zoo.Reported) -> str:
@@ -248,7 +269,7 @@ def _measured_cells(row: Mapping[str, Any], record: records.Record) -> dict[str,
 
 
 def _measured_count(measured: Mapping[str, Any]) -> str:
-    count = len(measured.keys() - {quality.BLURRED})
+    count = len(measured.keys() - {BLURRED})
     return (
         f'Measured so far: {count} system{"" if count == 1 else "s"}.'
         if count
@@ -315,7 +336,7 @@ def pareto_sections(speeds: Sequence[Result], results: Sequence[Result]) -> Iter
             ),
             facts(record),
         ]
-        yield Section(f'Quality against latency: {what}', elements, f'Pareto, {what}')
+        yield Section(f'Quality against latency: {what}', elements)
 
 
 def plot_points(axis: Axes, found: Sequence[Point]) -> None:
@@ -328,7 +349,7 @@ def plot_points(axis: Axes, found: Sequence[Point]) -> None:
         axis.plot(point.latency_ms, point.psnr, 'o', color=colour, markerfacecolor=face, ms=7, mew=1.6)
     axis.set(xscale='log', xlabel='latency, ms', ylabel='PSNR on GoPro, dB')
     axis.margins(x=0.25, y=0.12)
-    records.logarithmic(axis.xaxis)
+    output.logarithmic(axis.xaxis)
     for point, place in zip(found, _label_places(found), strict=True):
         axis.annotate(
             point.name, (point.latency_ms, point.psnr), xytext=(8, place), textcoords='offset points',
@@ -360,7 +381,7 @@ def quality_section(result: Result) -> Section:
     """One run of `quality`."""
     record = result.record
     cells = quality.cells(record)
-    columns = records.filled(quality.columns_of(record), cells)
+    columns = output.filled(quality.columns_of(record), cells)
     data = record.settings['data']
     caption = f'Means over the images of {data}; PSNR in dB. {quality.weights_text(record)}'
     elements: list[Element] = [Table(columns, cells, caption, own=frozenset({OWN}))]
@@ -371,7 +392,7 @@ def quality_section(result: Result) -> Section:
         )
         elements.append(Drawing([partial(quality.plot, record=record)], spread, height=1 + 0.3 * restored))
     elements += [*comparisons(result), facts(record)]
-    return Section(quality.title(record), elements, f'Quality, {data}')
+    return Section(quality.title(record), elements)
 
 
 def comparisons(result: Result) -> list[Element]:
@@ -382,10 +403,10 @@ def comparisons(result: Result) -> list[Element]:
     for example in record.extra.get('examples', []):
         psnr = example['psnr']
         labels = {v: v if psnr.get(v) is None else f'{v} {psnr[v]:.2f} dB' for v in example['files']}
-        files = {version: result.path.parent / file for version, file in example['files'].items()}
+        files = {version: kept(result, file) for version, file in example['files'].items()}
         caption = f'`{example["image"]}`, {example["why"]}'
-        right = first if first in files else quality.SHARP
-        found.append(Comparison(caption, files, labels, quality.BLURRED, right))
+        right = first if first in files else SHARP
+        found.append(Comparison(caption, files, labels, BLURRED, right))
     if found:
         text = (
             f'Before and after: details of the images on which {first} gains least, most, and a middling '
@@ -396,13 +417,26 @@ def comparisons(result: Result) -> list[Element]:
     return found
 
 
+def kept(result: Result, file: str) -> Path:
+    """An image that a run has kept.
+
+    Raises:
+        UserError: it lies outside of the folder of the result, from where nothing may come into a page.
+    """
+    folder = result.path.parent.resolve()
+    path = (folder / file).resolve()
+    if not path.is_relative_to(folder):
+        raise UserError(f'the image {file} lies outside of {result.path.parent}')
+    return path
+
+
 def speed_section(result: Result) -> Section:
     """One run of `speed`."""
     record = result.record
     timed = sum(bool(row.get('latency_ms')) for row in record.rows)
     cells = speed.cells(record)
     alike = {key for key in ('size', 'mode') if len({cell[key] for cell in cells}) == 1}
-    columns = records.filled({key: head for key, head in speed.COLUMNS.items() if key not in alike}, cells)
+    columns = output.filled({key: head for key, head in speed.COLUMNS.items() if key not in alike}, cells)
     caption = (
         f'Ratio: how many times as long as {record.settings["models"][0]} at the same size. Spread: (largest '
         '- smallest) / median.'
@@ -418,10 +452,7 @@ def speed_section(result: Result) -> Section:
             grown = 'Exponents of growth with the number of pixels; 1 is linear.'
             exponents = Table(speed.GROWTH_COLUMNS, speed.growth_cells(record), grown)
             elements[-1] = Beside(drawing, exponents)
-    s = record.settings
-    kind = 'Training step' if s['train'] else 'Speed'
-    short = f'{kind}, {speed.conditions(record)}'
-    return Section(speed.title(record), [*elements, facts(record)], short)
+    return Section(speed.title(record), [*elements, facts(record)])
 
 
 def training_section(result: Result) -> Section:
@@ -433,24 +464,56 @@ def training_section(result: Result) -> Section:
         Drawing(plots, 'PSNR on held-out images; the band is from the lowest to the highest seed.'),
         facts(record),
     ]
-    return Section(training.title(record), elements, f'Training, {record.settings["data"]}')
+    return Section(training.title(record), elements)
 
 
 def ablation_section(result: Result) -> Section:
     """One run of `ablation`."""
     record = result.record
-    plots = [partial(ablation.plot, record=record, attention=a) for a in ablation.ATTENTIONS]
+    plots = [partial(ablation.plot, record=record, attention=a) for a in ATTENTIONS]
     elements: list[Element] = [
         Table(ablation.COLUMNS, ablation.cells(record), ablation.note(record)),
         Drawing(plots, "Points are seeds, bars their means; this run's numbers, none of the paper's."),
         facts(record),
     ]
-    return Section(ablation.title(record), elements, 'Ablation')
+    return Section(ablation.title(record), elements)
+
+
+def recipe_section(result: Result) -> Section:
+    """One run of `recipe`."""
+    record = result.record
+    elements: list[Element] = [
+        Table(recipe.COLUMNS, recipe.cells(record), recipe.note(record)),
+        Drawing([partial(recipe.plot, record=record)], 'Difference from the base, by seed, with its mean.'),
+        facts(record),
+    ]
+    return Section(recipe.title(record), elements)
 
 
 def loader_section(result: Result) -> Section:
     """One run of `loader`."""
     record = result.record
-    return Section(
-        'Data loaders', [Table(loader.COLUMNS, loader.cells(record), loader.note(record)), facts(record)]
-    )
+    table = Table(loader.COLUMNS, loader.cells(record), loader.note(record))
+    return Section(loader.title(record), [table, facts(record)])
+
+
+KINDS: dict[str, Callable[[Result], Section]] = {
+    'quality': quality_section,
+    'speed': speed_section,
+    'training': training_section,
+    'ablation': ablation_section,
+    'recipe': recipe_section,
+    'loader': loader_section,
+}
+"""What makes the section of a result, by kind, in the order of the page."""
+
+
+def own_sections(result: Result) -> list[Section]:
+    """The section of one result.
+
+    Raises:
+        UserError: no section is known for its kind.
+    """
+    if result.record.kind not in KINDS:
+        raise UserError(f'its kind is {result.record.kind!r}; there are {", ".join(KINDS)}')
+    return [KINDS[result.record.kind](result)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ from dsgformer_arch.benchmark.measure import complexity
 from dsgformer_arch.utils.errors import UserError
 from dsgformer_arch.utils.files import write_atomically
 from dsgformer_arch.utils.progress import track
-from dsgformer_arch.zoo.systems import Reported, System
+from dsgformer_arch.zoo.systems import SYSTEMS, Reported, System
 
 BEGIN, END = '<!-- systems:begin -->', '<!-- systems:end -->'
 
+NAMES = tuple(system.name for system in SYSTEMS)
+
 SIZE = 256
-"""Side of the image for which multiply-adds are counted."""
+"""Side of the image for which MACs are counted."""
 
 DERAINING = ('Test100', 'Rain100H', 'Rain100L', 'Test2800', 'Test1200')
 """Rain13K's test sets."""
@@ -25,7 +28,7 @@ COLUMNS = (
     'system',
     'paper',
     'parameters',
-    f'multiply-adds at {SIZE}×{SIZE}',
+    f'MACs at {SIZE}×{SIZE}',
     'pads to multiples of',
     '`torch.compile`',
     'bf16',
@@ -35,10 +38,11 @@ COLUMNS = (
 )
 
 LEGEND = f"""\
-Multiply-adds: convolutions and matrix products, those of attention included, for {SIZE}×{SIZE}; `+` Fourier
-transforms. "Release" is what the authors' code spends where the code here gets the same numbers for less.
-TLC: whether local pooling at test time applies. GoPro and the five test sets of Rain13K: PSNR / SSIM as
-the system's own paper reports them; empty where it does not, or where the number could not be confirmed.
+MACs: multiply-accumulate operations of convolutions and matrix products, those of attention included, for
+{SIZE}×{SIZE}; `+` FFTs. "Official" is what the official implementation spends where the code here computes
+the same with less. TLC: whether the test-time local converter applies. GoPro and the five test sets of
+Rain13K: PSNR / SSIM as the system's own paper reports them; empty where it does not, or where the number
+could not be confirmed.
 `dsgformer_arch/zoo/systems.py` has the table and the source of each number, and results on other sets.
 """
 
@@ -70,18 +74,12 @@ def rewrite(readme: str | os.PathLike[str]) -> bool:
 def table() -> str:
     """The table in Markdown, with its legend."""
     lines = [COLUMNS, ('---',) * len(COLUMNS)]
-    lines += [row(zoo.get(name)) for name in track(zoo.names(), 'counting systems')]
+    lines += [row(zoo.get(name)) for name in track(NAMES, 'counting systems')]
     return '\n'.join([*(f'| {" | ".join(line)} |' for line in lines), '', LEGEND])
 
 
 def row(system: System) -> tuple[str, ...]:
     """The cells of one system."""
-    spent = complexity.count(system.name, SIZE)
-    macs = f'{spent.published / 1e9:.1f} G'
-    if spent.fourier:
-        macs += f' + {spent.fourier / 1e9:.1f} G'
-    if system.release_excess:
-        macs += f' (release: {(spent.published + system.release_excess) / 1e9:.1f} G)'
     first = system.authors.split(' ')[0]
     others = ' et al.' if ',' in system.authors else ''
     paper = f'{first}{others}, {system.venue} {system.year}'.replace(',  ', ', ')
@@ -89,7 +87,7 @@ def row(system: System) -> tuple[str, ...]:
         f'`{system.name}`',
         f'[{paper}]({system.url})' if system.url else paper,
         f'{system.parameters / 1e6:.2f} M',
-        macs,
+        macs_text(system.name, SIZE),
         padding(system),
         system.compiles,
         system.bf16,
@@ -98,9 +96,21 @@ def row(system: System) -> tuple[str, ...]:
     )
 
 
+@cache
+def macs_text(name: str, side: int) -> str:
+    """MACs of a system for a square image: what papers count, FFTs apart, the official implementation's."""
+    spent, system = complexity.count(name, side), zoo.get(name)
+    text = f'{spent.published / 1e9:.1f} G'
+    if spent.fourier:
+        text += f' + {spent.fourier / 1e9:.1f} G'
+    if system.release_excess and side == SIZE:
+        text += f' (official: {(spent.published + system.release_excess) / 1e9:.1f} G)'
+    return text
+
+
 def padding(system: System) -> str:
     """What a system pads to: a multiple, and the least size where that is larger."""
-    network: Any = zoo.create_without_data(system.name)
+    network: Any = zoo.create_on_meta(system.name)
     multiple, least = network.pad_multiple, network.min_size
     return f'{multiple}, at least {least}' if least > multiple else f'{multiple}'
 

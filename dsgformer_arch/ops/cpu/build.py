@@ -1,6 +1,6 @@
-"""Compiles `kernel.cpp`: the block for a CPU in one piece, and the steps outside the levels.
+"""Compiles `kernel.cpp`, which restores, and `backward.cpp`, which trains.
 
-The user's C++ compiler builds it the first time that it is needed (a few
+The user's C++ compiler builds each the first time that it is needed (a few
 seconds), into the user's cache folder; later runs load what is there.  Without
 a compiler, on a processor for which oneDNN has no small matrix products, or if
 the kernel fails a comparison with the eager form, the eager form runs.
@@ -16,7 +16,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -26,17 +26,17 @@ FOLDER = Path(__file__).parent
 SOURCES = sorted([*FOLDER.glob('*.cpp'), *FOLDER.glob('*.h')])
 
 
-@lru_cache(maxsize=1)
-def library() -> ctypes.CDLL:
-    """The compiled kernel.
+@cache
+def library(source: str = 'kernel.cpp') -> ctypes.CDLL:
+    """The library compiled from `source`, a file of this folder.
 
     Raises:
         OSError, RuntimeError, subprocess.SubprocessError: if it cannot be built or loaded here.
     """
-    return ctypes.CDLL(str(_built()))
+    return ctypes.CDLL(str(_built(source)))
 
 
-def _built() -> Path:
+def _built(source: str) -> Path:
     compiler = shlex.split(os.environ.get('CXX', '')) or ['c++']
     if shutil.which(compiler[0]) is None:
         raise RuntimeError(f'there is no compiler {compiler[0]!r}')
@@ -57,7 +57,7 @@ def _built() -> Path:
     ]
     version = _run([*compiler, '--version'])
     identity = '\0'.join(
-        [*(path.read_text() for path in SOURCES), *command, version, torch.__version__, _processor()]
+        [source, *(path.read_text() for path in SOURCES), *command, version, torch.__version__, _processor()]
     )
     name = hashlib.sha256(identity.encode()).hexdigest()[:16]
     folder = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'dsgformer_arch'
@@ -66,7 +66,7 @@ def _built() -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             compiled, linked = Path(scratch, 'dsga.o'), Path(scratch, 'dsga.so')
-            _run([*command, '-c', str(FOLDER / 'kernel.cpp'), '-o', str(compiled)])
+            _run([*command, '-c', str(FOLDER / source), '-o', str(compiled)])
             # OpenMP is not linked: its symbols come with torch, whose threads are then the only ones.
             libraries = [f'-L{torch_folder / "lib"}', '-ltorch_cpu', '-lc10']
             _run([*compiler, '-shared', str(compiled), '-o', str(linked), *libraries])

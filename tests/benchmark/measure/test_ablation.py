@@ -8,7 +8,9 @@ from typing import Any
 import cv2
 import pytest
 
-from dsgformer_arch.benchmark.measure import ablation, learning
+from dsgformer_arch.benchmark import commands
+from dsgformer_arch.benchmark.measure import learning
+from dsgformer_arch.benchmark.render import ablation as render_ablation
 from dsgformer_arch.utils.errors import UserError
 from tests.benchmark.conftest import make
 
@@ -34,14 +36,14 @@ def test_all_eighteen_variants_are_trained_once_and_resume_trains_none(
     sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / 'r' / 'ablation'
-    assert ablation.run(str(sample), out=out, **QUICK) == 0
+    assert commands.run('ablation', str(sample), out=out, **QUICK) == 0
     rows = rows_of(out)
     assert [(row['attention'], row['gate'], row['score']) for row in rows] == VARIANTS
     assert all(row['psnr'] > 0 and row['iterations'] == 1 for row in rows)
     assert len({row['psnr'] for row in rows}) > 9, 'the switches change the network'
     assert cv2.imread(str(out.with_suffix('.png'))) is not None
     monkeypatch.setattr(learning, 'train', lambda *_: pytest.fail('trained again'))
-    assert ablation.run(str(sample), out=out, resume=True, **QUICK) == 0
+    assert commands.run('ablation', str(sample), out=out, resume=True, **QUICK) == 0
     assert rows_of(out) == rows
 
 
@@ -58,18 +60,18 @@ def test_a_variant_that_fails_is_reported(
 
     monkeypatch.setattr(learning, 'train', train)
     out = tmp_path / 'ablation'
-    assert ablation.run(str(sample), out=out, **QUICK) == 1
+    assert commands.run('ablation', str(sample), out=out, **QUICK) == 1
     assert len(calls) == 18
     assert [row.get('error') for row in rows_of(out)].count('went wrong') == 1
 
 
 def test_other_systems_have_nothing_to_vary(sample: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match='nafnet32 has no switches'):
-        ablation.run(str(sample), **{**QUICK, 'model': 'nafnet32'}, out=tmp_path / 'a')
+        commands.run('ablation', str(sample), **{**QUICK, 'model': 'nafnet32'}, out=tmp_path / 'a')
 
 
 def test_the_table_says_whose_numbers_are_whose() -> None:
-    lines = ablation.table(make('ablation')).splitlines()
+    lines = render_ablation.table(make('ablation')).splitlines()
     paper, ours = lines[2:5], lines[5:]
     assert paper[0] == '| **the paper** (RealBlur-J) | DTSAS | SimpleGate | 30.29 | 31.61 | 30.76 |'
     assert paper[1] == '| **the paper** (RealBlur-J) | DTSAS | GELU | 30.09 | 31.56 | 30.89 |'

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from dsgformer_arch import zoo
+from dsgformer_arch.benchmark import commands
 from dsgformer_arch.benchmark.measure import quality
+from dsgformer_arch.benchmark.render import quality as render_quality
 from dsgformer_arch.metrics import perceptual
 from dsgformer_arch.metrics.protocols import protocol, to_uint8
 from dsgformer_arch.utils.errors import UserError
@@ -37,7 +39,7 @@ def measure(sample: Path, out: Path, *names: str, **more: Any) -> int:
     """Run on the two test pairs of the sample."""
     settings: dict[str, Any] = {'data': str(sample / 'test'), 'protocol': 'gopro', 'out': out}
     settings['weights'] = weights(out.parent / 'weights', *names)
-    return quality.run(list(names), **{**settings, **more})
+    return commands.run('quality', list(names), **{**settings, **more})
 
 
 def pair(index: int) -> tuple[np.ndarray, np.ndarray]:
@@ -134,8 +136,13 @@ def test_real_gopro_data_in_its_own_layout(tmp_path: Path, replaced: Any) -> Non
         (folder / '000001.png').write_bytes((source / side / 'istanbul.png').read_bytes())
     replaced(tiny=nn.Identity())
     out = tmp_path / 'q'
-    quality.run(
-        ['tiny'], str(tmp_path / 'GOPRO_Large' / 'test'), 'gopro', weights(tmp_path / 'w', 'tiny'), out=out
+    commands.run(
+        'quality',
+        ['tiny'],
+        str(tmp_path / 'GOPRO_Large' / 'test'),
+        'gopro',
+        weights(tmp_path / 'w', 'tiny'),
+        out=out,
     )
     blurred, same = record_of(out)['rows']
     assert round(blurred['psnr'], 2) == 24.05
@@ -146,9 +153,11 @@ def test_real_gopro_data_in_its_own_layout(tmp_path: Path, replaced: Any) -> Non
 def test_a_network_without_weights_is_refused(sample: Path, tmp_path: Path) -> None:
     given = weights(tmp_path / 'w', 'tiny')
     with pytest.raises(UserError, match='tiny_nafnet has no weights; give --weights tiny_nafnet=PATH'):
-        quality.run(['tiny', 'tiny_nafnet'], str(sample / 'test'), 'gopro', given, out=tmp_path / 'q')
+        commands.run(
+            'quality', ['tiny', 'tiny_nafnet'], str(sample / 'test'), 'gopro', given, out=tmp_path / 'q'
+        )
     with pytest.raises(UserError, match='names tiny, which is not among --models'):
-        quality.run([], str(sample / 'test'), 'gopro', given, out=tmp_path / 'q')
+        commands.run('quality', [], str(sample / 'test'), 'gopro', given, out=tmp_path / 'q')
     assert not (tmp_path / 'q.csv').exists()
 
 
@@ -158,8 +167,13 @@ def test_the_weights_of_another_system_are_refused(
     monkeypatch.setattr(zoo, 'nearest', lambda state: ('tiny', 1.0))  # comparing with all takes long
     (_, path), *_ = weights(tmp_path / 'w', 'tiny')
     with pytest.raises(CheckpointError, match=r'tiny\.pth does not fit tiny_nafnet'):
-        quality.run(
-            ['tiny_nafnet'], str(sample / 'test'), 'gopro', [('tiny_nafnet', path)], out=tmp_path / 'q'
+        commands.run(
+            'quality',
+            ['tiny_nafnet'],
+            str(sample / 'test'),
+            'gopro',
+            [('tiny_nafnet', path)],
+            out=tmp_path / 'q',
         )
 
 
@@ -373,13 +387,13 @@ def test_a_mean_over_nothing_is_an_empty_cell() -> None:
     record = make('quality')
     row = quality_row('tiny', None, images=0, failed=2, error='does not fit in memory', gain=None)
     record.rows = [quality_row('blurred', 25.0), row]
-    line = quality.table(record).splitlines()[-1]
+    line = render_quality.table(record).splitlines()[-1]
     assert line.startswith('| tiny | 0 |  | 0.9')
     assert '2 failed: does not fit in memory' in line
 
 
 def test_scores_are_printed_as_the_tables_of_the_field_have_them() -> None:
-    assert quality.formatted('psnr', 33.716) == '33.72'
-    assert quality.formatted('ssim', 0.96581) == '0.9658'
-    assert quality.formatted('gain', 0.5) == '+0.50'
-    assert quality.formatted('ecc_converged', 0.995) == '100 %'
+    assert render_quality.formatted('psnr', 33.716) == '33.72'
+    assert render_quality.formatted('ssim', 0.96581) == '0.9658'
+    assert render_quality.formatted('gain', 0.5) == '+0.50'
+    assert render_quality.formatted('ecc_converged', 0.995) == '100 %'

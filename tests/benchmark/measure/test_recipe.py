@@ -10,8 +10,10 @@ from typing import Any
 import cv2
 import pytest
 
+from dsgformer_arch.benchmark import commands
 from dsgformer_arch.benchmark import record as records
-from dsgformer_arch.benchmark.measure import learning, recipe
+from dsgformer_arch.benchmark.measure import learning
+from dsgformer_arch.benchmark.render import recipe as render_recipe
 from dsgformer_arch.utils.errors import UserError
 
 QUICK: dict[str, Any] = {'model': 'tiny', 'iterations': 4, 'seeds': 2, 'batch': 1, 'patch': 16}
@@ -42,7 +44,7 @@ def test_a_variant_changes_what_its_name_says(
 
     monkeypatch.setattr(learning, 'train', train)
     names = ['drsformer_k', 'full_resolution', 'l1', 'half_rate']
-    assert recipe.run(str(sample), variants=names, out=tmp_path / 'r', lr=0.01, **QUICK) == 0
+    assert commands.run('recipe', str(sample), variants=names, out=tmp_path / 'r', lr=0.01, **QUICK) == 0
     assert [seed for seed, *_ in seen] == [0] * 5 + [1] * 5
     base, k, full, l1, rate = seen[:5]
     assert base[3].frequency == 0.1
@@ -56,7 +58,7 @@ def test_runs_are_written_resumed_and_extended(
     sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / 'recipe'
-    assert recipe.run(str(sample), variants=['l1'], out=out, **{**QUICK, 'seeds': 1}) == 0
+    assert commands.run('recipe', str(sample), variants=['l1'], out=out, **{**QUICK, 'seeds': 1}) == 0
     rows = json.loads(out.with_suffix('.json').read_text())['rows']
     assert [row['variant'] for row in rows] == ['base', 'l1']
     assert all(math.isfinite(row['psnr']) for row in rows)
@@ -65,18 +67,20 @@ def test_runs_are_written_resumed_and_extended(
     trained = []
     original = learning.train
     monkeypatch.setattr(learning, 'train', lambda *a: trained.append(a[3]) or original(*a))
-    more = recipe.run(str(sample), variants=['betas_999'], out=out, resume=True, **{**QUICK, 'seeds': 1})
+    more = commands.run(
+        'recipe', str(sample), variants=['betas_999'], out=out, resume=True, **{**QUICK, 'seeds': 1}
+    )
     assert more == 0
     assert trained == [0], 'only the new variant is trained'
 
 
 def test_differences_are_paired_by_seed() -> None:
     record = record_of({'base': [24.0, 25.0, 26.0], 'l1': [24.1, 25.3, 26.2]})
-    assert recipe.differences(record, 'l1') == pytest.approx([0.1, 0.3, 0.2])
+    assert render_recipe.differences(record, 'l1') == pytest.approx([0.1, 0.3, 0.2])
     # Student's quantile for two degrees of freedom is 4.303; the standard deviation is 0.1.
-    assert recipe.half_interval([0.1, 0.3, 0.2]) == pytest.approx(4.303 * 0.1 / math.sqrt(3), rel=1e-3)
-    assert recipe.half_interval([0.1]) is None
-    cells = {cell['variant']: cell for cell in recipe.cells(record)}
+    assert render_recipe.half_interval([0.1, 0.3, 0.2]) == pytest.approx(4.303 * 0.1 / math.sqrt(3), rel=1e-3)
+    assert render_recipe.half_interval([0.1]) is None
+    cells = {cell['variant']: cell for cell in render_recipe.cells(record)}
     assert cells['L1 loss alone']['difference'] == '+0.200 ± 0.248'
     assert cells['base'].get('difference') is None
     assert cells['base']['spread'] == '24.000 to 26.000'
@@ -84,6 +88,6 @@ def test_differences_are_paired_by_seed() -> None:
 
 def test_what_cannot_be_varied_is_refused(sample: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match='tiny_nafnet has no such settings'):
-        recipe.run(str(sample), out=tmp_path / 'r', **{**QUICK, 'model': 'tiny_nafnet'})
+        commands.run('recipe', str(sample), out=tmp_path / 'r', **{**QUICK, 'model': 'tiny_nafnet'})
     with pytest.raises(UserError, match="there is no 'l3'"):
-        recipe.run(str(sample), variants=['l3'], out=tmp_path / 'r', **QUICK)
+        commands.run('recipe', str(sample), variants=['l3'], out=tmp_path / 'r', **QUICK)

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from dsgformer_arch.benchmark import commands
 from dsgformer_arch.benchmark.measure import roofline, speed
 from dsgformer_arch.benchmark.measure.roofline import Rates, least_traffic
+from dsgformer_arch.benchmark.render import speed as render_speed
 
 CPU = torch.device('cpu')
 
@@ -56,15 +58,17 @@ def test_a_run_compares_with_it(
     )
     out = tmp_path / 's'
     arguments = {'size': [(32, 32)], 'rounds': 1, 'no_memory': True, 'batch': 2, 'train': train}
-    assert speed.run(['tiny', 'tiny_nafnet'], roofline=True, out=out, **arguments) == 0  # type: ignore[arg-type]
+    assert commands.run('speed', ['tiny', 'tiny_nafnet'], roofline=True, out=out, **arguments) == 0  # type: ignore[arg-type]
     record = speed.records.Record.load(out.with_suffix('.json'))
     times = 2 * (3 if train else 1)
     for row in record.rows:
         traffic = least_traffic(row['model'], 32, 32, 'fp32')
         assert row['floor_ms'] == pytest.approx(times * max(2 * row['multiply_adds'], traffic) / 1e6)
-        assert speed.over_the_roofline(row) == f'{row["latency_ms"] / row["floor_ms"]:.1f}'
+        assert render_speed.over_the_roofline(row) == f'{row["latency_ms"] / row["floor_ms"]:.1f}'
     monkeypatch.setattr(roofline, 'measure', lambda *_: pytest.fail('measured again'))
-    assert speed.run(['tiny', 'tiny_nafnet'], roofline=True, out=out, resume=True, **arguments) == 0  # type: ignore[arg-type]
+    assert (
+        commands.run('speed', ['tiny', 'tiny_nafnet'], roofline=True, out=out, resume=True, **arguments) == 0
+    )  # type: ignore[arg-type]
     page = out.with_suffix('.md').read_text()
     assert '0.001 TFLOP/s' in page
     assert 'times the roofline' in page

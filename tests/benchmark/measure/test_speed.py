@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from dsgformer_arch import zoo
+from dsgformer_arch.benchmark import commands
 from dsgformer_arch.benchmark.measure import speed
 from dsgformer_arch.benchmark.measure.complexity import multiply_adds
 from dsgformer_arch.benchmark.measure.speed import resident_peak_mib
+from dsgformer_arch.benchmark.render import speed as render_speed
 from dsgformer_arch.restore import restore
 from dsgformer_arch.utils.errors import UserError
 from tests.benchmark.conftest import Greedy, make, speed_row
@@ -36,7 +38,7 @@ def record_of(out: Path) -> dict[str, Any]:
 
 def test_a_row_has_everything_that_was_asked_for(tmp_path: Path) -> None:
     out = tmp_path / 'r' / 'speed'
-    assert speed.run(['tiny', 'tiny_nafnet'], out=out, **QUICK) == 0
+    assert commands.run('speed', ['tiny', 'tiny_nafnet'], out=out, **QUICK) == 0
     rows = record_of(out)['rows']
     assert [row['model'] for row in rows] == ['tiny', 'tiny_nafnet']
     for row in rows:
@@ -65,14 +67,14 @@ def test_systems_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(speed, 'prepare', named)
     monkeypatch.setattr(speed, 'clock', clock)
-    speed.run(['tiny', 'tiny_nafnet'], out=tmp_path / 's', **{**QUICK, 'rounds': 3})
+    commands.run('speed', ['tiny', 'tiny_nafnet'], out=tmp_path / 's', **{**QUICK, 'rounds': 3})
     assert order == ['tiny', 'tiny_nafnet'] * 3
 
 
 def test_medians_and_spreads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([0.2, 0.1, 0.6, 0.3, 0.4])
     monkeypatch.setattr(speed, 'clock', lambda call, device: next(times))
-    speed.run(['tiny'], out=tmp_path / 's', **{**QUICK, 'rounds': 5, 'batch': 2})
+    commands.run('speed', ['tiny'], out=tmp_path / 's', **{**QUICK, 'rounds': 5, 'batch': 2})
     (row,) = record_of(tmp_path / 's')['rows']
     assert row['latency_ms'] == pytest.approx(300)
     assert row['spread'] == pytest.approx(0.5 / 0.3)
@@ -96,12 +98,12 @@ def test_ratios_are_to_the_first_system_at_the_same_size() -> None:
         speed_row('a', 100.0), speed_row('b', 250.0), speed_row('a', 400.0, '512x512'),
         speed_row('b', 200.0, '512x512'), speed_row('c', None, error='x'), speed_row('b', 9.0, '64x64'),
     ]  # fmt: skip
-    assert speed.ratios(rows, 'a') == [1.0, 2.5, 1.0, 0.5, None, None]
+    assert render_speed.ratios(rows, 'a') == [1.0, 2.5, 1.0, 0.5, None, None]
 
 
 def test_with_several_modes_ratios_are_to_the_fastest_of_the_first() -> None:
     rows = [speed_row('a', 100.0), speed_row('a', 50.0, channels_last=True), speed_row('b', 75.0)]
-    assert speed.ratios(rows, 'a') == [2.0, 1.0, 1.5]
+    assert render_speed.ratios(rows, 'a') == [2.0, 1.0, 1.5]
 
 
 @pytest.mark.parametrize('exponent', [1.0, 1.5, 2.0])
@@ -121,7 +123,7 @@ def test_growth_of_synthetic_rows_is_exact(exponent: float) -> None:
 def test_scaling_sweeps_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, 'SWEEP', (16, 24, 32))
     out = tmp_path / 's'
-    assert speed.run(['tiny'], scaling=True, rounds=1, no_memory=True, out=out) == 0
+    assert commands.run('speed', ['tiny'], scaling=True, rounds=1, no_memory=True, out=out) == 0
     record = record_of(out)
     assert [row['size'] for row in record['rows']] == ['16x16', '24x24', '32x32']
     assert math.isfinite(record['extra']['growth']['tiny']['latency_ms'])
@@ -130,7 +132,7 @@ def test_scaling_sweeps_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_best_tries_all_modes(tmp_path: Path) -> None:
     out = tmp_path / 's'
-    assert speed.run(['tiny'], best=True, precision='bf16', out=out, **QUICK) == 0
+    assert commands.run('speed', ['tiny'], best=True, precision='bf16', out=out, **QUICK) == 0
     modes = [(row['precision'], row['channels_last']) for row in record_of(out)['rows']]
     assert modes == [('fp32', False), ('fp32', True), ('bf16', False), ('bf16', True)]
 
@@ -143,7 +145,7 @@ def test_a_training_step_updates_the_weights(tmp_path: Path) -> None:
     after = network.state_dict()
     assert network.training
     assert sum(not torch.equal(before[key], after[key]) for key in before) > len(before) // 2
-    assert speed.run(['tiny'], train=True, precision='bf16', out=tmp_path / 's', **QUICK) == 0
+    assert commands.run('speed', ['tiny'], train=True, precision='bf16', out=tmp_path / 's', **QUICK) == 0
     assert 'latency_ms' in record_of(tmp_path / 's')['rows'][0]
 
 
@@ -161,7 +163,7 @@ def test_a_system_that_fails_is_reported_and_the_others_go_on(
     monkeypatch.setattr(zoo, 'create', lambda name, **s: Greedy() if name == 'tiny' else create(name, **s))
     monkeypatch.setattr(speed, 'multiply_adds', lambda *_: 10)
     out = tmp_path / 's'
-    assert speed.run(['tiny', 'tiny_nafnet'], out=out, **QUICK) == 1
+    assert commands.run('speed', ['tiny', 'tiny_nafnet'], out=out, **QUICK) == 1
     tiny, other = record_of(out)['rows']
     assert tiny['error'] == 'does not fit in memory'
     assert 'latency_ms' not in tiny
@@ -181,7 +183,7 @@ def test_a_system_that_fails_in_its_second_turn_has_no_latency(
         return 1.0
 
     monkeypatch.setattr(speed, 'clock', clock)
-    assert speed.run(['tiny', 'tiny_nafnet'], out=tmp_path / 's', **{**QUICK, 'rounds': 3}) == 1
+    assert commands.run('speed', ['tiny', 'tiny_nafnet'], out=tmp_path / 's', **{**QUICK, 'rounds': 3}) == 1
     tiny, other = record_of(tmp_path / 's')['rows']
     assert (tiny['error'], 'latency_ms' in tiny) == ('went wrong', False)
     assert other['latency_ms'] == pytest.approx(1000)
@@ -190,13 +192,13 @@ def test_a_system_that_fails_in_its_second_turn_has_no_latency(
 
 def test_resume_measures_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / 's'
-    speed.run(['tiny'], out=out, **QUICK)
+    commands.run('speed', ['tiny'], out=out, **QUICK)
     rows = record_of(out)['rows']
     monkeypatch.setattr(speed, 'measure', lambda *_: pytest.fail('measured again'))
-    assert speed.run(['tiny'], out=out, resume=True, **QUICK) == 0
+    assert commands.run('speed', ['tiny'], out=out, resume=True, **QUICK) == 0
     assert record_of(out)['rows'] == rows
     with pytest.raises(UserError, match=r'other settings \(precision\)'):
-        speed.run(['tiny'], out=out, resume=True, precision='bf16', **QUICK)
+        commands.run('speed', ['tiny'], out=out, resume=True, precision='bf16', **QUICK)
 
 
 def test_peak_memory_is_of_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,14 +227,14 @@ def test_a_process_that_runs_out_of_memory_says_so(monkeypatch: pytest.MonkeyPat
 
 def test_a_gpu_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match='--device cuda:99'):
-        speed.run(['tiny'], device='cuda:99', out=tmp_path / 's')
+        commands.run('speed', ['tiny'], device='cuda:99', out=tmp_path / 's')
 
 
 def test_the_table_names_what_tells_rows_apart() -> None:
     rows = [speed_row('a', 1.0), speed_row('a', 2.0, '512x512', channels_last=True)]
-    assert speed.labels(rows) == ['a 256x256 fp32', 'a 512x512 fp32, channels-last']
-    assert speed.labels([speed_row('a', 1.0), speed_row('b', 1.0)]) == ['a', 'b']
-    line = speed.table(make('speed')).splitlines()[-1]
+    assert render_speed.labels(rows) == ['a 256x256 fp32', 'a 512x512 fp32, channels-last']
+    assert render_speed.labels([speed_row('a', 1.0), speed_row('b', 1.0)]) == ['a', 'b']
+    line = render_speed.table(make('speed')).splitlines()[-1]
     assert '| restormer | 256×256 | fp32 | 2.00 M | 3.0 G | 500.0 ms | 10 % | 2.50 |' in line
 
 
@@ -254,17 +256,17 @@ def test_keeping_memory_is_asked_for_and_said(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(speed, 'keep_freed_memory', lambda: asked.append(True) or len(asked) == 1)
     for keep, sentence in ((False, 'left to the C library'), (True, 'kept for the next tensors')):
         out = tmp_path / str(keep)
-        assert speed.run(['tiny'], keep_memory=keep, out=out, **QUICK) == 0
+        assert commands.run('speed', ['tiny'], keep_memory=keep, out=out, **QUICK) == 0
         assert f'Freed memory is {sentence}.' in out.with_suffix('.md').read_text()
         assert record_of(out)['settings']['keep_memory'] is keep
     assert len(asked) == 1
     with pytest.raises(UserError, match='--keep-memory needs glibc'):
-        speed.run(['tiny'], keep_memory=True, out=tmp_path / 'again', **QUICK)
+        commands.run('speed', ['tiny'], keep_memory=True, out=tmp_path / 'again', **QUICK)
 
 
 def test_cuda_graphs_are_for_restoring_on_a_gpu(tmp_path: Path) -> None:
     with pytest.raises(UserError, match='--cuda-graphs'):
-        speed.run(['tiny'], cuda_graphs=True, out=tmp_path / 's')
+        commands.run('speed', ['tiny'], cuda_graphs=True, out=tmp_path / 's')
     assert not list(tmp_path.iterdir())
 
 
@@ -286,5 +288,5 @@ def test_cuda_graphs_have_rows_and_networks_of_their_own(monkeypatch: pytest.Mon
         (False, False), (False, True), (True, False), (True, True),
     ]  # fmt: skip
     assert len({id(network) for network in networks}) == 2
-    assert speed.mode(rows[3]) == 'fp32, channels-last, CUDA graph'
+    assert render_speed.mode(rows[3]) == 'fp32, channels-last, CUDA graph'
     assert all(row['latency_ms'] > 0 for row in rows)

@@ -9,8 +9,10 @@ import pytest
 from torch import nn
 
 from dsgformer_arch import zoo
+from dsgformer_arch.benchmark import commands
 from dsgformer_arch.benchmark.measure import learning, training
 from dsgformer_arch.benchmark.measure.complexity import multiply_adds
+from dsgformer_arch.benchmark.render import training as render_training
 from dsgformer_arch.utils.errors import UserError
 from tests.benchmark.conftest import Greedy, make
 
@@ -29,7 +31,7 @@ def rows_of(out: Path) -> list[dict[str, Any]]:
 
 def test_every_system_and_seed_has_its_row_and_its_curve(sample: Path, tmp_path: Path) -> None:
     out = tmp_path / 'r' / 'training'
-    assert training.run(['tiny', 'tiny_nafnet'], str(sample), seeds=2, out=out, **QUICK) == 0
+    assert commands.run('training', ['tiny', 'tiny_nafnet'], str(sample), seeds=2, out=out, **QUICK) == 0
     rows = rows_of(out)
     assert [(row['model'], row['seed']) for row in rows] == [
         ('tiny', 0), ('tiny_nafnet', 0), ('tiny', 1), ('tiny_nafnet', 1),
@@ -46,12 +48,12 @@ def test_resume_trains_what_is_missing_only(
     sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / 'training'
-    training.run(['tiny'], str(sample), seeds=1, out=out, **QUICK)
+    commands.run('training', ['tiny'], str(sample), seeds=1, out=out, **QUICK)
     first = rows_of(out)
     with pytest.raises(UserError, match=r'other settings \(seeds\)'):
-        training.run(['tiny'], str(sample), seeds=2, out=out, resume=True, **QUICK)
+        commands.run('training', ['tiny'], str(sample), seeds=2, out=out, resume=True, **QUICK)
     monkeypatch.setattr(learning, 'train', lambda *_: pytest.fail('trained again'))
-    assert training.run(['tiny'], str(sample), seeds=1, out=out, resume=True, **QUICK) == 0
+    assert commands.run('training', ['tiny'], str(sample), seeds=1, out=out, resume=True, **QUICK) == 0
     assert rows_of(out) == first
 
 
@@ -66,13 +68,15 @@ def test_a_system_that_fails_is_reported_and_tried_again_on_resume(
 
     monkeypatch.setattr(zoo, 'create', greedy)
     monkeypatch.setattr(training, 'cost', lambda name, overrides: {'parameters': 1, 'multiply_adds': 1})
-    assert training.run(['tiny', 'tiny_nafnet'], str(sample), seeds=1, out=out, **QUICK) == 1
+    assert commands.run('training', ['tiny', 'tiny_nafnet'], str(sample), seeds=1, out=out, **QUICK) == 1
     tiny, other = rows_of(out)
     assert tiny['error'] == 'does not fit in memory'
     assert other['psnr'] > 0
     assert '| does not fit in memory |' in out.with_suffix('.md').read_text()
     monkeypatch.setattr(zoo, 'create', create)
-    again = training.run(['tiny', 'tiny_nafnet'], str(sample), seeds=1, out=out, resume=True, **QUICK)
+    again = commands.run(
+        'training', ['tiny', 'tiny_nafnet'], str(sample), seeds=1, out=out, resume=True, **QUICK
+    )
     assert again == 0
     assert {row['model']: 'psnr' in row for row in rows_of(out)} == {'tiny': True, 'tiny_nafnet': True}
 
@@ -88,11 +92,16 @@ def test_matched_widths_are_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_several_widths_are_scaled_together() -> None:
-    assert training.widths_of('mprnet') == {'n_feat': 96, 'scale_unetfeats': 48, 'scale_orsnetfeats': 32}
-    assert training.widths_of('restormer') == {'dim': 48}
-    assert training.scaled((24, 48, 72, 96), 1 / 4) == (6, 12, 18, 24)
-    assert training.scaled(96, 1 / 16) == 6
-    assert training.scaled(4, 1 / 100) == 1
+    def scaled(name: str, width: int) -> dict[str, Any]:
+        system = zoo.get(name)
+        return zoo.network_class(system.architecture).scaled_widths(system.settings, width)
+
+    assert scaled('mprnet', 6) == {'n_feat': 6, 'scale_unetfeats': 3, 'scale_orsnetfeats': 2}
+    assert scaled('mprnet', 1)['scale_orsnetfeats'] == 1
+    assert scaled('restormer', 12) == {'dim': 12}
+    assert scaled('mb_taylorformer_v2_l', 6) == {'dim': (6, 12, 18, 24)}
+    assert scaled('nafnet64', 32) == {'width': 32}
+    assert scaled('ipt', 8) == {}
 
 
 def test_what_cannot_be_matched_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,6 +119,6 @@ def test_what_cannot_be_matched_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_table_has_means_spreads_and_gains() -> None:
-    blurred, line = training.table(make('training')).splitlines()[2:]
+    blurred, line = render_training.table(make('training')).splitlines()[2:]
     assert blurred.startswith('| (blurred) |')
     assert '| 26.50 (26.00 to 27.00) | +1.50 | 0.8000 | 8 | 2 |' in line

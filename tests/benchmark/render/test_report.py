@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import base64
 import html.parser
+import json
 import re
 from itertools import dropwhile, takewhile
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from dsgformer_arch import zoo
-from dsgformer_arch.benchmark.measure import quality
+from dsgformer_arch.benchmark import commands
 from dsgformer_arch.benchmark.render import page as pages
 from dsgformer_arch.benchmark.render import report
 from dsgformer_arch.utils.errors import UserError
@@ -181,10 +182,62 @@ def test_inputs_without_results_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / 'report.html').exists()
 
 
-def test_a_kept_image_that_is_gone_is_named(results: Path, tmp_path: Path) -> None:
+def test_a_kept_image_that_is_gone_is_named(
+    results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (results / 'quality' / 'examples' / 'a' / 'sharp.png').unlink()
-    with pytest.raises(UserError, match=r'there is no image .*sharp\.png; run quality with --save-images'):
-        report.run([str(results)], tmp_path / 'report')
+    report.run([str(results)], tmp_path / 'report')
+    assert 'run quality with --save-images' in capsys.readouterr().err
+    assert 'protocol of quality' not in (tmp_path / 'report.html').read_text()
+    assert 'protocol of speed' in (tmp_path / 'report.html').read_text()
+
+
+def test_images_outside_of_the_results_are_never_embedded(
+    results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    secret = tmp_path / 'secret.png'
+    (results / 'quality' / 'examples' / 'a' / 'sharp.png').rename(secret)
+    path = results / 'quality.json'
+    content = json.loads(path.read_text())
+    content['extra']['examples'][0]['files']['sharp'] = str(secret)
+    path.write_text(json.dumps(content))
+    report.run([str(results)], tmp_path / 'report')
+    assert 'lies outside of' in capsys.readouterr().err
+    assert 'protocol of quality' not in (tmp_path / 'report.html').read_text()
+
+
+@pytest.mark.parametrize(
+    'damage', [{'rows': [{'model': 'x'}]}, {'settings': {}}, {'environment': {}}, {'kind': 'other'}]
+)
+def test_an_odd_record_stops_no_other(
+    results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: dict[str, Any]
+) -> None:
+    content = json.loads((results / 'speed.json').read_text())
+    (results / 'odd.json').write_text(json.dumps({**content, **damage}))
+    report.run([str(results)], tmp_path / 'report')
+    assert 'odd.json is left out' in capsys.readouterr().err
+    assert 'protocol of quality' in (tmp_path / 'report.html').read_text()
+
+
+def test_headings_are_distinct_and_are_the_navigation(results: Path, tmp_path: Path) -> None:
+    (results / 'again.json').write_text((results / 'speed.json').read_text())
+    report.run([str(results)], tmp_path / 'report')
+    text = (tmp_path / 'report.html').read_text()
+    headings = re.findall(r'<h2 [^>]*>(.*?)</h2>', text)
+    assert len(headings) == len(set(headings))
+    assert re.findall(r'<li><a href="#s\d+">(.*?)</a>', text) == headings
+
+
+def test_markdown_holds_no_html_of_a_record(results: Path, tmp_path: Path) -> None:
+    path = results / 'speed.json'
+    content = json.loads(path.read_text())
+    content['protocol'] = 'said <img src=x onerror=alert(1)> ` and <b>'
+    path.write_text(json.dumps(content))
+    report.run([str(results)], tmp_path / 'report')
+    text = (tmp_path / 'report.md').read_text()
+    assert '<img' not in text
+    assert '<b>' not in text
+    assert '&lt;img' in text
 
 
 def test_every_number_comes_with_how_it_was_made(made: Path) -> None:
@@ -402,7 +455,7 @@ def test_quality_and_report_agree_on_the_examples(sample: Path, tmp_path: Path) 
 
     out = tmp_path / 'r' / 'quality'
     given = weights(tmp_path / 'w', 'tiny')
-    quality.run(['tiny'], str(sample / 'test'), 'gopro', given, save_images=True, out=out)
+    commands.run('quality', ['tiny'], str(sample / 'test'), 'gopro', given, save_images=True, out=out)
     report.run([str(out.parent)], tmp_path / 'r' / 'report')
     text = (tmp_path / 'r' / 'report.html').read_text()
     assert text.count('<div class="stage"') == 2

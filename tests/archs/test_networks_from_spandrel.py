@@ -13,7 +13,11 @@ from basicsr.archs import build_network
 from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 
-from dsgformer_arch.archs.spandrel_arch import IPT, FFTformer, MPRNet, NAFNet, Restormer
+from dsgformer_arch.archs.fftformer_arch import FFTformer
+from dsgformer_arch.archs.ipt_arch import IPT
+from dsgformer_arch.archs.mprnet_arch import MPRNet
+from dsgformer_arch.archs.nafnet_arch import NAFNet
+from dsgformer_arch.archs.restormer_arch import Restormer
 from dsgformer_arch.restore import restore
 from dsgformer_arch.utils.errors import UserError
 from tests.conformance.check import check
@@ -316,8 +320,14 @@ def test_ipt_batches_of_patches_change_nothing() -> None:
 def test_ipt_refuses_what_it_cannot_restore() -> None:
     with pytest.raises(UserError, match='scale 1'):
         IPT(**{**SMALL['IPT'], 'scale': [2]})
-    with pytest.raises(UserError, match='at least 12×12, not 12×11'):
-        small('IPT')(torch.rand(1, 3, 12, 11))
+
+
+def test_ipt_pads_images_smaller_than_a_patch() -> None:
+    network = small('IPT').eval()
+    x = torch.rand(1, 3, 12, 11)
+    with torch.no_grad():
+        padded = torch.cat([x, x[..., -2:-1]], dim=-1)
+        assert torch.equal(network(x), network(padded)[..., :11])
 
 
 @pytest.mark.parametrize('size', [(16, 16), (17, 50), (48, 31)])

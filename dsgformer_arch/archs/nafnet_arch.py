@@ -1,0 +1,79 @@
+"""NAFNet: Simple Baselines for Image Restoration.
+
+Chen L., Chu X., Zhang X., Sun J., ECCV 2022, arXiv 2204.04676.
+Official implementation: megvii-research/NAFNet, MIT.
+
+The network is that of spandrel 0.4.2 (MIT), unchanged: same keys and same results as the official
+implementation.  Added here are the official settings for GoPro, what `RestorationNetwork` declares, and
+the settings that a state dict tells.
+
+Its LayerNorm is an autograd function with a hand-written backward pass that `torch.compile` cannot trace:
+the network compiles as a whole for inference, and with a graph break at each norm for training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from basicsr.utils.registry import ARCH_REGISTRY
+from spandrel.architectures.NAFNet import NAFNet as SpandrelNAFNet
+from spandrel.architectures.NAFNet import NAFNetArch
+from spandrel.util import get_seq_len
+from torch import Tensor
+
+from dsgformer_arch.archs.layers.network import RestorationNetwork
+
+
+@ARCH_REGISTRY.register()
+class NAFNet(RestorationNetwork, SpandrelNAFNet):
+    """NAFNet for GoPro: 17.11 M parameters at width 32, 67.89 M at 64.
+
+    Args:
+        img_channel: channels of the image.
+        width: channels at full resolution.
+        middle_blk_num: blocks between encoder and decoder.
+        enc_blk_nums: blocks of each level of the encoder.
+        dec_blk_nums: blocks of each level of the decoder, from the lowest up; as many levels.
+    """
+
+    spandrel_architecture = NAFNetArch()
+    pad_multiple: int = 16
+    min_size: int = 16
+    channel_settings = ('img_channel',)
+    width_settings = ('width',)
+    depth_settings = ('enc_blk_nums', 'middle_blk_num', 'dec_blk_nums')
+
+    def __init__(
+        self,
+        *,
+        img_channel: int = 3,
+        width: int = 32,
+        middle_blk_num: int = 1,
+        enc_blk_nums: Sequence[int] = (1, 1, 1, 28),
+        dec_blk_nums: Sequence[int] = (1, 1, 1, 1),
+    ) -> None:
+        super().__init__(
+            img_channel=img_channel,
+            width=width,
+            middle_blk_num=middle_blk_num,
+            enc_blk_nums=list(enc_blk_nums),
+            dec_blk_nums=list(dec_blk_nums),
+        )
+        self.pad_multiple = self.min_size = 2 ** len(enc_blk_nums)
+
+    @classmethod
+    def settings_from_state(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The keyword arguments that rebuild the network of `state`."""
+        width, img_channel = state['intro.weight'].shape[:2]
+
+        def block_numbers(part: str) -> list[int]:
+            return [get_seq_len(state, f'{part}.{level}') for level in range(get_seq_len(state, part))]
+
+        return {
+            'img_channel': img_channel,
+            'width': width,
+            'middle_blk_num': get_seq_len(state, 'middle_blks'),
+            'enc_blk_nums': block_numbers('encoders'),
+            'dec_blk_nums': block_numbers('decoders'),
+        }

@@ -1,0 +1,44 @@
+"""Table, figure and page of `loader`."""
+
+from __future__ import annotations
+
+from dsgformer_arch.benchmark import record as records
+from dsgformer_arch.benchmark.render import output
+
+COLUMNS = {'dataset': 'data set class', 'rate': 'pairs a second', 'ratio': 'ratio'}
+
+
+def cells(record: records.Record) -> list[dict[str, str | None]]:
+    """The table's rows as text: both loaders, and how many times BasicSR's own each delivers."""
+    base = record.rows[0]['pairs_per_second']
+    return [
+        {
+            'dataset': row['dataset'],
+            'rate': f'{row["pairs_per_second"]:.1f} ({row["lowest"]:.1f} to {row["highest"]:.1f})',
+            'ratio': f'{row["pairs_per_second"] / base:.2f}',
+        }
+        for row in record.rows
+    ]
+
+
+def table(record: records.Record) -> str:
+    """Both loaders as a Markdown table."""
+    return output.markdown_table(COLUMNS, cells(record))
+
+
+def note(record: records.Record) -> str:
+    """What a reader of the table has to know."""
+    s = record.settings
+    return (
+        f'Crops of {s["patch"]}×{s["patch"]} from `{s["data"]}`, batch {s["batch"]}, workers: {s["workers"]}.'
+    )
+
+
+def title(record: records.Record) -> str:
+    """What was measured, as a heading."""
+    return f'Data loaders: {record.settings["data"]}'
+
+
+def page(record: records.Record) -> str:
+    """The Markdown page of a run."""
+    return output.markdown_page(title(record), record, [note(record), table(record)])

@@ -1,0 +1,107 @@
+"""Table, figure and page of `quality`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+
+from dsgformer_arch.benchmark import record as records
+from dsgformer_arch.benchmark.render import output
+from dsgformer_arch.metrics.protocols import protocol as protocol_of
+
+TITLES = {
+    'psnr': 'PSNR', 'ssim': 'SSIM', 'ssim_skimage': 'SSIM (skimage)', 'ssim_basicsr': 'SSIM (BasicSR)',
+    'psnr_unaligned': 'PSNR unaligned', 'ssim_unaligned': 'SSIM unaligned', 'ecc_converged': 'aligned',
+}  # fmt: skip
+
+
+def columns_of(record: records.Record) -> dict[str, str]:
+    """Headings of the table, by key of `cells`' rows."""
+    lower = record.extra.get('lower_better', [])
+    scored = [*protocol_of(record.settings['protocol']).columns, *record.settings['metrics']]
+    heads = {key: TITLES.get(key, key) + (' ↓' if key in lower else '') for key in scored}
+    return {'model': 'system', 'images': 'images', **heads, 'gain': 'gain', 'note': 'note'}
+
+
+def cells(record: records.Record) -> list[dict[str, str | None]]:
+    """The table's rows as text."""
+    scored = columns_of(record).keys() - {'model', 'images', 'note'}
+    rows = []
+    for row in record.rows:
+        cell: dict[str, str | None] = {'model': row['model'], 'images': str(row['images'])}
+        cell |= {key: formatted(key, row[key]) for key in scored if row.get(key) is not None}
+        rows.append({**cell, 'note': '; '.join(notes(row)) or None})
+    return rows
+
+
+def formatted(column: str, value: float) -> str:
+    """A score as the field's tables print it."""
+    if column == 'ecc_converged':
+        return f'{100 * value:.0f} %'
+    if column == 'gain':
+        return f'{value:+.2f}'
+    return f'{value:.2f}' if column.startswith('psnr') else f'{value:.4f}'
+
+
+def notes(row: dict[str, Any]) -> list[str]:
+    """What a reader has to know about a system's means."""
+    found = []
+    if row['failed']:
+        found.append(f'{row["failed"]} failed: {row["error"]}')
+    if row['identical']:
+        found.append(f'{row["identical"]} equal to the sharp image (infinite PSNR, left out)')
+    if row['in_tiles']:
+        found.append(f'{row["in_tiles"]} in tiles')
+    if row.get('tlc'):
+        found.append(f'local pooling, {row["tlc"]}')
+    return found
+
+
+def table(record: records.Record) -> str:
+    """All systems as a Markdown table."""
+    return output.markdown_table(columns_of(record), cells(record))
+
+
+def title(record: records.Record) -> str:
+    """What was measured, as a heading."""
+    s = record.settings
+    count = f'{s["images"]} image{"" if s["images"] == 1 else "s"}'
+    return f'Quality on {s["data"]} ({count}), protocol {s["protocol"]}'
+
+
+def weights_text(record: records.Record) -> str:
+    """Which files the weights came from."""
+    return (
+        'Weights: ' + ', '.join(f'{name} from `{f}`' for name, f in record.settings['weights'].items()) + '.'
+    )
+
+
+def page(record: records.Record) -> str:
+    """The Markdown page of a run."""
+    parts = [table(record), weights_text(record)]
+    return output.markdown_page(title(record), record, parts)
+
+
+def plot(axis: Axes, record: records.Record) -> None:
+    """Mean gain over the blurred images; the line reaches from the 10th to the 90th percentile of images."""
+    rows = [row for row in record.rows if row.get('gain') is not None]
+    rows.sort(key=lambda row: row['gain'])
+    for i, row in enumerate(rows):
+        axis.plot([row['gain_p10'], row['gain_p90']], [i, i], color='C0', alpha=0.5, lw=2)
+        axis.plot([row['gain']], [i], 'o', color='C0')
+    axis.axvline(0, color='grey', linestyle=':')
+    axis.set_yticks(range(len(rows)), [row['model'] for row in rows])
+    axis.set_ylim(-0.6, max(len(rows), 1) - 0.4)
+    axis.set_xlabel('PSNR over the blurred image, dB')
+    axis.margins(x=0.1)
+    axis.grid(axis='x', alpha=0.3)
+    axis.spines[['top', 'right']].set_visible(False)
+
+
+def draw(record: records.Record, path: Path) -> None:
+    """The figure of a run."""
+    figure, (axis,) = output.canvas(7, 1.4 + 0.35 * len(record.rows))
+    plot(axis, record)
+    output.save_figure(figure, path)

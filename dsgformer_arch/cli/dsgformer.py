@@ -1,0 +1,48 @@
+"""`dsgformer`: restore images, and what belongs to it, as a command.
+
+Each command is a module of `dsgformer_arch.cli.commands`; a name in `COMMANDS` adds it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from typing import Any
+
+from dsgformer_arch.utils.errors import guarded
+
+COMMANDS = ('deblur',)
+"""Modules of `dsgformer_arch.cli.commands`, in the order of the help."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point of the console script; returns the exit status."""
+
+    def run() -> int:
+        parsed = parser().parse_args(arguments)
+        status: int = parsed.run(parsed)
+        return status
+
+    return guarded(run)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line, with all commands."""
+    top = argparse.ArgumentParser(
+        prog='dsgformer',
+        description='Sharpen blurred images and videos.',
+        epilog='`dsgformer COMMAND --help` describes a command.',
+    )
+    commands = top.add_subparsers(dest='command', required=True, metavar='COMMAND')
+    for name in COMMANDS:
+        module: Any = importlib.import_module(f'dsgformer_arch.cli.commands.{name}')
+        command = commands.add_parser(
+            name, help=module.SUMMARY, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return top
+
+
+if __name__ == '__main__':
+    raise SystemExit(main())

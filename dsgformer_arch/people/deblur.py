@@ -1,0 +1,224 @@
+"""Restore files: images are read ahead and written behind while the network computes."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dsgformer_arch.people.images import FORMATS, Output, Picture, Pixels, open_image
+from dsgformer_arch.people.jobs import STREAM, Job
+from dsgformer_arch.utils.errors import UserError
+from dsgformer_arch.utils.progress import Stages
+
+if TYPE_CHECKING:
+    from dsgformer_arch.people.deblurrer import Deblurrer
+
+COMPARISON = '_compare.jpg'
+"""What replaces the suffix of a result in the name of its side-by-side image."""
+
+LARGEST_COMPARISON = 100_000_000
+"""Pixels; larger images are not shown side by side."""
+
+
+@dataclass
+class Result:
+    """What became of a job.
+
+    Attributes:
+        input, output: paths.
+        status: `'restored'`, `'skipped'` (done before) or `'failed'`.
+        seconds: in the network.
+        megapixels: restored.
+        frames: of a video.
+        error: one sentence, where it failed.
+        notes: sentences about what did not go as asked.
+    """
+
+    input: str
+    output: str
+    status: str = 'restored'
+    seconds: float = 0.0
+    megapixels: float = 0.0
+    frames: int = 0
+    error: str = ''
+    notes: list[str] = field(default_factory=list)
+
+
+def deblur(
+    jobs: Sequence[Job],
+    make: Callable[[], Deblurrer],
+    *,
+    force: bool = False,
+    compare: bool = False,
+    as_json: bool = False,
+) -> list[Result]:
+    """Restore files; one that fails does not stop the others.
+
+    Args:
+        jobs: see `plan`.
+        make: makes the restorer; called once, while the first image is read, and only if it is needed.
+        force: restore what is done already too.
+        compare: write side-by-side images beside the results.
+        as_json: print one JSON object for each file on standard output.
+
+    Returns:
+        One result for each job.
+
+    Raises:
+        UserError: from `make`.
+    """
+    wanted = [job for job in jobs if force or not job.is_done]
+    results = {job: Result(job.source, job.target, 'skipped') for job in jobs}
+    if as_json:
+        for job in jobs:
+            if job not in wanted:
+                _print(results[job])
+    progress = Stages('deblurring', len(wanted))
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+        upcoming = [reader.submit(_read, job) for job in wanted[:1]]
+        restorer = make() if wanted else None
+        pending: list[Future[None]] = []
+        try:
+            for number, job in enumerate(wanted):
+                assert restorer is not None
+                upcoming += [reader.submit(_read, job) for job in wanted[number + 1 : number + 2]]
+                result = results[job] = Result(job.source, job.target)
+                finish = _attempt(_restored, result, restorer, job, upcoming.pop(0), compare, progress)
+                if len(pending) > 1:
+                    pending.pop(0).result()
+                pending.append(writer.submit(_finish, finish, result, as_json))
+                progress.next()
+            for written in pending:
+                written.result()
+        except BaseException:
+            reader.shutdown(wait=False, cancel_futures=True)
+            writer.shutdown(wait=False, cancel_futures=True)
+            raise
+    return [results[job] for job in jobs]
+
+
+def summary(results: Sequence[Result], seconds: float) -> str:
+    """One line: how many files were restored, skipped and failed, and how fast."""
+    counts = {
+        status: sum(r.status == status for r in results) for status in ('restored', 'skipped', 'failed')
+    }
+    parts = [f'restored {counts["restored"]}']
+    if counts['skipped']:
+        parts.append(f'skipped {counts["skipped"]} done before (--force restores them again)')
+    if counts['failed']:
+        parts.append(f'failed {counts["failed"]}')
+    megapixels = sum(r.megapixels for r in results)
+    speed = f', {megapixels:.1f} megapixels, {megapixels / seconds:.2f} a second' if megapixels else ''
+    return f'{", ".join(parts)} in {timedelta(seconds=round(seconds))}{speed}'
+
+
+def _read(job: Job) -> Picture | None:
+    """The image of a job, decoded; None for a video."""
+    if job.is_video:
+        return None
+    if job.source == STREAM:
+        return open_image(sys.stdin.buffer.read(), 'standard input')
+    return open_image(job.source)
+
+
+def _attempt(call: Callable[..., Any], result: Result, *arguments: Any) -> Any:
+    """Call, or say in the result why not."""
+    try:
+        return call(result, *arguments)
+    except UserError as error:
+        result.error = str(error)
+    except MemoryError:
+        result.error = f'{result.input}: not enough memory; give a smaller --tile'
+    except OSError as error:
+        where = error.filename or result.output
+        result.error = f'{where}: {(error.strerror or str(error)).lower()}'
+    except Exception as error:  # one file must not end the work on the others
+        result.error = f'{result.input}: {type(error).__name__}: {" ".join(str(error).split())[:300]}'
+    result.status = 'failed'
+    return None
+
+
+def _finish(finish: Callable[[], None] | None, result: Result, as_json: bool) -> None:
+    if finish is not None:
+        _attempt(lambda _: finish(), result)
+    for note in result.notes:
+        print(f'note: {result.input}: {note}', file=sys.stderr, flush=True)
+    if result.status == 'failed':
+        result.megapixels = 0.0
+        print(f'error: {result.error}', file=sys.stderr, flush=True)
+    if as_json:
+        _print(result)
+
+
+def _print(result: Result) -> None:
+    print(json.dumps({**asdict(result), 'seconds': round(result.seconds, 3)}), flush=True)
+
+
+def _restored(
+    result: Result,
+    restorer: Deblurrer,
+    job: Job,
+    reading: Future[Picture | None],
+    compare: bool,
+    progress: Stages,
+) -> Callable[[], None] | None:
+    """Restore one file; returns what is left to do, which needs no network: encoding and writing."""
+    picture = reading.result()
+    restorer.report.notes.clear()
+    if picture is None:
+        from dsgformer_arch.people.video import deblur_video
+
+        deblur_video(restorer, job.source, job.target, result, progress.tick)
+        result.notes += restorer.report.notes
+        return None
+    format = picture.format
+    if job.target != STREAM:
+        format = FORMATS[os.path.splitext(job.target)[1].lower()]
+        os.makedirs(os.path.dirname(os.path.abspath(job.target)), exist_ok=True)
+    output = Output(picture, None if job.target == STREAM else job.target, format)
+    shown: list[Pixels] = []
+    begun = time.perf_counter()
+    try:
+        for band in restorer.bands(picture.rows, picture.size, progress.tick):
+            output.write(band)
+            if compare:
+                shown.append(band)
+    except BaseException:
+        output.close()
+        raise
+    result.seconds = time.perf_counter() - begun
+    result.megapixels = round(picture.size[0] * picture.size[1] / 1e6, 6)
+    result.notes += [*picture.notes, *output.notes, *restorer.report.notes]
+
+    def finish() -> None:
+        output.finish()
+        if job.target == STREAM:
+            sys.stdout.buffer.write(output.content)
+            sys.stdout.buffer.flush()
+        elif compare:
+            _compare(job, np.concatenate(shown), result)
+
+    return finish
+
+
+def _compare(job: Job, restored: Pixels, result: Result) -> None:
+    """Write input and result beside each other."""
+    height, width = restored.shape[:2]
+    if height * width > LARGEST_COMPARISON:
+        result.notes.append('too large for a side-by-side image')
+        return
+    picture = open_image(job.source)
+    both = np.concatenate([picture.rows(0, height), restored], axis=1)
+    picture.size = (height, 2 * width)
+    output = Output(picture, os.path.splitext(job.target)[0] + COMPARISON, 'JPEG')
+    output.write(both)
+    output.finish()

@@ -1,0 +1,37 @@
+"""Recognise a restoration that went wrong: values that are not finite, and blocks of a foreign colour.
+
+Local pooling (TLC) can divide by statistics of a flat window and return blocks of a colour that the image
+does not have (megvii-research/NAFNet#25).  Removing blur moves light by the length of the blur and no
+further, so that the mean over a block hardly leaves the range of the means around it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK = 32
+"""Side of the blocks whose means are compared, in pixels."""
+
+MOST_SHIFT = 0.25
+"""How far the mean of a block may lie outside the range of the means of the blocks around it, in [0, 1]."""
+
+
+def fault(restored: Tensor, image: Tensor) -> str | None:
+    """What is wrong with a restored image, as a phrase; None where nothing is.
+
+    Args:
+        restored: (N, 3, H, W), what the network returned, not clipped.
+        image: (N, 3, H, W) in [0, 1], what it was given.
+    """
+    if not torch.isfinite(restored).all():
+        return 'values that are not finite'
+    before, after = (
+        F.avg_pool2d(x, BLOCK, ceil_mode=True, count_include_pad=False) for x in (image, restored)
+    )
+    highest = F.max_pool2d(before, 3, 1, padding=1)
+    lowest = -F.max_pool2d(-before, 3, 1, padding=1)
+    if torch.maximum(after - highest, lowest - after).max() > MOST_SHIFT:
+        return 'blocks of a foreign colour'
+    return None
