@@ -348,4 +348,4 @@ assert not training.takes(torch.float32, 16, 1)
 def test_a_wrong_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, 'library', lambda source: None)
     monkeypatch.setattr(training, 'differentiable', lambda x, weights: eager.whole(x, x, weights) * 1.01)
-    assert not training._works.__wrapped__(torch.float32)
+    assert not training.works.__wrapped__(torch.float32)
