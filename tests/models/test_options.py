@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import yaml
 
 from dsgformer_arch.models import options
@@ -18,16 +21,17 @@ SMALL_ENOUGH = 40e6
 """Networks of more parameters are only described, not built, to keep the tests quick."""
 
 
-def finished_lmdb(path: Path) -> None:
-    """What a check reads of an LMDB of one 1280×720 image: its list, and that it holds something."""
-    path.mkdir(parents=True, exist_ok=True)
-    (path / 'data.mdb').write_bytes(b'x')
-    (path / 'meta_info.txt').write_text('a.png (720,1280,3) 1\n')
+@pytest.fixture(scope='session')
+def one_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An LMDB of one 1280×720 image."""
+    folder = tmp_path_factory.mktemp('one') / 'a.lmdb'
+    write_lmdb(folder, {'a': np.zeros((720, 1280, 3), np.uint8)})
+    return folder
 
 
 @pytest.mark.parametrize('file', FILES, ids=lambda file: file.stem)
 def test_option_file_is_sound(
-    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vgg_weights: Path
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vgg_weights: Path, one_image: Path
 ) -> None:
     """It passes the check, with the data that it names in place, and builds what it names."""
     from basicsr.archs import build_network
@@ -41,11 +45,11 @@ def test_option_file_is_sound(
     for phase, dataset in settings['datasets'].items():
         dataset['phase'] = phase.split('_')[0]
         for key in ('dataroot_gt', 'dataroot_lq'):
-            finished_lmdb(tmp_path / dataset[key])
+            shutil.copytree(one_image, tmp_path / dataset[key], dirs_exist_ok=True)
     if settings['path'].get('pretrain_network_g'):
         weights = tmp_path / settings['path']['pretrain_network_g']
         weights.parent.mkdir(parents=True)
-        weights.touch()
+        torch.save({'params_ema': build_network(settings['network_g']).state_dict()}, weights)
         settings['path']['pretrain_network_g'] = str(weights)
     checked = yaml.safe_load(yaml.safe_dump(settings))
     for dataset in checked['datasets'].values():
