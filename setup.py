@@ -33,6 +33,8 @@ setup(
         'opencv-python',
         'lmdb',
         'pyyaml',
+        'pydantic>=2.7',
+        'pillow',
         'addict',
         'safetensors',
         'tqdm',
@@ -40,11 +42,11 @@ setup(
         'requests',
     ],
     extras_require={
-        'benchmark': ['matplotlib', 'psutil'],
+        'benchmark': ['matplotlib'],
         'loader': ['pyvips[binary]'],
         'metrics': ['pyiqa'],
         'dev': [
-            *('matplotlib', 'psutil', 'pytest', 'pytest-xdist', 'ruff', 'mypy', 'types-PyYAML'),
+            *('matplotlib', 'pytest', 'pytest-xdist', 'hypothesis', 'jsonschema', 'ruff', 'mypy', 'types-PyYAML'),
             'triton; platform_system == "Linux"',  # its interpreter runs the GPU's kernels in the tests
         ],
     },

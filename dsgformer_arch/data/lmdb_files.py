@@ -37,7 +37,7 @@ def check_lmdb(folder: str | os.PathLike[str]) -> None:
         with open(path, 'rb') as file:
             size = os.fstat(file.fileno()).st_size
             meta = [file.read(LAST_PAGE_AT + 16)]
-            page = struct.unpack_from('=I', meta[0], PAGE_SIZE_AT)[0] if len(meta[0]) > PAGE_SIZE_AT + 4 else 0
+            page = struct.unpack_from('=I', meta[0].ljust(PAGE_SIZE_AT + 4, b'\0'), PAGE_SIZE_AT)[0]
             if page in PAGE_SIZES:
                 file.seek(page)
                 meta.append(file.read(LAST_PAGE_AT + 16))
@@ -51,9 +51,8 @@ def check_lmdb(folder: str | os.PathLike[str]) -> None:
         raise UserError(f'{path} is truncated; {AGAIN}')
     last_page, _ = max((struct.unpack_from('=QQ', part, LAST_PAGE_AT) for part in meta), key=lambda m: m[1])
     if (last_page + 1) * page > size:
-        raise UserError(
-            f'{path} is truncated: it has {size} bytes of the {(last_page + 1) * page} that it should; {AGAIN}'
-        )
+        whole = (last_page + 1) * page
+        raise UserError(f'{path} is truncated: it has {size} of its {whole} bytes; {AGAIN}')
 
 
 def open_lmdb(folder: str | os.PathLike[str]) -> lmdb.Environment:

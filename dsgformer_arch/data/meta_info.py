@@ -107,5 +107,6 @@ def check_key(key: str, where: str) -> None:
         or any(part in ('', '.', '..') for part in parts)
     ):
         raise UserError(
-            f'{where} has the key {key[:80]!r}, which is no relative path; make the LMDB again with other names'
+            f'{where} has the key {key[:80]!r}, which is no relative path; '
+            'make the LMDB again with other names'
         )

@@ -27,7 +27,6 @@ from pydantic import (
     WithJsonSchema,
     create_model,
 )
-
 from pydantic_core import PydanticCustomError
 
 from dsgformer_arch.utils.text import did_you_mean
@@ -36,11 +35,12 @@ NATURAL_MAX = 2**53
 """The largest whole number that every reader of JSON represents exactly."""
 
 Natural = Annotated[int, Field(ge=0, le=NATURAL_MAX)]
+Whole = Annotated[int, Field(ge=-NATURAL_MAX, le=NATURAL_MAX)]
 Count = Annotated[int, Field(ge=1, le=NATURAL_MAX)]
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Text = Annotated[str, StringConstraints(min_length=1, max_length=4000)]
-Precision = Literal['bf16', 'fp16']
+Precision = Literal['bf16', 'fp16', False]
 
 
 def _auto_or_count(value: Any) -> Any:
@@ -62,8 +62,18 @@ class Section(BaseModel):
     """A section of an option file: no other keys, no conversion between types, numbers finite."""
 
     model_config = ConfigDict(
-        strict=True, extra='forbid', allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
+        strict=True,
+        extra='forbid',
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
     )
+
+
+class OpenSection(Section):
+    """A section that takes any other key too."""
+
+    model_config = ConfigDict(extra='allow')
 
 
 class Top(Section):
@@ -95,6 +105,8 @@ class Top(Section):
     """What to log and to save, and how often."""
     dist_params: dict[str, Any] | None = None
     """Settings of distributed training under SLURM."""
+    save: dict[str, Any] | None = None
+    """Which checkpoints to keep."""
     find_unused_parameters: bool = False
     """On several GPUs: whether some parameters get no gradient."""
     root: Text | None = None
@@ -130,7 +142,7 @@ class Dataset(Section):
     name: Text
     """Names the data set in logs and pictures."""
     type: Text
-    """A name in DATASET_REGISTRY, such as PairedCropDataset for training and PairedImageDataset for whole images."""
+    """A name in DATASET_REGISTRY: PairedCropDataset for training, PairedImageDataset for whole images."""
     dataroot_gt: Text | None = None
     """Sharp images: an LMDB `*.lmdb`, or a folder."""
     dataroot_lq: Text | None = None
@@ -143,6 +155,8 @@ class Dataset(Section):
     """Name of a blurred image of a folder, with {} for its partner's name."""
     gt_size: Count | None = None
     """Side of the random crops."""
+    pad_to_gt_size: bool = False
+    """PairedCropDataset: reflect images smaller than a crop at their right and lower border."""
     use_hflip: bool | None = None
     """Random horizontal flips."""
     use_rot: bool | None = None
@@ -165,9 +179,14 @@ class Dataset(Section):
     """Batches that prefetch_mode cpu reads ahead."""
     pin_memory: bool = False
     """Faster copies to a GPU."""
+    corrupt_images: Literal['fail', 'replace'] = 'fail'
+    """What a damaged training image does: end the run, or be replaced by another image."""
     persistent_workers: bool = False
     """Keep the worker processes from epoch to epoch."""
 
+
+METRIC_GIVEN = ('img', 'img2', 'better')
+"""Arguments of metrics that no option file gives, and `better`, which BasicSR reads."""
 
 DATASET_HOOKS = {'required': ('io_backend', 'dataroot_gt', 'dataroot_lq')}
 """What a data set needs unless its class says otherwise.
@@ -177,10 +196,8 @@ sets do not know; and `check_options(section, where)`, which raises a `UserError
 """
 
 
-class Optimizer(BaseModel):
+class Optimizer(OpenSection):
     """`type` and `lr`; what else there is goes to the optimizer's class and is checked by it."""
-
-    model_config = ConfigDict(Section.model_config, extra='allow')
 
     type: Text
     """An optimizer of torch.optim, such as AdamW."""
@@ -188,10 +205,8 @@ class Optimizer(BaseModel):
     """Peak of the schedule."""
 
 
-class Scheduler(BaseModel):
+class Scheduler(OpenSection):
     """`type`; what else there is goes to the scheduler's class and is checked by it."""
-
-    model_config = ConfigDict(Section.model_config, extra='allow')
 
     type: Text
     """WarmupCosineLR, CosineAnnealingRestartCyclicLR, one of BasicSR's, or one of torch's by iteration."""
@@ -219,14 +234,16 @@ class Train(Section):
     """Max gradient norm; ~ for no clipping."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0
     """Decay of the averaged weights that validation and results use; 0 for none."""
-    amp: Precision | Literal[False] | None = None
+    amp: Precision | None = None
     """bf16 or fp16 for autocast, ~ for float32."""
     channels_last: bool = False
     """Memory format of images and kernels."""
     compile: bool = False
     """torch.compile; the first iterations take minutes."""
     accumulate: Count = 1
-    """Batches whose gradients are summed before a step."""
+    """Parts into which a batch is cut to save memory; the gradient is the whole batch's."""
+    max_skipped_steps: Count | None = None
+    """Steps in a row without a finite loss and gradient that end the run."""
     progressive: Progressive | None = None
     """Patch and batch size by stage."""
 
@@ -240,7 +257,7 @@ class Val(Section):
     """Ends the names of restored images; ~ for the option file's name."""
     pbar: bool = True
     """A progress bar on a terminal, sparse lines in a log."""
-    amp: Precision | Literal[False] | None = None
+    amp: Precision | None = None
     """bf16 or fp16 for autocast, ~ for float32."""
     tile: Count | None = None
     """Side of the tiles for images that do not fit in memory, ~ for whole images."""
@@ -264,10 +281,15 @@ class Logger(Section):
     """Iterations between two checkpoints."""
     use_tb_logger: bool
     """TensorBoard events below tb_logger/."""
-    keep_last: Count | None = None
-    """Newest checkpoints to keep; ~ keeps all."""
     wandb: Wandb | None = None
     """Weights & Biases."""
+
+
+class Save(Section):
+    keep_last: Count | None = None
+    """Newest checkpoints to keep; ~ keeps all."""
+    best: Text | None = None
+    """A name in val: metrics, by which the best network is kept as net_g_best.pth."""
 
 
 # --- sections that name a registered class or function ------------------------------------------------------
@@ -297,13 +319,11 @@ def arguments_model(target: Callable[..., Any], given: tuple[str, ...] = ()) -> 
                 fields.setdefault(parameter.name, _field(parameter, hints.get(parameter.name)))
         if not open_ended:
             break
-    config = ConfigDict(
-        Section.model_config, extra='allow' if open_ended else 'forbid', arbitrary_types_allowed=False
-    )
+    base = OpenSection if open_ended else Section
     try:
-        return create_model(target.__name__, __config__=config, **fields)
+        return create_model(target.__name__, __base__=base, **fields)
     except (PydanticUserError, NameError, TypeError):  # a name that pydantic keeps for itself
-        return create_model(target.__name__, __config__=ConfigDict(config, extra='allow'), type=(Text, ...))
+        return create_model(target.__name__, __base__=OpenSection, type=(Text, ...))
 
 
 def _constructors(target: Callable[..., Any]) -> list[Callable[..., Any]]:
@@ -323,11 +343,17 @@ def _hints(function: Callable[..., Any]) -> dict[str, Any]:
 def _field(parameter: inspect.Parameter, hint: Any) -> Any:
     default = ... if parameter.default is parameter.empty else parameter.default
     if hint is None or not _plain(hint):
-        hint = _type_of(default)
+        hint = UNTYPED.get(parameter.name) or _type_of(default)
+    elif hint is int:
+        hint = Whole
     if default is None:
         hint = hint | None
     # Defaults are not checked, and a schema cannot show all of them.
     return (hint, ... if default is ... else Field(default_factory=lambda: default))
+
+
+UNTYPED = {'crop_border': Natural, 'test_y_channel': bool, 'input_order': Literal['HWC', 'CHW']}
+"""Arguments of BasicSR's metrics, which have neither annotation nor default."""
 
 
 def _plain(hint: Any) -> bool:
@@ -388,13 +414,15 @@ def check_section(
         ]
     values = {key: value for key, value in section.items() if key in model.model_fields or key not in also}
     missing = [key for key in required if key not in section]
+    faults += [f'{prefix}{key} is ~, but has to be given' for key in required if section.get(key, 0) is None]
     try:
         # JSON knows lists only, so that a tuple may be given as one; types are as strict as in Python.
         model.model_validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
         order = {key: number for number, key in enumerate(section)}
         found = sorted(error.errors(), key=lambda fault: order.get(str((*fault['loc'], '')[0]), len(order)))
-        missing += [fault['loc'][0] for fault in found if fault['type'] == 'missing' and len(fault['loc']) == 1]
+        absent = [fault for fault in found if fault['type'] == 'missing' and len(fault['loc']) == 1]
+        missing += [str(fault['loc'][0]) for fault in absent]
         faults += [
             _sentence(where, fault, model, also)
             for fault in _merged(found)
@@ -496,13 +524,18 @@ def _shown(value: Any) -> str:
 # --- the schema for editors ---------------------------------------------------------------------------------
 
 
-def json_schema(registered: Mapping[str, Mapping[str, type[BaseModel]]]) -> dict[str, Any]:
-    """The JSON Schema of option files.
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema (draft 7) of option files, with every registered network, loss, metric and data set."""
+    from basicsr.utils import registry
 
-    Args:
-        registered: for `network`, `loss`, `metric` and `dataset`: the model of each registered name.
-            Of a data set, the model of what it takes beside `Dataset`.
-    """
+    import dsgformer_arch  # noqa: F401  (fills the registries)
+
+    sections_of = {
+        'network': {name: arguments_model(target) for name, target in registry.ARCH_REGISTRY},
+        'loss': {name: arguments_model(target) for name, target in registry.LOSS_REGISTRY},
+        'metric': {name: arguments_model(target, METRIC_GIVEN) for name, target in registry.METRIC_REGISTRY},
+    }
+    own_keys = {name: getattr(target, 'options', ()) for name, target in registry.DATASET_REGISTRY}
     definitions: dict[str, Any] = {}
 
     def add(name: str, model: type[BaseModel]) -> dict[str, Any]:
@@ -512,15 +545,21 @@ def json_schema(registered: Mapping[str, Mapping[str, type[BaseModel]]]) -> dict
         return {'$ref': f'#/$defs/{name}'}
 
     top = _tidy(Top.model_json_schema())
-    sections = {'path': Path, 'train': Train, 'val': Val, 'logger': Logger, 'dist_params': DistParams}
+    sections: dict[str, type[BaseModel]] = {
+        'path': Path,
+        'train': Train,
+        'val': Val,
+        'logger': Logger,
+        'dist_params': DistParams,
+    }
     for key, model in sections.items():
         top['properties'][key] = {
             'description': top['properties'][key]['description'],
             'anyOf': [add(model.__name__, model), {'type': 'null'}],
         }
     add('Dataset', Dataset)
-    for kind, models in registered.items():
-        definitions[kind] = _one_of(models) if kind != 'dataset' else _dataset(definitions['Dataset'], models)
+    definitions |= {kind: _one_of(models) for kind, models in sections_of.items()}
+    definitions['dataset'] = _dataset(definitions.pop('Dataset'), own_keys)
     top['properties']['network_g'] |= {'$ref': '#/$defs/network'}
     for key in ('additionalProperties', 'type'):
         top['properties']['network_g'].pop(key, None)
@@ -565,10 +604,10 @@ def _own(name: str, model: type[BaseModel]) -> dict[str, Any]:
     return {key: schema[key] for key in ('properties', 'required', 'additionalProperties') if key in schema}
 
 
-def _dataset(common: dict[str, Any], models: Mapping[str, type[BaseModel]]) -> dict[str, Any]:
+def _dataset(common: dict[str, Any], models: Mapping[str, Collection[str]]) -> dict[str, Any]:
     """`Dataset` with the keys that single data sets add."""
-    extra = {key: {} for model in models.values() for key in model.model_fields if key != 'type'}
-    properties = {**common['properties'], **{key: extra[key] for key in sorted(extra)}}
+    keys = {key for own in models.values() for key in own}
+    properties = {**common['properties'], **{key: {} for key in sorted(keys)}}
     properties['type'] = {**properties['type'], 'enum': sorted(models)}
     return {**common, 'properties': properties}
 
@@ -583,7 +622,7 @@ def _tidy(schema: Any) -> Any:
         key: ({name: _tidy(entry) for name, entry in value.items()} if key in MAPS else _tidy(value))
         for key, value in schema.items()
         if not (key == 'title' and isinstance(value, str) and '$schema' not in schema)
-        and not (key == 'maximum' and value == NATURAL_MAX)
+        and not (key in ('maximum', 'minimum') and abs(value) == NATURAL_MAX)
     }
 
 

@@ -7,12 +7,14 @@ checkpoint), then whether network, optimizer and scheduler can be built with the
 
 from __future__ import annotations
 
+import inspect
 import os
-import random
 import re
 import stat
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,10 +23,12 @@ from torch import nn
 
 from dsgformer_arch.models.option_schema import (
     DATASET_HOOKS,
+    METRIC_GIVEN,
     Dataset,
     DistParams,
     Logger,
     Path,
+    Save,
     Top,
     Train,
     Val,
@@ -33,7 +37,7 @@ from dsgformer_arch.models.option_schema import (
 )
 from dsgformer_arch.utils import safe_yaml
 from dsgformer_arch.utils.errors import UserError
-from dsgformer_arch.utils.text import did_you_mean
+from dsgformer_arch.utils.text import did_you_mean, shortened
 
 Options = dict[str, Any]
 
@@ -42,7 +46,6 @@ MOST_FAULTS = 30
 MOST_MODULES = 50_000
 """Modules of a network; the largest here has 4,000."""
 MOST_PARAMETERS = 10**10
-METRIC_GIVEN = ('img', 'img2', 'better')
 
 
 def read(path: str) -> Options:
@@ -94,7 +97,9 @@ def _forced_value(text: str, entry: str) -> Any:
     try:
         line = safe_yaml.load(f'value: {text}')
     except yaml.YAMLError as error:
-        raise UserError(f'--force_yml {entry}: the value is no YAML: {safe_yaml.describe(error)[1]}') from None
+        raise UserError(
+            f'--force_yml {entry}: the value is no YAML: {safe_yaml.describe(error)[1]}'
+        ) from None
     if not isinstance(line, dict) or list(line) != ['value']:
         raise UserError(f'--force_yml {entry}: give one value')
     return line['value']
@@ -133,7 +138,9 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
     if _is_optimizer(found):
         return found  # type: ignore[return-value]
     known = [each for each in dir(torch.optim) if _is_optimizer(getattr(torch.optim, each))]
-    raise UserError(f'torch.optim has no optimizer {name!r}{did_you_mean(name, known) or "; take AdamW, say"}')
+    raise UserError(
+        f'torch.optim has no optimizer {name!r}{did_you_mean(name, known) or "; take AdamW, say"}'
+    )
 
 
 def _is_optimizer(value: object) -> bool:
@@ -157,7 +164,9 @@ def scheduler_class(name: str) -> Any:
     modules = (lr_scheduler, basicsr_schedulers, torch.optim.lr_scheduler)
     # BasicSR's own class under torch's name; it also restarts.
     name = 'MultiStepRestartLR' if name == 'MultiStepLR' else name
-    kinds = {each: kind for module in modules[::-1] for each, kind in vars(module).items() if _is_schedule(kind)}
+    kinds = {
+        each: kind for module in modules[::-1] for each, kind in vars(module).items() if _is_schedule(kind)
+    }
     if name in kinds:
         return kinds[name]
     hint = did_you_mean(name, kinds) or '; take WarmupCosineLR, say'
@@ -175,13 +184,14 @@ class _Checker:
     def __init__(self, options: Options) -> None:
         self.options = options
         self.faults: list[str] = []
+        self.sound = False
 
     def run(self, is_train: bool) -> list[str]:
         # Registers the networks, models, losses, metrics and data sets that the file may name.
         from basicsr.utils.registry import ARCH_REGISTRY, MODEL_REGISTRY
 
         needed = ['train', 'logger'] if is_train else ['val']
-        self.section('', self.options, Top, needed)
+        self.sound = self.section('', self.options, Top, needed)
         if 'model_type' in self.options:
             self.registered('model_type', self.options['model_type'], MODEL_REGISTRY)
         sound = 'network_g' in self.options and self.built_from(
@@ -203,6 +213,7 @@ class _Checker:
         if self.options.get('dist_params') is not None:
             self.section('dist_params', self.options['dist_params'], DistParams)
         self.check_val(is_train)
+        self.check_save()
         return self.faults
 
     # Networks and checkpoints.
@@ -215,15 +226,14 @@ class _Checker:
         try:
             with _bounded_building(), torch.device('meta'), _quiet():
                 return build_network(settings)
-        except UserError as error:
-            self.faults.append(f'network_g: {error}')
         except NotImplementedError:
             return None  # IPT computes with its tensors while it is built
-        except RuntimeError as error:
-            if 'meta' not in str(error):
-                self.faults.append(f'network_g: {settings["type"]} refuses its settings: {_first_line(error)}')
         except Exception as error:  # a network may fail in any way on settings that it does not foresee
-            self.faults.append(f'network_g: {settings["type"]} refuses its settings: {_first_line(error)}')
+            if isinstance(error, RuntimeError) and 'meta' in str(error):
+                return None
+            kind = settings['type']
+            reason = _first_line(error).removeprefix(f'{kind}: ')
+            self.faults.append(f'network_g: {kind} refuses its settings: {reason}')
         return None
 
     def check_path(self, network: nn.Module | None, is_train: bool) -> None:
@@ -235,7 +245,7 @@ class _Checker:
             for key in ('pretrain_network_g', 'resume_state')
             if path.get(key) and not os.path.isfile(os.path.expanduser(path[key]))
         ]
-        self.faults += [f'path: {key}: there is no file {path[key]}' for key in missing]
+        self.faults += [f'path: {key}: there is no file {shortened(path[key])}' for key in missing]
         if not is_train and not path.get('pretrain_network_g'):
             self.faults.append('path: pretrain_network_g: name the checkpoint that is to be tested')
         if path.get('pretrain_network_g') and 'pretrain_network_g' not in missing and network is not None:
@@ -254,7 +264,8 @@ class _Checker:
         if different:
             kind = self.options['network_g']['type']
             self.faults.append(
-                f'path: pretrain_network_g: {file} does not fit {kind} with these settings: {"; ".join(different)}'
+                f'path: pretrain_network_g: {file} does not fit {kind} with these settings: '
+                + '; '.join(different)
             )
 
     # Data.
@@ -280,9 +291,9 @@ class _Checker:
             self.faults.append(f'{where}: persistent_workers needs num_worker_per_gpu of at least 1')
         if dataset.get('prefetch_mode') == 'cuda' and not dataset.get('pin_memory'):
             self.faults.append(f'{where}: prefetch_mode cuda needs pin_memory: true')
-        if hasattr(data_set, 'check_options'):
+        if data_set is not None and hasattr(data_set, 'check_options'):
             # Data sets that read other things than pairs check what they need.
-            self.collect(lambda: data_set.check_options(dataset, where))
+            self.collect(partial(data_set.check_options, dataset, where))
             return
         if all(dataset.get(key) is not None for key in DATASET_HOOKS['required']):
             self.check_images(where, phase, dataset)
@@ -293,7 +304,7 @@ class _Checker:
         sides: dict[str, dict[str, Entry]] = {}
         for key in ('dataroot_gt', 'dataroot_lq'):
             found = self.collect(
-                lambda key=key: _images_of(dataset[key], dataset['io_backend']['type']), f'{where}: {key}: '
+                partial(_images_of, dataset[key], dataset['io_backend']['type']), f'{where}: {key}: '
             )
             if found is not None:
                 sides[key] = found
@@ -307,7 +318,7 @@ class _Checker:
             key = min(gt.keys() ^ lq.keys())
             self.faults.append(f'{where}: the image {key} is in only one of dataroot_gt and dataroot_lq')
             return
-        scale = self.options.get('scale', 1)
+        scale = self.options.get('scale', 1) if self.sound else 1
         for key, sharp in gt.items():
             blurred = lq[key]
             if sharp.size != (blurred.height * scale, blurred.width * scale):
@@ -316,7 +327,7 @@ class _Checker:
                     f'{sharp.width}×{sharp.height} in dataroot_gt; pair images of one size'
                 )
                 return
-        if phase == 'train':
+        if phase == 'train' and not dataset.get('pad_to_gt_size'):
             smallest = min(gt.values(), key=lambda entry: min(entry.size))
             if min(smallest.size) < dataset['gt_size']:
                 self.faults.append(
@@ -349,26 +360,22 @@ class _Checker:
 
     def check_optimizer(self, train: Options) -> None:
         """Build optimizer and scheduler for a parameter of one number."""
-        settings = {key: train.get(key) for key in ('optim_g', 'scheduler')}
-        rate = (settings['optim_g'] or {}).get('lr') if isinstance(settings['optim_g'], dict) else None
-        optimizer = None
-        for key, find in (('optim_g', optimizer_class), ('scheduler', scheduler_class)):
-            section = settings[key]
-            if not isinstance(section, dict) or not isinstance(section.get('type'), str):
-                continue
-            kind = self.collect(lambda find=find, section=section: find(section['type']), f'train: {key}: type: ')
-            if kind is None or (key == 'optim_g' and not isinstance(rate, (int, float))) or rate is True:
-                continue
-            arguments = {name: value for name, value in section.items() if name != 'type'}
-            if key == 'scheduler' and optimizer is None:
-                optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1e-4)
-            target = optimizer if key == 'scheduler' else [nn.Parameter(torch.zeros(1))]
-            try:
-                built = kind(target, **arguments)
-            except Exception as error:  # whatever a class makes of settings that do not suit it
-                self.faults.append(f'train: {key}: {section["type"]} refuses its settings: {_first_line(error)}')
-            else:
-                optimizer = built if key == 'optim_g' else optimizer
+        self.build('train: optim_g', train.get('optim_g'), optimizer_class, [nn.Parameter(torch.zeros(1))])
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1e-4)
+        self.build('train: scheduler', train.get('scheduler'), scheduler_class, optimizer)
+
+    def build(self, where: str, section: Any, find: Callable[[str], Any], target: Any) -> None:
+        """Build what a section describes for `target`, its class's first argument."""
+        if not isinstance(section, dict) or not isinstance(section.get('type'), str):
+            return
+        kind = self.collect(lambda: find(section['type']), f'{where}: type: ')
+        given = () if kind is None else tuple(inspect.signature(kind).parameters)[:1]
+        if kind is None or not self.section(where, section, arguments_model(kind, given)):
+            return
+        try:
+            kind(target, **{name: value for name, value in section.items() if name != 'type'})
+        except Exception as error:  # whatever a class makes of settings that do not suit it
+            self.faults.append(f'{where}: {section["type"]} refuses its settings: {_first_line(error)}')
 
     def check_progressive(self, train: Options) -> None:
         stages = train.get('progressive')
@@ -387,7 +394,8 @@ class _Checker:
             sizes = [size for size in stages[name] if isinstance(size, int)]
             if isinstance(whole, int) and sizes and max(sizes) > whole:
                 self.faults.append(
-                    f'train: progressive: {name} goes up to {max(sizes)}, but datasets: train: {key} is {whole}'
+                    f'train: progressive: {name} goes up to {max(sizes)}, '
+                    f'but datasets: train: {key} is {whole}'
                 )
 
     def check_val(self, is_train: bool) -> None:
@@ -398,12 +406,20 @@ class _Checker:
             return
         sound = self.section('val', val, Val, ['val_freq'] if is_train else [])
         if sound and val.get('tile') is not None and val.get('tile_overlap', 32) >= val['tile']:
-            self.faults.append(
-                f'val: tile_overlap is {val.get("tile_overlap", 32)}, but should be less than tile, {val["tile"]}'
-            )
+            overlap = val.get('tile_overlap', 32)
+            self.faults.append(f'val: tile_overlap is {overlap}, but should be less than tile, {val["tile"]}')
         metrics = val.get('metrics') if isinstance(val, dict) else None
         for name, metric in (metrics if isinstance(metrics, dict) else {}).items():
             self.built_from(f'val: metrics: {name}', metric, METRIC_REGISTRY, METRIC_GIVEN)
+
+    def check_save(self) -> None:
+        save, val = self.options.get('save'), self.options.get('val')
+        if save is None or not self.section('save', save, Save) or save.get('best') is None:
+            return
+        metrics = (val.get('metrics') or {}) if isinstance(val, dict) else {}
+        if save['best'] not in metrics:
+            hint = did_you_mean(save['best'], metrics)
+            self.faults.append(f'save: best is {save["best"]!r}, which val: metrics does not have{hint}')
 
     # What the checks above are made of.
 
@@ -455,7 +471,7 @@ def _images_of(root: str, backend: str) -> dict[str, Any]:
 
     folder = os.path.expanduser(root)
     if not os.path.isdir(folder):
-        raise UserError(f'there is no {root}; datasets/README.md says how to make it')
+        raise UserError(f'there is no {shortened(root)}; datasets/README.md says how to make it')
     if backend == 'disk':
         if not any(os.scandir(folder)):
             raise UserError(f'the folder {root} is empty')
@@ -501,14 +517,16 @@ def _bounded_building() -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the line that BasicSR logs for each network that it builds."""
+    """Without the line that BasicSR logs for each network that it builds, and without warnings."""
     import logging
 
     logger = logging.getLogger('basicsr')
     level = logger.level
     logger.setLevel(logging.WARNING)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            yield
     finally:
         logger.setLevel(level)
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import yaml
 
@@ -87,8 +88,12 @@ class _Loader(yaml.SafeLoader):
                 continue
             if key.tag != 'tag:yaml.org,2002:str':
                 kind = key.tag.split(':')[-1]
-                shown = f'{key.value[:40]!r} is a {kind}' if isinstance(key, yaml.ScalarNode) else f'it is a {kind}'
-                raise _error(key, f'a key should be text, but {shown}; put it in quotes')
+                shown = (
+                    f'{key.value[:40]!r} is a {kind}'
+                    if isinstance(key, yaml.ScalarNode)
+                    else f'it is a {kind}'
+                )
+                raise _error(key, f'a key should be text, but {shown} is a {kind}; put it in quotes')
             if key.value in seen:
                 raise _error(key, f'the key {key.value!r} stands twice in one section')
             seen.add(key.value)
@@ -103,7 +108,7 @@ class _Loader(yaml.SafeLoader):
             raise _error(node, f'{node.value[:40]!r} is no finite number')
         return value
 
-    numbers = {
+    numbers: ClassVar[dict[str, Callable[[Any, Any], Any]]] = {
         'tag:yaml.org,2002:bool': yaml.SafeLoader.construct_yaml_bool,
         'tag:yaml.org,2002:int': yaml.SafeLoader.construct_yaml_int,
         'tag:yaml.org,2002:float': yaml.SafeLoader.construct_yaml_float,
@@ -144,7 +149,9 @@ def _check(node: Any, left: list[int], above: tuple[int, ...]) -> None:
         return
     wanted = 'map' if isinstance(node, yaml.MappingNode) else 'seq'
     if not node.tag.endswith(f':{wanted}'):
-        raise _error(node, f'a {"section" if wanted == "map" else "list"} cannot have the tag of another kind')
+        raise _error(
+            node, f'a {"section" if wanted == "map" else "list"} cannot have the tag of another kind'
+        )
     inside = (*above, id(node))
     for child in node.value:
         if wanted == 'seq':
