@@ -34,7 +34,6 @@ setup(
         'lmdb',
         'pyyaml',
         'pydantic>=2.7',
-        'pillow',
         'addict',
         'safetensors',
         'tqdm',
@@ -46,7 +45,8 @@ setup(
         'loader': ['pyvips[binary]'],
         'metrics': ['pyiqa'],
         'dev': [
-            *('matplotlib', 'pytest', 'pytest-xdist', 'hypothesis', 'jsonschema', 'ruff', 'mypy', 'types-PyYAML'),
+            *('matplotlib', 'pytest', 'pytest-xdist', 'hypothesis', 'jsonschema'),
+            *('ruff', 'mypy', 'types-PyYAML'),
             'triton; platform_system == "Linux"',  # its interpreter runs the GPU's kernels in the tests
         ],
     },

@@ -7,25 +7,19 @@ complete keys, explain them and underline faults.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from dsgformer_arch.models.option_schema import json_schema
+from dsgformer_arch.models.option_schema import schema_text
 from dsgformer_arch.utils.errors import guarded
 
 TARGET = Path(__file__).resolve().parents[1] / 'options' / 'schema.json'
 
 
-def text() -> str:
-    """The content of options/schema.json."""
-    return json.dumps(json_schema(), indent=1, ensure_ascii=False) + '\n'
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description='Write options/schema.json from the option models.')
     parser.parse_args(arguments)
-    new = text()
+    new = schema_text()
     changed = not TARGET.is_file() or TARGET.read_text(encoding='utf-8') != new
     if changed:
         TARGET.write_text(new, encoding='utf-8')

@@ -524,6 +524,11 @@ def _shown(value: Any) -> str:
 # --- the schema for editors ---------------------------------------------------------------------------------
 
 
+def schema_text() -> str:
+    """The content of options/schema.json."""
+    return json.dumps(json_schema(), indent=1, ensure_ascii=False) + '\n'
+
+
 def json_schema() -> dict[str, Any]:
     """The JSON Schema (draft 7) of option files, with every registered network, loss, metric and data set."""
     from basicsr.utils import registry
@@ -550,6 +555,7 @@ def json_schema() -> dict[str, Any]:
         'train': Train,
         'val': Val,
         'logger': Logger,
+        'save': Save,
         'dist_params': DistParams,
     }
     for key, model in sections.items():
