@@ -45,7 +45,7 @@ setup(
         'loader': ['pyvips[binary]'],
         'metrics': ['pyiqa'],
         'dev': [
-            *('matplotlib', 'pytest', 'pytest-xdist', 'hypothesis', 'jsonschema'),
+            *('matplotlib', 'pytest', 'pytest-xdist', 'hypothesis', 'jsonschema', 'pillow'),
             *('ruff', 'mypy', 'types-PyYAML'),
             'triton; platform_system == "Linux"',  # its interpreter runs the GPU's kernels in the tests
         ],

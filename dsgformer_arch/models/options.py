@@ -308,8 +308,36 @@ class _Checker:
             )
             if found is not None:
                 sides[key] = found
-        if len(sides) == 2 and dataset['io_backend']['type'] == 'lmdb':
+        if len(sides) < 2:
+            return
+        if dataset['io_backend']['type'] == 'lmdb':
             self.check_pairs(where, phase, dataset, sides['dataroot_gt'], sides['dataroot_lq'])
+        else:
+            self.check_files(where, dataset, set(sides['dataroot_gt']), set(sides['dataroot_lq']))
+
+    def check_files(self, where: str, dataset: Options, gt: set[str], lq: set[str]) -> None:
+        """Check that every image of a folder, or of its list, has a partner."""
+        listing = dataset.get('meta_info_file')
+        if listing:
+            try:
+                with open(listing, encoding='utf-8') as file:
+                    listed = {line.split(' ')[0].strip() for line in file}
+            except (OSError, UnicodeDecodeError) as error:
+                reason = getattr(error, 'strerror', None) or 'it is no text'
+                self.faults.append(f'{where}: meta_info_file: cannot read {listing}: {reason}')
+                return
+            missing = sorted(listed - gt)
+            if missing:
+                self.faults.append(f'{where}: meta_info_file names {missing[0]!r}, which dataroot_gt lacks')
+            gt &= listed
+        elif len(gt) != len(lq):
+            self.faults.append(f'{where}: dataroot_gt has {len(gt)} files, but dataroot_lq {len(lq)}')
+        template = dataset.get('filename_tmpl', '{}')
+        for name in sorted(gt):
+            stem, suffix = os.path.splitext(name)
+            if template.format(stem) + suffix not in lq:
+                self.faults.append(f'{where}: the image {name} of dataroot_gt has no partner in dataroot_lq')
+                return
 
     def check_pairs(
         self, where: str, phase: str, dataset: Options, gt: dict[str, Any], lq: dict[str, Any]
@@ -462,7 +490,7 @@ class _Checker:
 
 
 def _images_of(root: str, backend: str) -> dict[str, Any]:
-    """The images of an LMDB by key; nothing for a folder.
+    """The images of an LMDB by key; the files of a folder by name.
 
     Raises:
         UserError: the place is missing, empty, unfinished or damaged.
@@ -473,9 +501,10 @@ def _images_of(root: str, backend: str) -> dict[str, Any]:
     if not os.path.isdir(folder):
         raise UserError(f'there is no {shortened(root)}; datasets/README.md says how to make it')
     if backend == 'disk':
-        if not any(os.scandir(folder)):
-            raise UserError(f'the folder {root} is empty')
-        return {}
+        names = [entry.name for entry in os.scandir(folder) if entry.is_file() and entry.name[0] != '.']
+        if not names:
+            raise UserError(f'the folder {root} holds no image')
+        return dict.fromkeys(names)
     if not root.endswith('.lmdb'):
         raise UserError(f'{root} does not end with .lmdb; with folders, set io_backend: type to disk')
     if not os.path.isfile(os.path.join(folder, meta_info.NAME)):
