@@ -78,9 +78,7 @@ def up(shuffled: nn.Sequential, x: Tensor, skip: Tensor | None) -> Tensor:
     fine = conv.out_channels // 4
     if (dtype := steps_train_in(x, 2 * fine, x.shape[1])) is not None:
         added = None if skip is None else _channels_last(skip, dtype)
-        return _channels_first(
-            training_steps.upsampled(_channels_last(x, dtype), conv.weight.float(), added)
-        )
+        return _channels_first(training_steps.upsampled(_channels_last(x, dtype), conv.weight.float(), added))
     dtype = computes_in(x, 2 * fine, x.shape[1])
     if dtype is None:
         return cast(Tensor, shuffled(x)) if skip is None else cast(Tensor, shuffled(x)) + skip
