@@ -223,7 +223,7 @@ def _targets(split: Split, out: Path, preset: str, crop: CropGrid | None, raw: b
 
 def _read_record(folder: Path) -> dict[str, Any]:
     try:
-        record = json.loads((folder / RECORD).read_text())
+        record = json.loads((folder / RECORD).read_text('utf-8'))
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}
