@@ -21,6 +21,7 @@
 #include <cstring>
 #include <new>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include <ATen/Parallel.h>
@@ -1082,22 +1083,43 @@ class Image {
     }
   }
 
-  // The pixels of a block and those around it, of L channels of a plane, from channel k.  Asks for those of the next.
+  // Asks for the columns of a plane that the block on the right of b needs more than b.
   template <class B>
-  DSGFORMER_INLINE void gather(const T* plane, const B& b, int64_t k, V out[HALO * HALO]) const {
-    const int64_t step = 2 * C_, row = stride_ * step;
-    const T* from = plane + b.top * row + b.left * step + k;
-    for (int64_t y = 0; y < b.rows + 2; ++y) {
-      const T* at = from + y * row;
-      for (int64_t x = 0; x < b.columns + 2; ++x, at += step) out[y * HALO + x] = load<W>(at);
-    }
-    if (b.whole && k * sizeof(T) % LINE == 0)
-      for (int64_t y = 0; y < b.rows + 2; ++y) {
-        const T* at = from + y * row + HALO * step;
+  DSGFORMER_INLINE void ask_for_columns(const T* from, int64_t k, int64_t step, int64_t row) const {
+    if constexpr (B::whole)
+      if (k * sizeof(T) % LINE == 0)
+        for (int64_t y = 0; y < HALO; ++y) {
+          const T* at = from + y * row + HALO * step;
 #pragma GCC unroll 8
-        for (int64_t x = 0; x < BLOCK; ++x, at += step) __builtin_prefetch(at);
-      }
+          for (int64_t x = 0; x < BLOCK; ++x, at += step) __builtin_prefetch(at);
+        }
   }
+
+  // f(0), f(1), … with numbers that the compiler knows.
+  template <class F, int... I>
+  static DSGFORMER_INLINE void unrolled(std::integer_sequence<int, I...>, const F& f) {
+    (f(std::integral_constant<int, I>{}), ...);
+  }
+
+  // Three neighbouring columns of ROWS rows, moving to the right.
+  template <int ROWS>
+  struct Window {
+    V at[ROWS][3];
+
+    DSGFORMER_INLINE void load_column(const T* from, int64_t step, int64_t row, int column) {
+#pragma GCC unroll 4
+      for (int i = 0; i < ROWS; ++i) at[i][column % 3] = load<W>(from + i * row + column * step);
+    }
+
+    // Σ w over rows first … first + 2 and columns x … x + 2.
+    DSGFORMER_INLINE V sum(const V w[9], int first, int x) const {
+      const int j = x % 3, k = (x + 1) % 3, l = (x + 2) % 3;
+      V s = w[0] * at[first][j], t = w[3] * at[first + 1][j], u = w[6] * at[first + 2][j];
+      s += w[1] * at[first][k], t += w[4] * at[first + 1][k], u += w[7] * at[first + 2][k];
+      s += w[2] * at[first][l], t += w[5] * at[first + 1][l], u += w[8] * at[first + 2][l];
+      return s + t + u;
+    }
+  };
 
   // Asks for the block on the right of b of an image of C channels.
   template <bool WRITE, class B>
@@ -1109,23 +1131,33 @@ class Image {
       }
   }
 
-  static DSGFORMER_INLINE V neighbourhood(const V* a, const V w[9]) {
-    V s = w[0] * a[0], t = w[3] * a[HALO], u = w[6] * a[2 * HALO];
-    s += w[1] * a[1], t += w[4] * a[HALO + 1], u += w[7] * a[2 * HALO + 1];
-    s += w[2] * a[2], t += w[5] * a[HALO + 2], u += w[8] * a[2 * HALO + 2];
-    return s + t + u;
-  }
-
   // f(pixel, the same in the whole block, W_d P there) of L channels: from k of the plane, from `kernel` of the 4C.
   template <class B, class F>
   DSGFORMER_INLINE void convolve(const T* plane, const B& b, int64_t k, int64_t kernel, const F& f) const {
-    V around[HALO * HALO];
-    gather(plane, b, k, around);
+    const int64_t step = 2 * C_, row = stride_ * step;
+    const T* from = plane + b.top * row + b.left * step + k;
     V w[9];
     for (int i = 0; i < 9; ++i) w[i] = load<W>(w_.depthwise + i * 4 * C_ + kernel);
-    for (int64_t y = 0; y < b.rows; ++y)
-      for (int64_t x = 0; x < b.columns; ++x)
-        f(y * b.columns + x, y * BLOCK + x, neighbourhood(around + y * HALO + x, w));
+    ask_for_columns<B>(from, k, step, row);
+    if constexpr (b.whole) {
+      for (int64_t y = 0; y < BLOCK; y += 2, from += 2 * row) {
+        Window<4> window;
+        window.load_column(from, step, row, 0);
+        window.load_column(from, step, row, 1);
+        unrolled(std::make_integer_sequence<int, BLOCK>(), [&](auto x) __attribute__((always_inline)) {
+          window.load_column(from, step, row, x + 2);
+          f(y * BLOCK + x, y * BLOCK + x, window.sum(w, 0, x));
+          f((y + 1) * BLOCK + x, (y + 1) * BLOCK + x, window.sum(w, 1, x));
+        });
+      }
+    } else {
+      for (int64_t y = 0; y < b.rows; ++y, from += row)
+        for (int64_t x = 0; x < b.columns; ++x) {
+          Window<3> window;
+          for (int i = 0; i < 3; ++i) window.load_column(from + x * step, step, row, i);
+          f(y * b.columns + x, y * BLOCK + x, window.sum(w, 0, 0));
+        }
+    }
   }
 
   // V of a block, and A V.
@@ -1150,31 +1182,46 @@ class Image {
     }
   }
 
-  // dP of L of the 4C channels, and what the block adds to the gradient of their kernels.
+  // dP of L of the 4C channels, and what the block adds to the gradient of their kernels: a neighbourhood of the
+  // gradient of W_d P is used twice, multiplied with the kernel and with P in its middle.
   template <class B>
   DSGFORMER_INLINE void depthwise_gradient(const T* p, const T* d, const B& b, int64_t k, T* dp, S* d_kernels) const {
-    const int64_t C = C_, half = k / (2 * C) * plane(), channel = k % (2 * C);
-    V of_p[HALO * HALO], of_d[HALO * HALO], w[9];
-    gather(p + half, b, channel, of_p);
-    gather(d + half, b, channel, of_d);
-    {
-      V total[9];
+    const int64_t C = C_, step = 2 * C, row = stride_ * step;
+    const int64_t offset = k / step * plane() + b.top * row + b.left * step + k % step;
+    const T *from = d + offset, *middle = p + offset + row + step;
+    V w[9], total[9];
 #pragma GCC unroll 9
-      for (int i = 0; i < 9; ++i) total[i] = load<W>(d_kernels + i * 4 * C + k);
-      for (int64_t y = 0; y < b.rows; ++y)
-        for (int64_t x = 0; x < b.columns; ++x) {
-          const V* a = of_p + y * HALO + x;
-          const V g = of_d[(y + 1) * HALO + x + 1];
-#pragma GCC unroll 9
-          for (int i = 0; i < 9; ++i) total[i] += g * a[i / 3 * HALO + i % 3];
-        }
-#pragma GCC unroll 9
-      for (int i = 0; i < 9; ++i) store<W>(d_kernels + i * 4 * C + k, total[i]);
+    for (int i = 0; i < 9; ++i) {
+      w[i] = load<W>(w_.depthwise + (8 - i) * 4 * C + k);
+      total[i] = load<W>(d_kernels + (8 - i) * 4 * C + k);
     }
-    for (int i = 0; i < 9; ++i) w[8 - i] = load<W>(w_.depthwise + i * 4 * C + k);
-    for (int64_t y = 0; y < b.rows; ++y)
-      for (int64_t x = 0; x < b.columns; ++x)
-        store<W>(dp + (y * b.columns + x) * 4 * C + k, neighbourhood(of_d + y * HALO + x, w));
+    ask_for_columns<B>(from, k, step, row);
+    ask_for_columns<B>(p + offset, k, step, row);
+    auto pixel = [&](const Window<3>& window, int x, const T* of_p, T* out) __attribute__((always_inline)) {
+      const V value = load<W>(of_p);
+#pragma GCC unroll 9
+      for (int i = 0; i < 9; ++i) total[i] += value * window.at[i / 3][(x + i % 3) % 3];
+      store<W>(out, window.sum(w, 0, x));
+    };
+    for (int64_t y = 0; y < b.rows; ++y, from += row, middle += row) {
+      T* out = dp + y * b.columns * 4 * C + k;
+      Window<3> window;
+      if constexpr (b.whole) {
+        window.load_column(from, step, row, 0);
+        window.load_column(from, step, row, 1);
+        unrolled(std::make_integer_sequence<int, BLOCK>(), [&](auto x) __attribute__((always_inline)) {
+          window.load_column(from, step, row, x + 2);
+          pixel(window, x, middle + x * step, out + x * 4 * C);
+        });
+      } else {
+        for (int64_t x = 0; x < b.columns; ++x) {
+          for (int i = 0; i < 3; ++i) window.load_column(from + x * step, step, row, i);
+          pixel(window, 0, middle + x * step, out + x * 4 * C);
+        }
+      }
+    }
+#pragma GCC unroll 9
+    for (int i = 0; i < 9; ++i) store<W>(d_kernels + (8 - i) * 4 * C + k, total[i]);
   }
 
   const Training& t_;
