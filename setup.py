@@ -57,7 +57,7 @@ setup(
         'video': ['av'],
         'dev': [
             *('matplotlib', 'av', 'pytest', 'pytest-xdist', 'hypothesis', 'jsonschema'),
-            *('ruff', 'mypy', 'types-PyYAML'),
+            *('ruff', 'mypy', 'types-PyYAML', 'mkdocs-material', 'mkdocstrings[python]'),
             'triton; platform_system == "Linux"',  # its interpreter runs the GPU's kernels in the tests
         ],
     },
