@@ -270,7 +270,7 @@ NAFNET64 = System(
     parameters=67_888_835,
     tlc=True,
     reported=(Reported('GoPro', 33.69, 0.967, 'table 7, with local pooling', 'the paper'),),
-    compiles='inference without graph breaks; training with one at each norm, whose backward is hand-written',
+    compiles='inference whole; training with a break at each norm, whose gradient is written by hand',
 )
 
 DRSFORMER = System(

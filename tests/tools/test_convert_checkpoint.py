@@ -140,3 +140,12 @@ def test_the_command_runs_from_any_folder(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / 'net.safetensors').is_file()
+
+
+def test_the_key_of_the_weights_can_be_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    networks = {'params_ema': small('nafnet32'), 'params': small('nafnet32', width=16)}
+    source = save(tmp_path / 'net.pth', {key: network.state_dict() for key, network in networks.items()})
+    assert run(source, tmp_path / 'net.safetensors', '--param-key', 'params') == 0
+    assert zoo.load(tmp_path / 'net.safetensors').settings['width'] == 16
+    assert run(source, tmp_path / 'net.safetensors', '--param-key', 'parms') == 2
+    assert "no entry 'parms'; it has params, params_ema" in capsys.readouterr().err
