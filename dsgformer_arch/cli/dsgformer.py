@@ -11,11 +11,7 @@ from typing import Any
 
 from dsgformer_arch.utils.errors import guarded
 
-<<<<<<< HEAD
-COMMANDS = ('deblur', 'weights')
-=======
-COMMANDS = ('deblur', 'models', 'info', 'doctor')
->>>>>>> 9cf7e58 (Restore videos; add dsgformer models, info and doctor)
+COMMANDS = ('deblur', 'models', 'info', 'weights', 'doctor')
 """Modules of `dsgformer_arch.cli.commands`, in the order of the help."""
 
 

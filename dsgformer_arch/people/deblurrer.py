@@ -214,7 +214,7 @@ class Deblurrer:
         def read(top: int, bottom: int) -> Tensor:
             nonlocal pixels
             pixels = rows(top, bottom)
-            return torch.from_numpy(np.require(pixels, requirements='CW')).permute(2, 0, 1)[None]
+            return torch.from_numpy(np.require(pixels, requirements=['C', 'W'])).permute(2, 0, 1)[None]
 
         def call(part: Tensor) -> Tensor:
             return self._tile(to_tensor(part[0].permute(1, 2, 0).numpy()), precision)

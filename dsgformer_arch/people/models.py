@@ -65,9 +65,15 @@ def _weights(name: str) -> list[dict[str, str]]:
     found = []
     if weights.ships(name):
         found.append({'name': name, 'state': 'in the package', 'page': ''})
-    for entry, path in official_weights.entries():
+    for entry in official_weights.TABLE:
         if entry.system == name:
-            state = 'downloaded' if path else 'can be downloaded' if entry.url else 'by hand'
+            state = (
+                'downloaded'
+                if official_weights.cached(entry)
+                else 'can be downloaded'
+                if entry.url
+                else 'by hand'
+            )
             found.append({'name': entry.key, 'state': state, 'page': entry.page})
     return found
 
@@ -142,5 +148,4 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
         'settings': settings,
         'parameters': sum(math.prod(tensor.shape) for tensor in checkpoint.state.values()),
         'types': sorted({str(tensor.dtype).removeprefix('torch.') for tensor in checkpoint.state.values()}),
-        'finite': all(bool(t.isfinite().all()) for t in checkpoint.state.values() if t.is_floating_point()),
     }
