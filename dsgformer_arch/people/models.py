@@ -148,5 +148,4 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
         'settings': settings,
         'parameters': sum(math.prod(tensor.shape) for tensor in checkpoint.state.values()),
         'types': sorted({str(tensor.dtype).removeprefix('torch.') for tensor in checkpoint.state.values()}),
-        'finite': all(bool(t.isfinite().all()) for t in checkpoint.state.values() if t.is_floating_point()),
     }
