@@ -31,6 +31,7 @@ $(READY): setup.py constraints.txt
 
 demo: $(READY)
 	$(BIN)/python tools/create_sample_set.py $(SAMPLE)
+	$(BIN)/python tools/demo.py --pretrained
 	$(BIN)/basicsr train -opt options/train_sample.yml --auto_resume
 	$(BIN)/basicsr test -opt options/test_sample.yml
 	$(BIN)/python tools/demo.py

@@ -1,4 +1,8 @@
-"""Show what training and testing on the sample set achieved; `make demo` ends with it.
+"""Show what the weights in the package, and what training on the sample set achieve; `make demo` runs both.
+
+    python tools/demo.py --pretrained
+
+restores the test images of the sample set and writes `results/demo/pretrained.png`.
 
     python tools/demo.py
 
@@ -12,13 +16,13 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from dsgformer_arch.benchmark.render.demo import show
+from dsgformer_arch.benchmark.render.demo import show, show_pretrained
 from dsgformer_arch.utils.errors import guarded
 
 
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
-        description='Show what training and testing achieved: a picture and a record.  Run it in the folder '
+        description='Show what training and testing achieved: a figure and a record.  Run it in the folder '
         'that holds experiments/ and results/.'
     )
     result.add_argument(
@@ -36,11 +40,22 @@ def parser() -> argparse.ArgumentParser:
             default=Path(f'options/{name}_sample.yml'),
             help=f'the option file of basicsr {name} (default: %(default)s)',
         )
+    result.add_argument(
+        '--pretrained',
+        action='store_true',
+        help='restore the test images with the weights in the package instead: pretrained.png',
+    )
     return result
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parser().parse_args(arguments)
+    if args.pretrained:
+        means = show_pretrained(args.test, args.out)
+        blurred, restored = means['psnr_blurred'], means['psnr_restored']
+        print(f'weights in the package: {blurred:.2f} dB to {restored:.2f} dB ({restored - blurred:+.2f} dB)')
+        print(f'see {args.out / "pretrained.png"}')
+        return
     report = show(args.train, args.test, args.out)
     blurred, restored = report['psnr_blurred'], report['psnr_restored']
     print(f'blurred {blurred:.2f} dB, restored {restored:.2f} dB ({restored - blurred:+.2f} dB)')

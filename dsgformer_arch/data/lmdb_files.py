@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import struct
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +68,32 @@ def open_lmdb(folder: str | os.PathLike[str]) -> lmdb.Environment:
         raise UserError(f'the LMDB {folder} cannot be opened ({error}); {AGAIN}') from None
 
 
-@cache
-def environment(folder: str) -> lmdb.Environment:
-    """The open LMDB, one a process: LMDB refuses to open a folder twice.
+_open: dict[str, tuple[tuple[int, ...], lmdb.Environment]] = {}
+"""What `environment` has opened, by absolute path, and which file that was."""
 
-    Workers made by forking use their parent's; without locks that is only a memory map.
+
+def environment(folder: str) -> lmdb.Environment:
+    """The open LMDB, one per file and process: LMDB refuses to open a file twice.
+
+    Workers made by forking use their parent's; without locks that is only a memory map.  A folder that was
+    replaced is opened anew.
+
+    Raises:
+        UserError: as `open_lmdb`.
     """
-    return open_lmdb(folder)
+    path = os.path.abspath(folder)
+    try:
+        file = os.stat(os.path.join(path, 'data.mdb'))
+    except OSError:
+        file = None
+    identity = (file.st_dev, file.st_ino, file.st_mtime_ns) if file else ()
+    former = _open.get(path)
+    if former is None or former[0] != identity:
+        if former is not None:
+            del _open[path]
+            former[1].close()
+        _open[path] = identity, open_lmdb(path)
+    return _open[path][1]
 
 
 def read_value(transaction: Any, key: str, folder: str | os.PathLike[str]) -> Any:

@@ -74,3 +74,14 @@ def test_keys_that_lead_elsewhere(key: str, database: Path) -> None:
         transaction.put(key.encode(), np.zeros(9).tobytes())
     with lmdb_files.open_lmdb(database) as opened, pytest.raises(UserError, match='no relative path'):
         lmdb_files.keys_of(database, opened)
+
+
+def test_a_folder_that_was_replaced_is_opened_anew(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where another folder has the same relative path, from another working directory."""
+    monkeypatch.chdir(database.parent)
+    first = lmdb_files.environment(database.name)
+    assert lmdb_files.environment(str(database)) is first
+    database.rename(database.parent / 'old')
+    write_lmdb(database, {'other': np.zeros((8, 8, 3), np.uint8)})
+    with lmdb_files.environment(database.name).begin() as transaction:
+        assert lmdb_files.read_value(transaction, 'other', database)

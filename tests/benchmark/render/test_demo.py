@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import runpy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import torch
 import yaml
 from skimage.metrics import structural_similarity
 
-from dsgformer_arch.benchmark.render.demo import show
+from dsgformer_arch import zoo
+from dsgformer_arch.benchmark.render.demo import show, show_pretrained
 from dsgformer_arch.utils.errors import UserError
 from tests.trees import ROOT, photograph, write_lmdb, write_pairs
 
@@ -35,7 +37,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         write_pairs(tmp_path / 'datasets' / 'sample', split, len(NAMES), HEIGHT, WIDTH)
     experiment = tmp_path / 'experiments' / 'train_sample'
     (experiment / 'models').mkdir(parents=True)
-    (experiment / 'models' / 'net_g_latest.pth').write_bytes(b'weights')
+    weights = {'params_ema': zoo.create('dsgformer_t').state_dict()}
+    torch.save(weights, experiment / 'models' / 'net_g_latest.pth')
     (experiment / 'training.json').write_text(json.dumps({'iterations': 1234, 'seconds': 56.5}))
     for name in NAMES:
         path = picture(name)
@@ -137,7 +140,7 @@ def break_(project: Path, what: str) -> str:
         return 'there is no file experiments/train_sample/models/net_g_latest.pth'
     if what == 'picture':
         picture('test-1').unlink()
-        return 'there is no picture results/.*test-1_test_sample.png; run: basicsr test'
+        return 'there is no image results/.*test-1_test_sample.png; run: basicsr test'
     if what == 'fresh picture':
         os.utime(picture('test-1'), (1, 1))
         return 'test-1_test_sample.png is of an earlier checkpoint or data set; run: basicsr test'
@@ -169,7 +172,7 @@ def test_a_test_without_a_checkpoint_is_refused(project: Path) -> None:
     options: dict[str, Any] = yaml.safe_load((project / TEST).read_text())
     options['path']['pretrain_network_g'] = None
     (project / TEST).write_text(yaml.safe_dump(options))
-    with pytest.raises(UserError, match='pretrain_network_g names no checkpoint'):
+    with pytest.raises(UserError, match='pretrain_network_g: name the checkpoint that is to be tested'):
         show(TRAIN, TEST, Path('results/demo'))
 
 
@@ -185,4 +188,24 @@ def test_the_tool_prints_the_gain_and_ends_with_status_2_where_something_is_miss
     output = capsys.readouterr()
     report = json.loads((project / 'results' / 'demo' / 'report.json').read_text())
     assert f'{report["psnr_restored"] - report["psnr_blurred"]:+.2f} dB' in output.out
-    assert output.err.splitlines()[-1].startswith('error: there is no picture')
+    assert output.err.splitlines()[-1].startswith('error: there is no image')
+
+
+def test_the_weights_in_the_package_restore_the_test_images(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, ...]] = []
+
+    class Darker(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(tuple(x.shape))
+            return x - 1 / 255
+
+    monkeypatch.setattr(zoo, 'create', lambda name, pretrained: Darker())
+    means = show_pretrained(Path('options/test_sample.yml'), Path('out'))
+    assert seen == [(1, 3, HEIGHT, WIDTH)] * len(NAMES)
+    assert means['psnr_restored'] != means['psnr_blurred']
+    assert cv2.imread('out/pretrained.png') is not None
+    shutil.rmtree('datasets')
+    with pytest.raises(UserError, match=r'run: python tools/create_sample_set\.py'):
+        show_pretrained(Path('options/test_sample.yml'), Path('out'))
