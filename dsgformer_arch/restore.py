@@ -8,7 +8,6 @@ of any height passes through a fixed amount of memory.
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,11 +17,9 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dsgformer_arch.archs.layers.padding import pad_to_multiple, padded_size
+from dsgformer_arch.archs.layers.network import Outputs, meta_copy
+from dsgformer_arch.archs.layers.padding import padded_size
 from dsgformer_arch.utils.memory import free_memory
-
-Outputs = Tensor | list[Tensor] | tuple[Tensor, ...]
-"""What a network returns: an image, or several of which one is the result."""
 
 PRECISIONS = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 """Names of the precisions that command lines and options take."""
@@ -108,8 +105,8 @@ def restore(
     """Restore a batch of images.
 
     Args:
-        network: any network of (N, 3, H, W) to the same size.  Its attributes `pad_multiple` and
-            `min_size`, where it has them, say what sizes it takes.
+        network: any network of (N, 3, H, W) to the same size.  A `RestorationNetwork` takes any size, for
+            it pads its images itself.
         image: (N, 3, H, W) in [0, 1], on the network's device.
         precision: `'fp32'`, or `'bf16'` or `'fp16'` for autocast.
         tile: largest side of the tiles into which larger images are cut; `'auto'` for the size that
@@ -151,16 +148,13 @@ def restore(
 
 def whole_image(network: nn.Module, image: Tensor, precision: str) -> Tensor:
     """`restore` without tiles, for a network in evaluation mode and without gradients."""
-    height, width = image.shape[-2:]
-    padded = pad_to_multiple(image, getattr(network, 'pad_multiple', 1), getattr(network, 'min_size', 1))
     dtype = PRECISIONS[precision]
     # Autocast leaves float64 alone, and kernels do not take the mixture.
     enabled = dtype is not torch.float32 and image.dtype != torch.float64
     with torch.autocast(image.device.type, dtype, enabled=enabled):
-        outputs = predict(network, padded, getattr(network, 'input_offset', 0.0))
+        outputs = predict(network, image, getattr(network, 'input_offset', 0.0))
     restored = final_output(network, outputs)
-    restored = restored if restored.dtype == torch.float64 else restored.float()
-    return restored[..., :height, :width]
+    return restored if restored.dtype == torch.float64 else restored.float()
 
 
 def restore_rows(
@@ -335,7 +329,7 @@ def memory_per_pixel(network: nn.Module, side: int = 256) -> float:
     Half is added for what libraries allocate inside their operators.
     """
     try:
-        shapes = without_data(network)
+        shapes = meta_copy(network)
         side = padded_size(side, getattr(network, 'pad_multiple', 1), getattr(network, 'min_size', 1))
         image = torch.empty(1, 3, side, side, device='meta')
         with evaluating(shapes), _Alive() as alive:
@@ -343,16 +337,6 @@ def memory_per_pixel(network: nn.Module, side: int = 256) -> float:
     except Exception:
         return UNKNOWN_MEMORY  # what cannot run without data: operators that compute with values
     return 1.5 * alive.most / side**2
-
-
-def without_data(network: nn.Module) -> nn.Module:
-    """A copy of a network whose tensors have shapes but no data."""
-    memo: dict[int, Any] = {}
-    for parameter in network.parameters():
-        memo[id(parameter)] = nn.Parameter(parameter.detach().to('meta'), parameter.requires_grad)
-    for buffer in network.buffers():
-        memo[id(buffer)] = buffer.to('meta')
-    return copy.deepcopy(network, memo)
 
 
 class _Alive(TorchDispatchMode):

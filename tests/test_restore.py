@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dsgformer_arch import cuda_graphs
 from dsgformer_arch import restore as restoring
+from dsgformer_arch.archs.layers.network import RestorationNetwork
 from dsgformer_arch.cuda_graphs import CudaGraphs
 from dsgformer_arch.restore import (
     Halving,
@@ -26,7 +27,7 @@ from dsgformer_arch.restore import (
 )
 
 
-class Blur(nn.Module):
+class Blur(RestorationNetwork):
     """A 3×3 box filter that insists on sides that are multiples of 8."""
 
     pad_multiple = 8
@@ -37,7 +38,7 @@ class Blur(nn.Module):
         self.layer = nn.Conv2d(3, 3, 3, padding=1, groups=3, bias=False)
         nn.init.constant_(self.layer.weight, 1 / 9)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward_padded(self, x: Tensor) -> Tensor:
         assert x.shape[-1] % 8 == 0
         assert min(x.shape[-2:]) >= 16
         return self.layer(x)

@@ -12,12 +12,13 @@ import torch
 from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 
+from dsgformer_arch.archs.layers.network import RestorationNetwork
 from dsgformer_arch.models.restoration_model import Interrupted, RestorationModel
 from dsgformer_arch.utils.errors import UserError
 from tests.trees import tiny_options
 
 
-class Pyramid(nn.Module):
+class Pyramid(RestorationNetwork):
     """Two outputs, the second one full size; its sides must be multiples of 6."""
 
     pad_multiple = 6
@@ -29,7 +30,7 @@ class Pyramid(nn.Module):
         self.layer = nn.Conv2d(3, 3, 3, padding=1)
         self.norm = nn.BatchNorm2d(3)
 
-    def forward(self, x: Tensor) -> list[Tensor]:
+    def forward_padded(self, x: Tensor) -> list[Tensor]:
         assert x.shape[-1] % 6 == 0
         assert x.shape[-2] % 6 == 0
         y = self.norm(self.layer(x))

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dsgformer_arch import Deblurrer, zoo
+from dsgformer_arch.archs.layers.network import RestorationNetwork
 from dsgformer_arch.people import deblurrer as module
 from dsgformer_arch.people import official_weights, weights
 from dsgformer_arch.restore import restore
@@ -21,12 +22,12 @@ from dsgformer_arch.utils.errors import UserError
 from tests.small_systems import SMALL, small
 
 
-class Darker(nn.Module):
+class Darker(RestorationNetwork):
     """Subtracts 0.1: what came out says exactly what went in."""
 
     pad_multiple = 8
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward_padded(self, x: Tensor) -> Tensor:
         assert x.shape[-1] % 8 == 0
         return x - 0.1
 
