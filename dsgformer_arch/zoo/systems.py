@@ -361,8 +361,9 @@ SYSTEMS: tuple[System, ...] = (
         },
         parameters=889_478,
         reported=(),
-        weights='dsgformer_h.safetensors',
-        sha256='787b5a382307a0da02674ae5e9a8662adacf467b07c5f1f7794c379f25405f32',
+        weights=Weights(
+            'dsgformer_h.safetensors', '787b5a382307a0da02674ae5e9a8662adacf467b07c5f1f7794c379f25405f32'
+        ),
     ),
     MHNET,
     MPRNET,
