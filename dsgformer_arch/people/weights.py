@@ -12,7 +12,7 @@ from dsgformer_arch import zoo
 from dsgformer_arch.people import official_weights
 from dsgformer_arch.utils.errors import UserError
 
-DEFAULT_MODEL = 'dsgformer_t'
+DEFAULT_MODEL = 'dsgformer_h'
 """The system whose weights come with the package."""
 
 TRAINED_ON = 256
