@@ -1,6 +1,7 @@
 # make demo      train a small DSGformer on sample photographs, test it, show the result
 # make test      every test that takes seconds        make test-all   the long ones too
 # make lint      ruff and mypy                        make setup      only the environment, .venv
+# make docs      the documentation as a web site, site/; every link is checked
 # make pretrained  the weights in the package once more, from the data of docs/pretraining.md (hours)
 
 PYTHON ?= python3
@@ -12,12 +13,12 @@ SAMPLE := datasets/sample
 # Tests share the cores as processes; a thread pool in each of them would fight the others.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
-.PHONY: setup demo pretrained test test-all lint clean
+.PHONY: setup demo docs pretrained test test-all lint clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
 help:
-	@sed -n 's/^# //p' Makefile | head -4
+	@sed -n 's/^# //p' Makefile | head -5
 
 setup: $(READY)
 
@@ -64,5 +65,8 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --clean
+
 clean:
-	rm -rf $(VENV) build *.egg-info results experiments tb_logger $(SAMPLE)
+	rm -rf $(VENV) build *.egg-info results experiments tb_logger site $(SAMPLE)

@@ -38,6 +38,7 @@ setup(
         'opencv-python',
         'lmdb',
         'pyyaml',
+        'pydantic>=2.7',
         'addict',
         'safetensors',
         'tqdm',
@@ -55,7 +56,8 @@ setup(
         'metrics': ['pyiqa'],
         'video': ['av'],
         'dev': [
-            *('matplotlib', 'av', 'pytest', 'pytest-xdist', 'hypothesis', 'ruff', 'mypy', 'types-PyYAML'),
+            *('matplotlib', 'av', 'pytest', 'pytest-xdist', 'hypothesis', 'jsonschema'),
+            *('ruff', 'mypy', 'types-PyYAML', 'mkdocs-material', 'mkdocstrings[python]'),
             'triton; platform_system == "Linux"',  # its interpreter runs the GPU's kernels in the tests
         ],
     },

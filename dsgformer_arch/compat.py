@@ -187,12 +187,36 @@ def epochs_that_data_sets_do_not_know() -> None:
     sampler.set_epoch = set_epoch
 
 
+def damaged_images_without_a_name() -> None:
+    """Name the image where a pair cannot be read; see `data.paired_images`.
+
+    BasicSR ends with `'NoneType' object has no attribute 'astype'`
+    (XPixelGroup/BasicSR#254), and hides that the two images of a pair differ in size.
+    """
+    dataset: Any = importlib.import_module('basicsr.data.paired_image_dataset').PairedImageDataset
+    if dataset.__getitem__.__name__ != get_pair.__name__:
+        UPSTREAM[get_pair.__name__] = dataset.__getitem__
+        dataset.__getitem__ = get_pair
+
+
+UPSTREAM: dict[str, Any] = {}
+"""BasicSR's own functions by the name of what replaces them, for tests that compare."""
+
+
+def get_pair(dataset: Any, index: int) -> dict[str, Any]:
+    """A pair of images; stands in for `PairedImageDataset.__getitem__`."""
+    from dsgformer_arch.data import paired_images
+
+    return paired_images.get_pair(dataset, index)
+
+
 REPAIRS: tuple[Callable[[], None], ...] = (
     missing_torchvision_operators,
     removed_functional_tensor,
     option_files_that_run_code,
     distributed_without_gpus,
     workers_that_repeat_themselves,
+    damaged_images_without_a_name,
     epochs_that_data_sets_do_not_know,
 )
 

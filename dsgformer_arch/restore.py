@@ -33,7 +33,7 @@ TILE_OVERLAP = 64
 SMALLEST_TILE = 64
 """Tiles are not halved below this side, in pixels."""
 
-MOST_MEMORY = 2.5e9
+MOST_MEMORY = 2e9
 """Bytes that an automatic tile may take, however much is free: larger tiles save next to nothing."""
 
 UNKNOWN_MEMORY = 20_000
@@ -167,7 +167,7 @@ def restore_rows(
     call: Callable[[Tensor], Tensor],
     rows: Callable[[int, int], Tensor],
     size: tuple[int, int],
-    tile: int,
+    tile: int | tuple[int, int],
     overlap: int,
     multiple: int = 1,
     tick: Callable[[float], None] = lambda fraction: None,
@@ -175,10 +175,11 @@ def restore_rows(
     """Restore an image in overlapping tiles, row by row of tiles, and blend them where they overlap.
 
     Args:
-        call: restores a tile, (N, C, h, w) to the same.
-        rows: `rows(top, bottom)` returns (N, C, bottom - top, W); called with increasing `top`.
+        call: restores a tile, (N, C, h, w) to the same in floating point.
+        rows: `rows(top, bottom)` returns (N, C, bottom - top, W), of any type that `call` takes; called with
+            increasing `top`.
         size: height and width of the image.
-        tile: largest side of a tile.
+        tile: largest side of a tile, or its largest height and width.
         overlap: least overlap of neighbouring tiles; see `spans`.
         multiple: tiles start and end at multiples of this, which is the network's `pad_multiple`.
         tick: called with the fraction that is done after each tile.
@@ -187,7 +188,8 @@ def restore_rows(
         Restored rows (N, C, n, W) in order, of H rows altogether.
     """
     height, width = size
-    vertical, horizontal = spans(height, tile, overlap, multiple), spans(width, tile, overlap, multiple)
+    high, wide = (tile, tile) if isinstance(tile, int) else tile
+    vertical, horizontal = spans(height, high, overlap, multiple), spans(width, wide, overlap, multiple)
     count, done = len(vertical) * len(horizontal), 0
     kept: tuple[Tensor, Tensor] | None = None
     for index, (top, bottom) in enumerate(vertical):
@@ -197,26 +199,29 @@ def restore_rows(
             done += 1
             tick(done / count)
         else:
-            total = torch.zeros_like(source)
-            across = torch.zeros_like(source[:1, :1, :1])
+            total = torch.empty(0)
             for number, (left, right) in enumerate(horizontal):
-                ramp = _ramp(horizontal, number, source)
-                total[..., left:right] += ramp * call(source[..., left:right])
-                across[..., left:right] += ramp
+                restored = call(source[..., left:right])
+                if number == 0:
+                    total = restored.new_zeros(*restored.shape[:-1], width)
+                    across = restored.new_zeros(width)
+                ramp = _ramp(horizontal, number, restored)
+                total[..., left:right] += ramp * restored
+                across[left:right] += ramp
                 done += 1
                 tick(done / count)
             total /= across
         if len(vertical) == 1:
             yield total
             return
-        weight = _ramp(vertical, index, source)[:, None].clone()
-        total = total * weight
+        weight = _ramp(vertical, index, total)[:, None].clone()
+        total = total.mul_(weight) if len(horizontal) > 1 else total * weight
         if kept is not None:
             total[..., : kept[0].shape[-2], :] += kept[0]
             weight[: kept[1].shape[0]] += kept[1]
         end = (vertical[index + 1][0] if index + 1 < len(vertical) else height) - top
-        yield total[..., :end, :] / weight[:end]
-        kept = total[..., end:, :].clone(), weight[end:]
+        kept = total[..., end:, :].clone(), weight[end:].clone()
+        yield total[..., :end, :].div_(weight[:end])
 
 
 def spans(size: int, tile: int, overlap: int, multiple: int = 1) -> list[tuple[int, int]]:

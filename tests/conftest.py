@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 # Triton decides when it is imported whether kernels are interpreted, and what follows may import it.
 if not torch.cuda.is_available():
@@ -43,3 +44,8 @@ def vgg_weights(tmp_path: Path) -> Path:
     state = torch.load(path, weights_only=True)
     torch.save({f'features.{name}': tensor for name, tensor in state.items()}, path)
     return path
+
+
+settings.register_profile('suite', max_examples=100, deadline=None, derandomize=True, database=None)
+settings.register_profile('long', max_examples=20_000, deadline=None, database=None)
+settings.load_profile(os.environ.get('HYPOTHESIS_PROFILE', 'suite'))

@@ -14,6 +14,23 @@ from dsgformer_arch import compat
 from tests.trees import ROOT
 
 CHECKS = {
+    'damaged_images_without_a_name': """
+        import os, cv2, numpy
+        from basicsr.data.paired_image_dataset import PairedImageDataset
+        for side in ('gt', 'lq'):
+            os.makedirs(side)
+            cv2.imwrite(f'{side}/image.png', numpy.zeros((8, 8, 3)))
+        with open('lq/image.png', 'wb') as file:
+            file.write(b'cut off')
+        pairs = PairedImageDataset({'dataroot_gt': 'gt', 'dataroot_lq': 'lq', 'io_backend': {'type': 'disk'},
+                                    'phase': 'val', 'scale': 1})
+        try:
+            pairs[0]
+        except Exception as error:
+            assert 'lq/image.png' in str(error), error
+        else:
+            raise AssertionError('a damaged image was read')
+    """,
     'epochs_that_data_sets_do_not_know': """
         import types
         from basicsr.data.data_sampler import EnlargedSampler

@@ -1,9 +1,9 @@
-"""Turn any checkpoint of a system into a safetensors file that says which system it is.
+"""Convert a checkpoint to a safetensors file that names its system and holds its settings.
 
     python tools/convert_checkpoint.py deblurring.pth restormer_gopro.safetensors
 
-The file holds the weights only, so that reading it cannot run code; its metadata hold the system's name
-and settings.  It is read back and compared before it gets its name.
+The file holds weights only, so that reading it cannot run code; its metadata hold the system's name and
+settings.  It is read back and compared before it is renamed to OUT.
 """
 
 from __future__ import annotations
@@ -34,13 +34,18 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         '--half', action='store_true', help='store float16 numbers: half the size; reading makes them float32'
     )
+    result.add_argument(
+        '--param-key',
+        metavar='KEY',
+        help='the key of the weights in IN (default: the first of params_ema, params, state_dict, …)',
+    )
     return result
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parser().parse_args(arguments)
     dtype = torch.float16 if args.half else None
-    system, settings = zoo.convert(args.source, args.target, args.system, dtype)
+    system, settings = zoo.convert(args.source, args.target, args.system, dtype, args.param_key)
     told = ', '.join(f'{key}={value}' for key, value in settings.items())
     print(f'{args.target}: {system} ({told})')
 

@@ -1,11 +1,12 @@
 """ConvIR: Revitalizing Convolutional Network for Image Restoration.
 
 Cui Y., Ren W., Cao X., Knoll A., IEEE TPAMI 2024 (IEEE Xplore 10571568; no arXiv version).
-Release: github.com/c-yn/ConvIR (Motion_Deblurring/models/ConvIR.py, layers.py), MIT.
+Official implementation: github.com/c-yn/ConvIR (Motion_Deblurring/models/ConvIR.py, layers.py), MIT.
 
-The releases for the other tasks are the same network: desnowing and dehazing entirely, deraining with
-`dilations=(3, 7, 9)`.  (The dehazing release has (5, 9, 11) for GTA5, but its condition never chooses it.)
-One departure: a training batch of a single image, on which the release stops, uses the running statistics.
+The official networks for the other tasks are the same: desnowing and dehazing without change, deraining
+with `dilations=(3, 7, 9)`.  (The dehazing code has (5, 9, 11) for GTA5, but its condition never holds.)
+One difference: a training batch of a single image, for which the official code raises an error, uses the
+running statistics.
 
 With x the image, x2 and x4 its every second and fourth pixel, C = 32, and levels of n residual blocks
 each (n = 4, 8, 16: ConvIR-S, -B, -L):
@@ -17,7 +18,7 @@ each (n = 4, 8, 16: ConvIR-S, -B, -L):
     D2 = level(conv([conv↑(D3), E2]))        H/2×W/2×2C       out2 = conv(D2) + x2
     D1 = level(conv([conv↑(D2), E1]))        H×W×C            out  = conv(D1) + x
 
-The last residual block of a level holds the deep pool layer, the network's point: at 1/8, 1/4 and 1/2 of
+The last residual block of a level holds the deep pool layer: at 1/8, 1/4 and 1/2 of
 the level's size, coarse to fine, a 3×3 convolution and then dilated filters that the features themselves
 choose: a square one, and a horizontal one followed by a vertical one.
 """
@@ -138,7 +139,7 @@ class StripFilter(nn.Module):
 
     def __init__(self, channels: int, dilation: int) -> None:
         super().__init__()
-        # The release's names: its H stands for "horizontal", a kernel of one row.
+        # Official names: H stands for "horizontal", a kernel of one row.
         self.H_spatial_att = DynamicFilter(channels, (1, 3), dilation)
         self.W_spatial_att = DynamicFilter(channels, (3, 1), dilation)
         self.gamma = nn.Parameter(torch.zeros(channels, 1, 1))

@@ -2,11 +2,12 @@
 
 Paper: X. Chen, H. Li, M. Li, J. Pan, "Learning A Sparse Transformer Network for Effective Image
 Deraining", CVPR 2023, pages 5896-5905, arXiv 2303.11950.
-Release: https://github.com/cschenxiang/DRSformer, `basicsr/models/archs/DRSformer_arch.py`.  It has
-no licence file; its setup.py, inherited from BasicSR, names Apache 2.0.
+Official implementation: https://github.com/cschenxiang/DRSformer,
+`basicsr/models/archs/DRSformer_arch.py`.  It has no licence file; its setup.py, inherited from BasicSR,
+names Apache 2.0.
 
-Where the release departs from the paper it is followed: k is not learnt.  Four fixed k, half to four
-fifths of a head's width, give four softmaxes, and what is learnt is the weight of each (issue 2 of
+Where the official implementation differs from the paper, it is followed: k is not learnt.  Four fixed k,
+half to four fifths of a head's width, give four softmaxes, and the weight of each is learnt (issue 2 of
 the repository).  The published models for Rain200L and SPA-Data lack the two mixtures of experts
 (`DRSformer_arch_200L+SPA.py`): that is `moe=False`.
 
@@ -56,7 +57,7 @@ LEVELS = ('encoder_level1', 'encoder_level2', 'encoder_level3', 'latent')
 
 
 def named(**modules: nn.Module) -> nn.Sequential:
-    """A sequence whose members' names stand in the state dict."""
+    """A sequence with names, which appear in the state dict."""
     return nn.Sequential(OrderedDict(modules))
 
 
@@ -136,7 +137,7 @@ class TopKSparseAttention(nn.Module):
         total = torch.zeros_like(scores)
         for weight, k in zip((self.attn1, self.attn2, self.attn3, self.attn4), self.top_k, strict=True):
             # Each k has a `topk` of its own: a prefix of one sort would break ties in another way than
-            # the release, and a feature map of one pixel (8×8 at the input) has nothing but ties.
+            # the official code, and a feature map of one pixel (8×8 at the input) has nothing but ties.
             kept, index = scores.topk(k, dim=-1)
             probability = kept.softmax(dim=-1)
             total = total + weight * probability.new_zeros(scores.shape).scatter(-1, index, probability)

@@ -109,7 +109,7 @@ RED_MEAN = 0.4488
 
 
 def _tail_scale(state: Mapping[str, Tensor], tail: int) -> int:
-    """How much one of IPT's tails enlarges: a PixelShuffle by s stands behind s² channels for each one."""
+    """How much one of IPT's tails enlarges: a PixelShuffle by s takes s² channels for each one."""
     scale = 1
     for step in range(get_seq_len(state, f'tail.{tail}.0')):
         weight = state.get(f'tail.{tail}.0.{step}.weight')

@@ -54,7 +54,7 @@ EPSILON = 1e-8
 
 
 class BranchConv(nn.Conv2d):
-    """One convolution a branch, kept as the release keeps them: as the groups of a single one."""
+    """One convolution for each branch, stored like the official ones as groups of a single one."""
 
     def __init__(self, paths: int, channels_in: int, channels_out: int, kernel_size: int = 1) -> None:
         depthwise = kernel_size > 1
@@ -388,7 +388,7 @@ class MBTaylorFormerV2(RestorationNetwork):
         def stage(level: int, width: int) -> Stage:
             return Stage(width, num_blocks[level], heads[level], num_path[level], focusing_factor)
 
-        # Every stage is an embedding into branches and what runs on them, named as in the release.
+        # Every stage is an embedding into branches and the blocks that run on them, with official names.
         d0, d1, d2, d3 = dim
         if d1 != 2 * d0 or any(width % 4 for width in dim[1:]):
             raise UserError(

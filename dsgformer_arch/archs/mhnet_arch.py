@@ -1,14 +1,15 @@
-"""MHNet: an encoder-decoder for context and a branch at full resolution that takes it in, level by level.
+"""MHNet: an encoder-decoder for context, whose features a full-resolution branch fuses level by level.
 
 Paper: H. Gao, D. Dang, "Mixed Hierarchy Network for Image Restoration", arXiv 2302.09554, 2023.
-Release: https://github.com/Tombs98/MHNet, `MHNet.py`; academic public licence, non-commercial use only.
+Official implementation: https://github.com/Tombs98/MHNet, `MHNet.py`; academic public licence,
+non-commercial use only.
 
-Where the release departs from the paper it is followed:
+Where the official implementation differs from the paper, it is followed:
 
 - all four levels of the full-resolution branch use the first decoder projection, `conv_dnc1`;
 - the softmax of the fusion (AFFM) runs over the channels of one branch, not over the branches;
 - `intro`, `stage1.ending` and `conv_dnc2` to `conv_dnc4` have parameters that no output depends on;
-  they stay for the checkpoints' sake and get no gradient.
+  they are kept so that official checkpoints load, and get no gradient.
 
 For an image of H×W and C = `width` (64: 67.54 M parameters):
 
@@ -21,7 +22,7 @@ For an image of H×W and C = `width` (64: 67.54 M parameters):
 
 The blocks of both stages are NAFNet's: gates instead of activations, and a channel attention from the
 mean of the map.  The means (`sca.0` of a block, `avg_pool` of a fusion) are modules without state, so
-that means over a window of the training size can take their place at test time (the release's MHNetLocal).
+that means over a window of the training size can replace them at test time (the official MHNetLocal).
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ def upsample(channels: int) -> nn.Sequential:
 
 
 def upscale(width: int, steps: int) -> nn.Sequential:
-    """(N, 2ⁿC, H, W) to (N, C, 2ⁿH, 2ⁿW), n steps; a single step is not nested, as in the release."""
+    """(N, 2ⁿC, H, W) to (N, C, 2ⁿH, 2ⁿW), n steps; a single step is not nested, as in the official code."""
     ups = [named(up=upsample(width << step)) for step in range(steps, 0, -1)]
     return ups[0] if steps == 1 else nn.Sequential(*ups)
 
@@ -226,9 +227,9 @@ class MHNet(RestorationNetwork):
         width: C; an eighth of it, rounded down and at least 4, must be even.
         num_cab: blocks at each level of stage 2.
         bias: whether the convolutions outside the blocks of stage 2 and outside stage 1 have biases.
-        enc_blk_nums: blocks of the four encoders, from full resolution down (fixed in the release).
-        middle_blk_num: attentions between encoders and decoders (fixed in the release).
-        dec_blk_nums: blocks of the four decoders, from H/8×W/8 up (fixed in the release).
+        enc_blk_nums: blocks of the four encoders, from full resolution down (fixed in the official code).
+        middle_blk_num: attentions between encoders and decoders (fixed in the official code).
+        dec_blk_nums: blocks of the four decoders, from H/8×W/8 up (fixed in the official code).
 
     Raises:
         UserError: `enc_blk_nums` or `dec_blk_nums` has not four entries, or the width does not suit.

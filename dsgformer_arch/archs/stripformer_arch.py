@@ -1,14 +1,14 @@
 """Stripformer: Strip Transformer for Fast Image Deblurring.
 
 Tsai F.-J., Peng Y.-T., Lin Y.-Y., Tsai C.-C., Lin C.-W., ECCV 2022, arXiv:2204.04627.
-Release: github.com/pp00704831/Stripformer-ECCV-2022- (models/Stripformer.py).  Its licence is the MIT
-text restricted to non-commercial use; parts descend from DeblurGAN-v2 (BSD).
+Official implementation: github.com/pp00704831/Stripformer-ECCV-2022- (models/Stripformer.py).  Its licence
+is the MIT text restricted to non-commercial use; parts descend from DeblurGAN-v2 (BSD).
 
-The release works on images in [-0.5, 0.5]: its scripts take 0.5 from an image in [0, 1] and give it back
-to the result.  Like the release's, this class does not, but `input_offset` says so to whoever runs it.
-In the release the last convolution, too, ends in a leaky ReLU, before the global residual is added.
+The network takes images in [-0.5, 0.5]: the official scripts subtract 0.5 from an image in [0, 1] and add
+it to the result.  Callers of this class do the same; `input_offset` is the value.  As in the official
+implementation, the last convolution also ends in a leaky ReLU, before the global residual is added.
 
-With H×W the size of the image and the release's widths:
+With H×W the size of the image and the official widths:
 
     encoder    convolutions with residuals: H×W×64 (R1), H/2×W/2×128 (R2), then H/4×W/4×320
     Trans      12 strip blocks, intra and inter in turn, H/4×W/4×320

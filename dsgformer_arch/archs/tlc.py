@@ -5,11 +5,11 @@ Aggregation", ECCV 2022, arXiv 2112.04491.  Official implementations: megvii-res
 Restormer), megvii-research/NAFNet (NAFNet) and Tombs98/MHNet (MHNet), each without approximation
 (`fast_imp=False`).
 
-A mean over all pixels, or a channel attention whose scores are sums over all pixels, sees in training
-a crop and in a test the whole image.  Here both see a window of the crop's order instead:
+A mean over all pixels, or a channel attention whose scores are sums over all pixels, is trained on crops
+and tested on whole images.  With TLC both are computed over a window of about the crop's size instead:
 
-- each mean (`nn.AdaptiveAvgPool2d(1)`) becomes the mean over a window around each pixel, and the
-  windows at the border are those that touch it;
+- each mean (`nn.AdaptiveAvgPool2d(1)`) becomes the mean over a window around each pixel; windows are
+  shifted inwards at the border;
 - each channel attention runs on a grid of windows that cover the map, spread evenly and overlapping
   where they do not fit, and the results are averaged where windows overlap.
 
@@ -79,7 +79,7 @@ def use_local_pooling(
 
 
 class LocalAvgPool2d(nn.Module):
-    """The mean over a window around each pixel; in the place of `nn.AdaptiveAvgPool2d(1)`.
+    """The mean over a window around each pixel; in place of `nn.AdaptiveAvgPool2d(1)`.
 
     Args:
         window: height and width of the window; None for the whole map.
@@ -177,10 +177,10 @@ class Windowed:
 
 
 def window_method(module: Any, name: str) -> Windowed:
-    """Put a `Windowed` in the place of a module's method, and return it.
+    """Replace a method of one module by a `Windowed`, and return that.
 
     Args:
-        module: of which one instance is changed; its class stays as it is.
+        module: the instance; its class is not changed.
         name: of a method that takes and returns maps as `windowed` asks of its `core`.
     """
     local = Windowed(MethodType(getattr(type(module), name), module))
@@ -193,7 +193,7 @@ Local = tuple[str, LocalAvgPool2d | Windowed]
 
 
 def _local_pools(network: nn.Module) -> list[Local]:
-    """Put a `LocalAvgPool2d` in the place of every pooling to one pixel."""
+    """Replace every pooling to one pixel by a `LocalAvgPool2d`."""
     for parent in network.modules():
         for name, child in parent.named_children():
             if isinstance(child, nn.AdaptiveAvgPool2d) and child.output_size in (1, (1, 1)):

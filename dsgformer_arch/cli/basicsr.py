@@ -20,6 +20,7 @@ Train or test a restoration network that an option file describes.
 
   basicsr train -opt options/train_gopro.yml
   basicsr test  -opt options/test_gopro.yml
+  basicsr status experiments/train_gopro
 
 Results, logs and TensorBoard events land below one folder, the root: in
 experiments/, results/ and tb_logger/.  It is --root, else the option file's
@@ -39,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog='basicsr', description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = top.add_subparsers(dest='command', required=True, metavar='{train,test}')
+    commands = top.add_subparsers(dest='command', required=True, metavar='{train,test,status}')
     for name, summary in (
         ('train', 'train a network, and validate it while training'),
         ('test', 'restore a data set with a trained network and measure the result'),
@@ -67,11 +68,20 @@ def parser() -> argparse.ArgumentParser:
             default=[],
             help='change options of the file, such as train:total_iter=1000',
         )
+    status = commands.add_parser(
+        'status', help='show how far a training run is', description='Show how far a run is.'
+    )
+    status.add_argument('experiment', help="the run's folder below experiments/")
     return top
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Check the option file, then train or test."""
+    """Check the option file, then train or test; or show how far a run is."""
+    if arguments.command == 'status':
+        from dsgformer_arch.models import history
+
+        print(history.summary(arguments.experiment))
+        return 0
     from dsgformer_arch.models import options  # importing torch takes seconds; --help need not wait for it
 
     file = os.path.abspath(arguments.opt)

@@ -1,25 +1,37 @@
-"""Is this PNG or JPEG file whole?  Answered from its structure, without decoding a pixel.
+"""Reading image files that may be damaged, or made to exhaust the memory: PNG, JPEG and uncompressed PPM.
 
-Sources: the PNG specification (W3C, 3rd edition, sections 5.2, 5.3 and 11.2) and ITU-T T.81, annex B.
+`check_image` tells from a file's structure, without decoding a pixel, whether it is whole; `decode` bounds
+the size that the header gives before it decodes.
+
+Sources: the PNG specification (W3C, 3rd edition, sections 5.2, 5.3 and 11.2) and ITU-T T.81, annex B; the
+position of the orientation in EXIF data: TIFF 6.0, section 2, and Exif 2.32, section 4.6.
 """
 
 from __future__ import annotations
 
+import os
 import re
+import stat
 import struct
 import zlib
 from dataclasses import dataclass
+from typing import Any
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 PNG_SIGNATURE = b'\x89PNG\r\n\x1a\n'
 JPEG_START = b'\xff\xd8'
 JPEG_END = b'\xff\xd9'
 
+MAX_PIXELS = 2**28
+"""268 megapixels: the largest cameras have 150, and an image of this size takes 0.8 GB as 8-bit RGB."""
+MAX_FILE_BYTES = 2**31
+"""Of any file or stored value; 268 megapixels of 16-bit RGB are 1.6 GB without compression."""
+
 ORIENTATION_TAG = 0x0112
-UPRIGHT = 1
+TURNED = range(2, 9)
 
 # PNG colour types and the channels that OpenCV's IMREAD_UNCHANGED makes of them.
 GREY, RGB, PALETTE, GREY_ALPHA, RGB_ALPHA = 0, 2, 3, 4, 6
@@ -32,6 +44,22 @@ EOI, SOS, APP1 = 0xD9, 0xDA, 0xE1
 
 class BadImageError(Exception):
     """The file is no whole image.  The message completes the sentence 'this file …'."""
+
+
+def read_file(path: str | os.PathLike[str]) -> bytes:
+    """The bytes of an image file.
+
+    Raises:
+        BadImageError: it is no ordinary file (a pipe would never end), or larger than any image.
+        OSError: it cannot be read.
+    """
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise BadImageError('is no ordinary file')
+    if status.st_size > MAX_FILE_BYTES:
+        raise BadImageError(f'has {status.st_size} bytes, more than any image that is read here')
+    with open(path, 'rb') as file:
+        return file.read()
 
 
 @dataclass(frozen=True)
@@ -48,31 +76,96 @@ class Shape:
         return self.height, self.width
 
 
-def check_image(data: bytes) -> Shape:
-    """Check that a PNG or JPEG file is complete and return its shape.
+def check_image(data: bytes | memoryview) -> Shape:
+    """Check that a PNG, JPEG or raw file is complete and return its shape.
 
     A PNG must have its signature, a sound IHDR, at least one IDAT, an IEND, and the right CRC-32 in every
-    chunk; a JPEG, which carries no check sums, its start and end markers and a sound header between them.
-    The kind is told from the content, not from a file name.
+    chunk; a JPEG, which carries no check sums, its start and end markers and a sound header between them; a
+    raw image (see `raw_image`) exactly as many bytes as its size asks for.  The kind is told from the
+    content, not from a file name.
 
     Args:
         data: the file's bytes.
 
     Raises:
-        BadImageError: it is neither, it is truncated or damaged, or its EXIF data turn or mirror it (OpenCV
-            obeys that in some read modes only, so blurred and sharp could end up turned differently).
+        BadImageError: it is none of them, truncated, damaged or of more than `MAX_PIXELS`, or its EXIF data
+            turn or mirror it (OpenCV obeys that in some read modes only, so blurred and sharp could end up
+            turned differently).
     """
-    if not data:
+    start = bytes(data[: len(PNG_SIGNATURE)])
+    if not start:
         raise BadImageError('is empty')
-    if data.startswith(PNG_SIGNATURE):
-        return _check_png(data)
-    if data.startswith(JPEG_START):
-        return _check_jpeg(data)
+    if start == PNG_SIGNATURE:
+        return _bounded(_check_png(memoryview(data)))
+    if start.startswith(JPEG_START):
+        return _bounded(_check_jpeg(bytes(data)))
+    if start.startswith(RAW_START):
+        return raw_pixels_of(data)[0]
     raise BadImageError('is neither PNG nor JPEG; convert it to PNG')
 
 
-def _check_png(data: bytes) -> Shape:
+def decode(data: bytes | memoryview) -> NDArray[np.uint8]:
+    """Decode an image to 8-bit RGB, after `check_image`: OpenCV fills what a truncated JPEG lacks with grey.
+
+    Args:
+        data: a file's bytes, or an LMDB's buffer.
+
+    Returns:
+        (H, W, 3).
+
+    Raises:
+        BadImageError: `check_image` or OpenCV refuses it.
+    """
+    return np.ascontiguousarray(decode_bgr(data)[..., ::-1])
+
+
+def decode_bgr(data: bytes | memoryview, mode: int = cv2.IMREAD_COLOR) -> NDArray[Any]:
+    """As `decode`, in OpenCV's order and with its `mode`: by default uint8 BGR (H, W, 3)."""
+    check_image(data)
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), mode)
+    except cv2.error:
+        image = None
+    if image is None or not image.size:
+        raise BadImageError('cannot be decoded')
+    return image
+
+
+def header_shape(data: bytes | memoryview) -> Shape:
+    """The size that an image's header gives; three channels are assumed.
+
+    Raises:
+        BadImageError: it is no PNG, JPEG or raw image, has no sound header, or more than `MAX_PIXELS`.
+    """
     view = memoryview(data)
+    start = bytes(view[:32])
+    if not start:
+        raise BadImageError('is empty')
+    if start.startswith(PNG_SIGNATURE):
+        if len(start) < 24:
+            raise BadImageError('is truncated: it ends within its header')
+        width, height = struct.unpack_from('>II', start, 16)
+    elif start.startswith(JPEG_START):
+        shape = _jpeg_header(view)[0]
+        if shape is None:
+            raise BadImageError('is damaged: its size is not given before its image data')
+        height, width = shape.size
+    elif found := RAW_HEADER.match(start):
+        width, height = int(found[1]), int(found[2])
+    else:
+        raise BadImageError('is neither PNG nor JPEG; convert it to PNG')
+    return _bounded(Shape(height, width, 3))
+
+
+def _bounded(shape: Shape) -> Shape:
+    if not 0 < shape.height * shape.width <= MAX_PIXELS:
+        raise BadImageError(
+            f'has {shape.width}x{shape.height} pixels; between 1 and {MAX_PIXELS} are read here'
+        )
+    return shape
+
+
+def _check_png(data: memoryview) -> Shape:
     kinds: set[bytes] = set()
     start = len(PNG_SIGNATURE)
     height = width = colour = 0
@@ -85,12 +178,12 @@ def _check_png(data: bytes) -> Shape:
             raise BadImageError('is damaged: it does not begin with an IHDR chunk')
         if end > len(data):
             raise BadImageError(f'is truncated: it ends within the chunk at byte {start}')
-        if zlib.crc32(view[start + 4 : end - 4]) != struct.unpack_from('>I', data, end - 4)[0]:
+        if zlib.crc32(data[start + 4 : end - 4]) != struct.unpack_from('>I', data, end - 4)[0]:
             raise BadImageError(f'is damaged: the check sum of the chunk at byte {start} is wrong')
         if kind == b'IHDR':
             width, height, _, colour = struct.unpack_from('>IIBB', data, body)
         elif kind == b'eXIf':
-            _require_upright(data[body : end - 4])
+            _require_upright(bytes(data[body : end - 4]))
         kinds.add(kind)
         start = end
     if b'IDAT' not in kinds or not (width and height) or colour not in PNG_CHANNELS:
@@ -100,6 +193,17 @@ def _check_png(data: bytes) -> Shape:
 
 
 def _check_jpeg(data: bytes) -> Shape:
+    shape, position = _jpeg_header(memoryview(data))
+    if shape is None:
+        raise BadImageError('is damaged: its size is not given before its image data')
+    # Within entropy-coded data 0xFF stands only before 0x00 or a restart marker, so this is the real end.
+    if data.rfind(JPEG_END, position) < 0:
+        raise BadImageError('is truncated: it has no end-of-image marker')
+    return shape
+
+
+def _jpeg_header(data: memoryview) -> tuple[Shape | None, int]:
+    """The size that a JPEG gives before its image data, if it does, and where these begin."""
     shape: Shape | None = None
     position = len(JPEG_START)
     while True:
@@ -118,20 +222,14 @@ def _check_jpeg(data: bytes) -> Shape:
         length = struct.unpack_from('>H', data, position)[0]
         if length < 2 or position + length > len(data):
             raise BadImageError('is truncated: it ends within its header')
-        segment = data[position + 2 : position + length]
+        segment = bytes(data[position + 2 : position + length])
         if marker in SOF_MARKERS:
             shape = _jpeg_shape(segment)
-        elif marker == APP1 and segment.startswith(b'Exif\0\0'):
-            _require_upright(segment)
+        elif marker == APP1 and segment.startswith(EXIF_START):
+            _require_upright(segment[len(EXIF_START) :])
         position += length
         if marker == SOS:
-            break
-    if shape is None:
-        raise BadImageError('is damaged: its size is not given before its image data')
-    # Within entropy-coded data 0xFF stands only before 0x00 or a restart marker, so this is the real end.
-    if data.rfind(JPEG_END, position) < 0:
-        raise BadImageError('is truncated: it has no end-of-image marker')
-    return shape
+            return shape, position
 
 
 def _jpeg_shape(frame_header: bytes) -> Shape:
@@ -143,18 +241,26 @@ def _jpeg_shape(frame_header: bytes) -> Shape:
     return Shape(height, width, 1 if components == 1 else 3)
 
 
-def _require_upright(exif_data: bytes) -> None:
-    exif = Image.Exif()
+def _require_upright(exif: bytes) -> None:
+    """Refuse EXIF data that turn or mirror the image; readers ignore data that they cannot parse."""
+    order = {b'II*\0': '<', b'MM\0*': '>'}.get(exif[:4])
+    if order is None:
+        return
     try:
-        exif.load(exif_data)
-        orientation = exif.get(ORIENTATION_TAG, UPRIGHT)
-    except (SyntaxError, ValueError, OSError, struct.error):
-        return  # readers ignore EXIF data that they cannot parse
-    if orientation != UPRIGHT:
-        raise BadImageError(f'has EXIF orientation {orientation}; store its pixels upright')
+        start = struct.unpack_from(f'{order}I', exif, 4)[0]
+        for number in range(struct.unpack_from(f'{order}H', exif, start)[0]):
+            tag, kind, count, value = struct.unpack_from(f'{order}HHIH', exif, start + 2 + 12 * number)
+            if (tag, kind, count) == (ORIENTATION_TAG, SHORT, 1) and value in TURNED:
+                raise BadImageError(f'has EXIF orientation {value}; store its pixels upright')
+    except struct.error:
+        return
 
 
-RAW_HEADER = re.compile(rb'P6\n(\d+) (\d+)\n255\n')
+EXIF_START = b'Exif\0\0'
+SHORT = 3
+
+RAW_START = b'P6\n'
+RAW_HEADER = re.compile(rb'P6\n([0-9]{1,6}) ([0-9]{1,6})\n255\n')
 """Of a PPM as `raw_image` writes it, with width and height: OpenCV, and so BasicSR, reads it too."""
 
 
@@ -166,3 +272,26 @@ def raw_image(image: NDArray[np.uint8]) -> bytes:
     """
     height, width = image.shape[:2]
     return b'P6\n%d %d\n255\n' % (width, height) + np.ascontiguousarray(image[..., ::-1]).tobytes()
+
+
+def raw_pixels_of(data: bytes | memoryview) -> tuple[Shape, NDArray[np.uint8]]:
+    """Shape and pixels of an image that `raw_image` stored.
+
+    Args:
+        data: its bytes, or an LMDB's buffer.
+
+    Returns:
+        The shape, and a view of the data: uint8 RGB (H, W, 3).
+
+    Raises:
+        BadImageError: it has another form, or not as many bytes as its size asks for.
+    """
+    header = RAW_HEADER.match(bytes(data[:32]))
+    if header is None:
+        raise BadImageError('is damaged: its header is none of an uncompressed image')
+    shape = _bounded(Shape(int(header[2]), int(header[1]), 3))
+    if len(data) != header.end() + shape.height * shape.width * 3:
+        size = f'{shape.width}x{shape.height}'
+        raise BadImageError(f'is truncated or damaged: it has {len(data)} bytes for {size} pixels')
+    pixels = np.frombuffer(data, np.uint8, offset=header.end())
+    return shape, pixels.reshape(shape.height, shape.width, 3)

@@ -12,13 +12,8 @@ installed.
 from __future__ import annotations
 
 import random
-import re
-from functools import cache
-from pathlib import Path
 from typing import Any
 
-import cv2
-import lmdb
 import numpy as np
 import torch
 from basicsr.data.paired_image_dataset import PairedImageDataset
@@ -26,8 +21,10 @@ from basicsr.utils.registry import DATASET_REGISTRY
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dsgformer_arch.data import png_crop
-from dsgformer_arch.data.image_files import RAW_HEADER
+from dsgformer_arch.data import meta_info, png_crop
+from dsgformer_arch.data.image_files import RAW_START, BadImageError, decode_bgr, raw_pixels_of
+from dsgformer_arch.data.lmdb_files import environment, read_value
+from dsgformer_arch.data.paired_images import check_size
 from dsgformer_arch.utils.errors import UserError
 
 
@@ -35,9 +32,10 @@ from dsgformer_arch.utils.errors import UserError
 class PairedCropDataset(PairedImageDataset):
     """`PairedImageDataset` for `io_backend: lmdb`, faster in training.
 
-    Validation and folders of images are left to BasicSR's own code.  Takes no
-    option that `PairedImageDataset` lacks; `scale` has to be 1, and `mean`,
-    `std` and `color` to be absent.
+    Validation and folders of images are left to BasicSR's own code.  `scale` has
+    to be 1, and `mean`, `std` and `color` to be absent.  With `pad_to_gt_size`,
+    images smaller than a crop are reflected at their lower and right border, as
+    the loaders of MPRNet and Restormer do with Rain13K.
     """
 
     def __init__(self, opt: dict[str, Any]) -> None:
@@ -48,7 +46,7 @@ class PairedCropDataset(PairedImageDataset):
         for key, expected in (('scale', 1), ('mean', None), ('std', None), ('color', None)):
             if opt.get(key, expected) != expected:
                 raise UserError(f'PairedCropDataset: {key} is {opt[key]!r}; use PairedImageDataset for that')
-        self.sizes = read_sizes(Path(self.gt_folder))
+        self.sizes = {key: entry.size for key, entry in meta_info.read(self.gt_folder).items()}
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not self.direct:
@@ -56,7 +54,9 @@ class PairedCropDataset(PairedImageDataset):
         key = self.paths[index]['lq_path']
         height, width = self.sizes[key]
         side = self.opt['gt_size']
-        if min(height, width) < side:
+        if self.opt.get('pad_to_gt_size'):
+            height, width = max(height, side), max(width, side)
+        elif min(height, width) < side:
             raise UserError(f'{key} in {self.gt_folder} is {width}×{height}, smaller than gt_size {side}')
         # The draws of basicsr.data.transforms.paired_random_crop and augment, in their order.
         top, left = random.randint(0, height - side), random.randint(0, width - side)
@@ -74,46 +74,26 @@ class PairedCropDataset(PairedImageDataset):
 
     def read(self, folder: str, key: str, top: int, left: int, side: int) -> NDArray[np.uint8]:
         """A crop of the image stored under `key`, uint8 RGB (side, side, 3)."""
+        height, width = self.sizes[key]
         with environment(folder).begin(buffers=True) as transaction:
-            stored = transaction.get(key.encode('ascii'))
-            if stored is None:
-                raise UserError(
-                    f'{folder} has no image {key}, though its meta_info.txt lists it; make it again'
-                )
-            header = RAW_HEADER.match(bytes(stored[:32]))
-            if header is not None:
-                width, height = int(header[1]), int(header[2])
-                pixels = np.frombuffer(stored, np.uint8, offset=header.end()).reshape(height, width, 3)
-                # A copy: the memory map is gone with the transaction.
-                return pixels[top : top + side, left : left + side].copy()
-            crop = png_crop.read_crop(stored, top, left, side)
-            if crop is not None:
-                return crop
-            image = cv2.imdecode(np.frombuffer(stored, np.uint8), cv2.IMREAD_COLOR)
-        if image is None:
-            raise UserError(f'{folder}: the image {key} cannot be decoded; make the LMDB again')
-        return np.asarray(image[top : top + side, left : left + side, ::-1], dtype=np.uint8)
-
-
-@cache
-def environment(folder: str) -> lmdb.Environment:
-    """The open LMDB, one a process: LMDB refuses to open a folder twice.
-
-    Workers made by forking use their parent's; without locks that is only a memory map.
-    """
-    # Random crops of a large set gain nothing from reading ahead.
-    return lmdb.open(folder, readonly=True, lock=False, readahead=False)
-
-
-def read_sizes(folder: Path) -> dict[str, tuple[int, int]]:
-    """(height, width) of an LMDB's images by key, from its meta_info.txt."""
-    sizes = {}
-    for line in (folder / 'meta_info.txt').read_text().splitlines():
-        found = re.fullmatch(r'([^.]+)\.\w+ \((\d+),(\d+),\d+\) \d+', line)
-        if found is None:
-            raise UserError(f'{folder}/meta_info.txt has the unreadable line {line!r}; make the LMDB again')
-        sizes[found[1]] = (int(found[2]), int(found[3]))
-    return sizes
+            stored = read_value(transaction, key, folder)
+            check_size(stored, self.sizes[key], key, folder)
+            try:
+                if bytes(stored[: len(RAW_START)]) == RAW_START:
+                    image = raw_pixels_of(stored)[1]
+                else:
+                    if min(height, width) >= side:
+                        crop = png_crop.read_crop(stored, top, left, side)
+                        if crop is not None:
+                            return crop
+                    image = decode_bgr(stored)[..., ::-1]
+            except BadImageError as error:
+                raise UserError(f'{folder}: the image {key} {error}; make the LMDB again') from None
+            if min(height, width) < side:
+                below, right = max(0, side - height), max(0, side - width)
+                image = np.pad(image, ((0, below), (0, right), (0, 0)), mode='reflect')
+            # A copy: the memory map is gone with the transaction.
+            return np.array(image[top : top + side, left : left + side], dtype=np.uint8)
 
 
 def as_tensor(crop: NDArray[np.uint8]) -> Tensor:

@@ -33,7 +33,7 @@ def read_crop(stored: Any, top: int, left: int, side: int) -> NDArray[np.uint8] 
     header = bytes(stored[:HEADER_END])
     if header[1:4] != b'PNG' or header[-len(PLAIN_RGB) :] != PLAIN_RGB:
         return None
-    vips = _library(os.getpid())
+    vips = library()
     if vips is None:
         return None
     try:
@@ -43,6 +43,11 @@ def read_crop(stored: Any, top: int, left: int, side: int) -> NDArray[np.uint8] 
         return None
     # A transparent colour (tRNS) makes a fourth channel, which IMREAD_COLOR drops as well.
     return pixels[..., :3]
+
+
+def library() -> ModuleType | None:
+    """pyvips, where it is installed and may be used in this process."""
+    return _library(os.getpid())
 
 
 @cache

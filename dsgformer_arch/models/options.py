@@ -1,8 +1,8 @@
-"""Option files: read without running code, and checked before anything starts.
+"""Option files: read as data, and checked as a whole before anything starts.
 
-A misspelt key in a YAML file is silently ignored by BasicSR, and a missing one
-is a `KeyError` after minutes of set-up.  `check` finds both first, and says
-which file, which key, and what was probably meant.
+BasicSR ignores a misspelt key, and a missing one is a `KeyError` after minutes of set-up.  `check` finds
+all faults of a file first: names and types by `option_schema`, then what the file names (registries, data,
+checkpoint), then whether network, optimizer and scheduler can be built with these settings.
 """
 
 from __future__ import annotations
@@ -10,54 +10,63 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from collections.abc import Iterable
+import stat
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
+import torch
 import yaml
+from torch import nn
 
+from dsgformer_arch.models.option_schema import (
+    DATASET_HOOKS,
+    METRIC_GIVEN,
+    Dataset,
+    DistParams,
+    Logger,
+    Path,
+    Save,
+    Top,
+    Train,
+    Val,
+    arguments_model,
+    check_section,
+)
+from dsgformer_arch.utils import safe_yaml
 from dsgformer_arch.utils.errors import UserError
-from dsgformer_arch.utils.text import did_you_mean
+from dsgformer_arch.utils.text import did_you_mean, shortened
 
 Options = dict[str, Any]
 
-TOP_LEVEL = {
-    'name', 'model_type', 'scale', 'num_gpu', 'manual_seed', 'datasets', 'network_g', 'path', 'train', 'val',
-    'logger', 'dist_params', 'find_unused_parameters', 'root', 'save',
-}  # fmt: skip
-PATH = {
-    'pretrain_network_g', 'param_key_g', 'strict_load_g', 'resume_state', 'ignore_resume_networks',
-}  # fmt: skip
-TRAIN = {
-    'total_iter', 'warmup_iter', 'ema_decay', 'optim_g', 'scheduler', 'grad_clip', 'amp', 'channels_last',
-    'compile', 'progressive', 'accumulate', 'max_skipped_steps',
-}  # fmt: skip
-SAVE = {'keep_last', 'best'}
-VAL = {'val_freq', 'save_img', 'suffix', 'pbar', 'metrics', 'tile', 'tile_overlap', 'amp'}
-LOGGER = {'print_freq', 'save_checkpoint_freq', 'use_tb_logger', 'wandb'}
-DATASET = {
-    'name', 'type', 'dataroot_gt', 'dataroot_lq', 'io_backend', 'meta_info_file', 'filename_tmpl', 'gt_size',
-    'use_hflip', 'use_rot', 'mean', 'std', 'color', 'batch_size_per_gpu', 'num_worker_per_gpu',
-    'dataset_enlarge_ratio', 'prefetch_mode', 'num_prefetch_queue', 'pin_memory', 'persistent_workers',
-    'corrupt_images',
-}  # fmt: skip
+MOST_FAULTS = 30
+"""More are only counted."""
+MOST_MODULES = 50_000
+"""Modules of a network; the largest here has 4,000."""
+MOST_PARAMETERS = 10**10
 
 
 def read(path: str) -> Options:
     """Read an option file as data.
 
     Raises:
-        UserError: the file is missing, is no YAML, asks for Python objects, or holds no mapping.
+        UserError: the file is missing, is no YAML of plain data (see `safe_yaml`), or holds no mapping.
     """
     try:
-        with open(path, encoding='utf-8') as file:
-            options = yaml.safe_load(file)
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise UserError(f'cannot read the option file {path}: it is no ordinary file')
+        with open(path, encoding='utf-8-sig') as file:
+            options = safe_yaml.load(file.read(safe_yaml.MAX_CHARACTERS + 1))
     except OSError as error:
         raise UserError(f'cannot read the option file {path}: {error.strerror}') from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        where = getattr(error, 'problem_mark', None)
-        line = f', line {where.line + 1}' if where else ''
-        problem = getattr(error, 'problem', None) or 'it is no text'
-        raise UserError(f'{path}{line} is no valid YAML: {problem}') from None
+    except UnicodeDecodeError:
+        raise UserError(f'{path} is no valid YAML: it is no UTF-8 text') from None
+    except yaml.YAMLError as error:
+        line, problem = safe_yaml.describe(error)
+        where = f', line {line}' if line else ''
+        raise UserError(f'{path}{where} is no valid YAML: {problem}') from None
     if not isinstance(options, dict):
         raise UserError(f'{path} holds no options: it should be a mapping such as options/train_gopro.yml')
     return options
@@ -66,252 +75,491 @@ def read(path: str) -> Options:
 def force(options: Options, entries: Iterable[str]) -> None:
     """Apply `--force_yml` entries such as `train:ema_decay=0.999`, in place.
 
+    Values are read as the file's are: `no` is false, `~` nothing, `{a: 1}` a section.
+
     Raises:
-        UserError: an entry has another form, or names a section that is not there.
+        UserError: an entry has another form, its value is no YAML, or it names a section that is not there.
     """
     for entry in entries:
-        keys, separator, value = entry.partition('=')
+        keys, separator, text = entry.partition('=')
         parts = [part.strip() for part in keys.split(':')]
-        if not separator or not all(re.fullmatch(r'\w+', part) for part in parts):
+        if not separator or not all(re.fullmatch(r'[\w.-]+', part) for part in parts):
             raise UserError(f'--force_yml {entry}: write it as section:key=value')
         section: Any = options
         for part in parts[:-1]:
             if not isinstance(section, dict) or not isinstance(section.get(part), dict):
                 raise UserError(f'--force_yml {entry}: the option file has no section {part!r}')
             section = section[part]
-        section[parts[-1]] = yaml.safe_load(value)
+        section[parts[-1]] = _forced_value(text, entry)
+
+
+def _forced_value(text: str, entry: str) -> Any:
+    try:
+        line = safe_yaml.load(f'value: {text}')
+    except yaml.YAMLError as error:
+        raise UserError(
+            f'--force_yml {entry}: the value is no YAML: {safe_yaml.describe(error)[1]}'
+        ) from None
+    if not isinstance(line, dict) or list(line) != ['value']:
+        raise UserError(f'--force_yml {entry}: give one value')
+    return line['value']
 
 
 def check(options: Options, path: str, is_train: bool) -> None:
-    """Check an option file against what it names: registries, folders, files, image sizes.
+    """Check an option file against the schema and against what it names.
+
+    Nothing is written or downloaded, and images are not read.
 
     Args:
         options: what `read` returned.
-        path: the file's name, for the messages.
+        path: the file's name, for the message.
         is_train: whether it is to be trained with (`train` and `logger` are needed then).
 
     Raises:
-        UserError: at the first fault, in one sentence.
+        UserError: with all faults, one a line.
     """
-    _Checker(options, path).run(is_train)
+    faults = list(dict.fromkeys(_Checker(options).run(is_train)))
+    if not faults:
+        return
+    if len(faults) == 1:
+        raise UserError(f'{path}: {faults[0]}')
+    listed = '\n  '.join(faults[:MOST_FAULTS])
+    more = f'\n  and {len(faults) - MOST_FAULTS} more' if len(faults) > MOST_FAULTS else ''
+    raise UserError(f'{path} has {len(faults)} faults:\n  {listed}{more}')
+
+
+def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
+    """The optimizer of torch.optim with this name.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = getattr(torch.optim, name, None)
+    if _is_optimizer(found):
+        return found  # type: ignore[return-value]
+    known = [each for each in dir(torch.optim) if _is_optimizer(getattr(torch.optim, each))]
+    raise UserError(
+        f'torch.optim has no optimizer {name!r}{did_you_mean(name, known) or "; take AdamW, say"}'
+    )
+
+
+def _is_optimizer(value: object) -> bool:
+    return (
+        isinstance(value, type)
+        and issubclass(value, torch.optim.Optimizer)
+        and value is not torch.optim.Optimizer
+    )
+
+
+def scheduler_class(name: str) -> Any:
+    """The schedule with this name: this package's, BasicSR's or torch's.
+
+    Raises:
+        UserError: there is none.
+    """
+    from basicsr.models import lr_scheduler as basicsr_schedulers
+
+    from dsgformer_arch.models import lr_scheduler
+
+    modules = (lr_scheduler, basicsr_schedulers, torch.optim.lr_scheduler)
+    # BasicSR's own class under torch's name; it also restarts.
+    name = 'MultiStepRestartLR' if name == 'MultiStepLR' else name
+    kinds = {
+        each: kind for module in modules[::-1] for each, kind in vars(module).items() if _is_schedule(kind)
+    }
+    if name in kinds:
+        return kinds[name]
+    hint = did_you_mean(name, kinds) or '; take WarmupCosineLR, say'
+    raise UserError(f'there is no scheduler {name!r}{hint}')
+
+
+def _is_schedule(value: object) -> bool:
+    base = torch.optim.lr_scheduler.LRScheduler
+    return isinstance(value, type) and issubclass(value, base) and value is not base
 
 
 class _Checker:
-    """Walks through an option file in the order in which BasicSR uses it."""
+    """Walks through an option file and collects what is wrong."""
 
-    def __init__(self, options: Options, path: str) -> None:
+    def __init__(self, options: Options) -> None:
         self.options = options
-        self.path = path
+        self.faults: list[str] = []
+        self.sound = False
 
-    def fault(self, message: str) -> UserError:
-        return UserError(f'{self.path}: {message}')
-
-    def run(self, is_train: bool) -> None:
+    def run(self, is_train: bool) -> list[str]:
         # Registers the networks, models, losses, metrics and data sets that the file may name.
         from basicsr.utils.registry import ARCH_REGISTRY, MODEL_REGISTRY
 
-        needed = ['name', 'model_type', 'num_gpu', 'datasets', 'network_g', 'path']
-        self.keys('', self.options, needed + (['train', 'logger'] if is_train else ['val']), TOP_LEVEL)
-        name = self.options['name']
-        if not isinstance(name, str) or not re.fullmatch(r'[\w.+-]+', name) or name.startswith('.'):
-            raise self.fault(f'name: {name!r} cannot name a folder; use letters, digits, "_", "-" and "."')
-        self.registered('model_type', self.options['model_type'], MODEL_REGISTRY)
-        self.number('num_gpu', self.options['num_gpu'], also=('auto',))
-        network = self.section('network_g', self.options['network_g'])
-        self.built_from('network_g', network, ARCH_REGISTRY)
-        self.check_path()
-        for phase, dataset in self.section('datasets', self.options['datasets']).items():
-            self.check_dataset(
-                f'datasets: {phase}', phase, self.section(f'datasets: {phase}', dataset), is_train
-            )
-        if is_train:
-            if not any(phase == 'train' for phase in self.options['datasets']):
-                raise self.fault('datasets: there is no section train')
+        needed = ['train', 'logger'] if is_train else ['val']
+        self.sound = self.section('', self.options, Top, needed)
+        if 'model_type' in self.options:
+            self.registered('model_type', self.options['model_type'], MODEL_REGISTRY)
+        sound = 'network_g' in self.options and self.built_from(
+            'network_g', self.options['network_g'], ARCH_REGISTRY
+        )
+        network = self.network() if sound else None
+        self.check_path(network, is_train)
+        datasets = self.options.get('datasets')
+        if isinstance(datasets, dict):
+            for phase, dataset in datasets.items():
+                self.check_dataset(phase, dataset, is_train)
+            wanted = 'train' if is_train else 'test'
+            if not any(phase.split('_')[0] == wanted for phase in datasets):
+                self.faults.append(f'datasets: there is no section {wanted}')
+        if is_train and 'train' in self.options:
             self.check_train()
-            logger = self.section('logger', self.options['logger'])
-            self.keys('logger', logger, ['print_freq', 'save_checkpoint_freq', 'use_tb_logger'], LOGGER)
-            self.check_save()
+        if is_train and 'logger' in self.options:
+            self.section('logger', self.options['logger'], Logger)
+        if self.options.get('dist_params') is not None:
+            self.section('dist_params', self.options['dist_params'], DistParams)
         self.check_val(is_train)
+        self.check_save()
+        return self.faults
 
-    def check_save(self) -> None:
-        save = self.section('save', self.options.get('save') or {})
-        self.keys('save', save, [], SAVE)
-        if save.get('keep_last') is not None:
-            self.number('save: keep_last', save['keep_last'], least=1)
-        metrics = (self.options.get('val') or {}).get('metrics') or {}
-        if save.get('best') is not None and save['best'] not in metrics:
-            raise self.fault(f'save: best is {save["best"]!r}, but val: metrics has {", ".join(metrics)}')
+    # Networks and checkpoints.
 
-    def check_path(self) -> None:
-        path = self.section('path', self.options['path'])
-        self.keys('path', path, [], PATH)
-        for key in ('pretrain_network_g', 'resume_state'):
-            if path.get(key) and not os.path.isfile(os.path.expanduser(path[key])):
-                raise self.fault(f'path: {key}: there is no file {path[key]}')
+    def network(self) -> nn.Module | None:
+        """The network without data, to know that its settings fit together; None where that is not known."""
+        from basicsr.archs import build_network
 
-    def check_dataset(self, where: str, phase: str, dataset: Options, is_train: bool) -> None:
+        settings = self.options['network_g']
+        try:
+            with _bounded_building(), torch.device('meta'), _quiet():
+                return build_network(settings)
+        except NotImplementedError:
+            return None  # IPT computes with its tensors while it is built
+        except Exception as error:  # a network may fail in any way on settings that it does not foresee
+            if isinstance(error, RuntimeError) and 'meta' in str(error):
+                return None
+            kind = settings['type']
+            reason = _first_line(error).removeprefix(f'{kind}: ')
+            self.faults.append(f'network_g: {kind} refuses its settings: {reason}')
+        return None
+
+    def check_path(self, network: nn.Module | None, is_train: bool) -> None:
+        path = self.options.get('path')
+        if path is None or not self.section('path', path, Path):
+            return
+        missing = [
+            key
+            for key in ('pretrain_network_g', 'resume_state')
+            if path.get(key) and not os.path.isfile(os.path.expanduser(path[key]))
+        ]
+        self.faults += [f'path: {key}: there is no file {shortened(path[key])}' for key in missing]
+        if not is_train and not path.get('pretrain_network_g'):
+            self.faults.append('path: pretrain_network_g: name the checkpoint that is to be tested')
+        if path.get('pretrain_network_g') and 'pretrain_network_g' not in missing and network is not None:
+            self.check_checkpoint(path, network)
+
+    def check_checkpoint(self, path: Mapping[str, Any], network: nn.Module) -> None:
+        from dsgformer_arch.zoo.checkpoint import mismatches, read_checkpoint
+
+        file = os.path.expanduser(path['pretrain_network_g'])
+        try:
+            checkpoint = read_checkpoint(file, path.get('param_key_g'))
+        except UserError as error:
+            self.faults.append(f'path: pretrain_network_g: {error}')
+            return
+        different = mismatches(network, checkpoint.state) if path.get('strict_load_g', True) else []
+        if different:
+            kind = self.options['network_g']['type']
+            self.faults.append(
+                f'path: pretrain_network_g: {file} does not fit {kind} with these settings: '
+                + '; '.join(different)
+            )
+
+    # Data.
+
+    def check_dataset(self, phase: str, dataset: Any, is_train: bool) -> None:
         from basicsr.utils.registry import DATASET_REGISTRY
 
+        where = f'datasets: {phase}'
         phase = phase.split('_')[0]
         if phase not in ('train', 'val', 'test') or (phase == 'test') == is_train:
             allowed = 'train, val, val_1, val_2 …' if is_train else 'test, test_1, test_2 …'
-            raise self.fault(f'{where}: data sets are called {allowed} here')
-        needed = ['name', 'type']
+            self.faults.append(f'{where}: data sets are called {allowed} here')
+            return
+        kind = dataset.get('type') if isinstance(dataset, dict) else None
+        known = not isinstance(kind, str) or self.registered(f'{where}: type', kind, DATASET_REGISTRY)
+        data_set = DATASET_REGISTRY.get(kind) if known and isinstance(kind, str) else None
+        needed = list(getattr(data_set, 'required', DATASET_HOOKS['required']))
         if phase == 'train':
             needed += ['gt_size', 'use_hflip', 'use_rot', 'batch_size_per_gpu', 'num_worker_per_gpu']
-        kind = dataset.get('type')
-        if kind is not None:
-            self.registered(f'{where}: type', kind, DATASET_REGISTRY)
-        data_set = DATASET_REGISTRY.get(kind) if kind else None
-        # Data sets that read other things than pairs say what they need, and check it.
-        needed += getattr(data_set, 'required', ('io_backend', 'dataroot_gt', 'dataroot_lq'))
-        known = DATASET | set(getattr(data_set, 'options', ()))
-        self.keys(where, dataset, needed, known)
-        for key in ('gt_size', 'batch_size_per_gpu', 'dataset_enlarge_ratio'):
-            if key in dataset and phase == 'train':
-                self.number(f'{where}: {key}', dataset[key], least=1)
-        check = getattr(data_set, 'check_options', None)
-        if check is not None:
-            check(dataset, f'{self.path}: {where}')
+        if not self.section(where, dataset, Dataset, needed, getattr(data_set, 'options', ())) or not known:
             return
-        corrupt = dataset.get('corrupt_images', 'fail')
-        if corrupt not in ('fail', 'replace'):
-            raise self.fault(f'{where}: corrupt_images is {corrupt!r}; choose fail or replace')
-        backend = self.section(f'{where}: io_backend', dataset['io_backend']).get('type')
-        if backend not in ('lmdb', 'disk'):
-            raise self.fault(f'{where}: io_backend: type is {backend!r}; choose lmdb or disk')
-        sizes = {
-            key: self.check_root(f'{where}: {key}', dataset[key], backend)
-            for key in ('dataroot_gt', 'dataroot_lq')
-        }
-        if backend == 'lmdb':
-            self.check_pairs(where, phase, dataset, sizes['dataroot_gt'], sizes['dataroot_lq'])
+        if dataset.get('persistent_workers') and not dataset.get('num_worker_per_gpu', 1):
+            self.faults.append(f'{where}: persistent_workers needs num_worker_per_gpu of at least 1')
+        if dataset.get('prefetch_mode') == 'cuda' and not dataset.get('pin_memory'):
+            self.faults.append(f'{where}: prefetch_mode cuda needs pin_memory: true')
+        if data_set is not None and hasattr(data_set, 'check_options'):
+            # Data sets that read other things than pairs check what they need.
+            self.collect(partial(data_set.check_options, dataset, where))
+            return
+        if all(dataset.get(key) is not None for key in DATASET_HOOKS['required']):
+            self.check_images(where, phase, dataset)
 
-    def check_root(self, where: str, root: Any, backend: str) -> dict[str, tuple[int, int]]:
-        """The sizes of an LMDB's images by key; nothing for a folder."""
-        if not isinstance(root, str):
-            raise self.fault(f'{where}: give the path of {"an LMDB" if backend == "lmdb" else "a folder"}')
-        folder = os.path.expanduser(root)
-        if not os.path.isdir(folder):
-            raise self.fault(f'{where}: there is no {root}; datasets/README.md says how to make it')
-        if backend == 'disk':
-            if not any(os.scandir(folder)):
-                raise self.fault(f'{where}: the folder {root} is empty')
-            return {}
-        if not root.endswith('.lmdb'):
-            raise self.fault(
-                f'{where}: {root} does not end with .lmdb; with folders, set io_backend: type to disk'
+    def check_images(self, where: str, phase: str, dataset: Options) -> None:
+        from dsgformer_arch.data.meta_info import Entry
+
+        sides: dict[str, dict[str, Entry]] = {}
+        for key in ('dataroot_gt', 'dataroot_lq'):
+            found = self.collect(
+                partial(_images_of, dataset[key], dataset['io_backend']['type']), f'{where}: {key}: '
             )
-        return self.read_meta(where, root, folder)
+            if found is not None:
+                sides[key] = found
+        if len(sides) < 2:
+            return
+        if dataset['io_backend']['type'] == 'lmdb':
+            self.check_pairs(where, phase, dataset, sides['dataroot_gt'], sides['dataroot_lq'])
+        else:
+            self.check_files(where, dataset, set(sides['dataroot_gt']), set(sides['dataroot_lq']))
 
-    def read_meta(self, where: str, root: str, folder: str) -> dict[str, tuple[int, int]]:
-        try:
-            with open(os.path.join(folder, 'meta_info.txt'), encoding='utf-8') as file:
-                lines = file.read().splitlines()
-            if not os.path.getsize(os.path.join(folder, 'data.mdb')):
-                lines = []
-        except OSError:
-            raise self.fault(
-                f'{where}: {root} is no finished LMDB; make it again with tools/create_lmdb.py'
-            ) from None
-        sizes = {}
-        for line in lines:
-            found = re.fullmatch(r'(.+)\.\w+ \((\d+),(\d+),\d+\) \d+', line)
-            if not found:
-                raise self.fault(f'{where}: {root}/meta_info.txt has the unreadable line {line!r}')
-            sizes[found[1]] = (int(found[2]), int(found[3]))
-        if not sizes:
-            raise self.fault(f'{where}: the LMDB {root} is empty; make it again with tools/create_lmdb.py')
-        return sizes
+    def check_files(self, where: str, dataset: Options, gt: set[str], lq: set[str]) -> None:
+        """Check that every image of a folder, or of its list, has a partner."""
+        listing = dataset.get('meta_info_file')
+        if listing:
+            try:
+                with open(listing, encoding='utf-8') as file:
+                    listed = {line.split(' ')[0].strip() for line in file}
+            except (OSError, UnicodeDecodeError) as error:
+                reason = getattr(error, 'strerror', None) or 'it is no text'
+                self.faults.append(f'{where}: meta_info_file: cannot read {listing}: {reason}')
+                return
+            missing = sorted(listed - gt)
+            if missing:
+                self.faults.append(f'{where}: meta_info_file names {missing[0]!r}, which dataroot_gt lacks')
+            gt &= listed
+        elif len(gt) != len(lq):
+            self.faults.append(f'{where}: dataroot_gt has {len(gt)} files, but dataroot_lq {len(lq)}')
+        template = dataset.get('filename_tmpl', '{}')
+        for name in sorted(gt):
+            stem, suffix = os.path.splitext(name)
+            if template.format(stem) + suffix not in lq:
+                self.faults.append(f'{where}: the image {name} of dataroot_gt has no partner in dataroot_lq')
+                return
 
     def check_pairs(
-        self,
-        where: str,
-        phase: str,
-        dataset: Options,
-        gt: dict[str, tuple[int, int]],
-        lq: dict[str, tuple[int, int]],
+        self, where: str, phase: str, dataset: Options, gt: dict[str, Any], lq: dict[str, Any]
     ) -> None:
-        if set(gt) != set(lq):
-            key = min(set(gt) ^ set(lq))
-            raise self.fault(f'{where}: the image {key} is in only one of dataroot_gt and dataroot_lq')
-        if phase == 'train':
-            key, size = min(gt.items(), key=lambda item: min(item[1]))
-            if min(size) < dataset['gt_size']:
-                raise self.fault(
-                    f'{where}: gt_size is {dataset["gt_size"]}, but the image {key} is only '
-                    f'{size[1]}×{size[0]}; lower gt_size or leave that image out'
+        if gt.keys() != lq.keys():
+            key = min(gt.keys() ^ lq.keys())
+            self.faults.append(f'{where}: the image {key} is in only one of dataroot_gt and dataroot_lq')
+            return
+        scale = self.options.get('scale', 1) if self.sound else 1
+        for key, sharp in gt.items():
+            blurred = lq[key]
+            if sharp.size != (blurred.height * scale, blurred.width * scale):
+                self.faults.append(
+                    f'{where}: the image {key} is {blurred.width}×{blurred.height} in dataroot_lq and '
+                    f'{sharp.width}×{sharp.height} in dataroot_gt; pair images of one size'
                 )
+                return
+        if phase == 'train' and not dataset.get('pad_to_gt_size'):
+            smallest = min(gt.values(), key=lambda entry: min(entry.size))
+            if min(smallest.size) < dataset['gt_size']:
+                self.faults.append(
+                    f'{where}: gt_size is {dataset["gt_size"]}, but the image {smallest.key} is only '
+                    f'{smallest.width}×{smallest.height}; lower gt_size or leave that image out'
+                )
+
+    # Training and validation.
 
     def check_train(self) -> None:
         from basicsr.utils.registry import LOSS_REGISTRY
 
-        train = self.section('train', self.options['train'])
-        losses = [key for key in train if key.endswith('_opt')]
-        self.keys('train', train, ['total_iter', 'optim_g', 'scheduler'], TRAIN | set(losses))
-        self.number('train: total_iter', train['total_iter'], least=1)
-        if not losses:
-            raise self.fault('train: there is no loss; add pixel_opt with type: L1Loss, say')
+        train = self.options['train']
+        losses = [key for key in train if key.endswith('_opt')] if isinstance(train, dict) else []
+        if not self.section('train', train, Train, also=losses):
+            if not isinstance(train, dict):
+                return
+        elif not losses:
+            self.faults.append('train: there is no loss; add pixel_opt with type: L1Loss, say')
         for key in losses:
-            self.built_from(f'train: {key}', self.section(f'train: {key}', train[key]), LOSS_REGISTRY)
-        for key in ('optim_g', 'scheduler'):
-            if 'type' not in self.section(f'train: {key}', train[key]):
-                raise self.fault(f'train: {key}: type is missing')
-        for key in ('accumulate', 'max_skipped_steps'):
-            if train.get(key) is not None:
-                self.number(f'train: {key}', train[key], least=1)
-        if train.get('amp') not in (None, False, 'bf16', 'fp16'):
-            raise self.fault(f'train: amp is {train["amp"]!r}; choose bf16, fp16 or false')
+            self.check_loss(f'train: {key}', train[key], LOSS_REGISTRY)
+        self.check_optimizer(train)
+        self.check_progressive(train)
+
+    def check_loss(self, where: str, loss: Any, registry: Any) -> None:
+        self.built_from(where, loss, registry)
+        # A loss of losses: `MultiScaleLoss` applies `base` to each scale.
+        if isinstance(loss, dict) and isinstance(loss.get('base'), dict):
+            self.check_loss(f'{where}: base', loss['base'], registry)
+
+    def check_optimizer(self, train: Options) -> None:
+        """Build optimizer and scheduler for a parameter of one number."""
+        self.build('train: optim_g', train.get('optim_g'), optimizer_class, [nn.Parameter(torch.zeros(1))])
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1e-4)
+        self.build('train: scheduler', train.get('scheduler'), scheduler_class, optimizer)
+
+    def build(self, where: str, section: Any, find: Callable[[str], Any], target: Any) -> None:
+        """Build what a section describes for `target`, its class's first argument."""
+        if not isinstance(section, dict) or not isinstance(section.get('type'), str):
+            return
+        kind = self.collect(lambda: find(section['type']), f'{where}: type: ')
+        given = () if kind is None else tuple(inspect.signature(kind).parameters)[:1]
+        if kind is None or not self.section(where, section, arguments_model(kind, given)):
+            return
+        try:
+            kind(target, **{name: value for name, value in section.items() if name != 'type'})
+        except Exception as error:  # whatever a class makes of settings that do not suit it
+            self.faults.append(f'{where}: {section["type"]} refuses its settings: {_first_line(error)}')
+
+    def check_progressive(self, train: Options) -> None:
+        stages = train.get('progressive')
+        names = ('iters', 'batch_sizes', 'gt_sizes')
+        if not isinstance(stages, dict) or not all(isinstance(stages.get(name), list) for name in names):
+            return
+        if len({len(stages[name]) for name in names}) > 1:
+            lengths = ', '.join(f'{name} {len(stages[name])}' for name in names)
+            self.faults.append(
+                f'train: progressive: each list needs one entry for each stage, but they have {lengths}'
+            )
+        datasets = self.options.get('datasets')
+        dataset = datasets.get('train') if isinstance(datasets, dict) else None
+        for name, key in (('batch_sizes', 'batch_size_per_gpu'), ('gt_sizes', 'gt_size')):
+            whole = dataset.get(key) if isinstance(dataset, dict) else None
+            sizes = [size for size in stages[name] if isinstance(size, int)]
+            if isinstance(whole, int) and sizes and max(sizes) > whole:
+                self.faults.append(
+                    f'train: progressive: {name} goes up to {max(sizes)}, '
+                    f'but datasets: train: {key} is {whole}'
+                )
 
     def check_val(self, is_train: bool) -> None:
         from basicsr.utils.registry import METRIC_REGISTRY
 
-        if self.options.get('val') is None:
+        val = self.options.get('val')
+        if val is None:
             return
-        val = self.section('val', self.options['val'])
-        self.keys('val', val, ['save_img'] + (['val_freq'] if is_train else []), VAL)
-        for name, metric in self.section('val: metrics', val.get('metrics') or {}).items():
-            metric = self.section(f'val: metrics: {name}', metric)
-            given = {'img', 'img2', 'better'}
-            self.built_from(f'val: metrics: {name}', metric, METRIC_REGISTRY, given)
+        sound = self.section('val', val, Val, ['val_freq'] if is_train else [])
+        if sound and val.get('tile') is not None and val.get('tile_overlap', 32) >= val['tile']:
+            overlap = val.get('tile_overlap', 32)
+            self.faults.append(f'val: tile_overlap is {overlap}, but should be less than tile, {val["tile"]}')
+        metrics = val.get('metrics') if isinstance(val, dict) else None
+        for name, metric in (metrics if isinstance(metrics, dict) else {}).items():
+            self.built_from(f'val: metrics: {name}', metric, METRIC_REGISTRY, METRIC_GIVEN)
+
+    def check_save(self) -> None:
+        save, val = self.options.get('save'), self.options.get('val')
+        if save is None or not self.section('save', save, Save) or save.get('best') is None:
+            return
+        metrics = (val.get('metrics') or {}) if isinstance(val, dict) else {}
+        if save['best'] not in metrics:
+            hint = did_you_mean(save['best'], metrics)
+            self.faults.append(f'save: best is {save["best"]!r}, which val: metrics does not have{hint}')
 
     # What the checks above are made of.
 
-    def section(self, where: str, value: Any) -> Options:
-        if not isinstance(value, dict):
-            raise self.fault(f'{where} should be a section of its own, not {value!r}')
-        return value
+    def collect(self, step: Callable[[], Any], prefix: str = '') -> Any:
+        """What `step` returns; None if it raises a `UserError`, which becomes a fault."""
+        try:
+            return step()
+        except UserError as error:
+            self.faults.append(f'{prefix}{error}')
+            return None
 
-    def keys(self, where: str, section: Options, needed: Iterable[str], known: Iterable[str]) -> None:
-        prefix = f'{where}: ' if where else ''
-        known = set(known) | set(needed)
-        for key in section:
-            if key not in known:
-                raise self.fault(f'{prefix}unknown key {key!r}{did_you_mean(str(key), known)}')
-        for key in needed:
-            if key not in section:
-                raise self.fault(f'{prefix}the key {key!r} is missing')
+    def section(
+        self, where: str, section: Any, model: Any, required: Iterable[str] = (), also: Iterable[str] = ()
+    ) -> bool:
+        """Check a section against its model; returns whether it is sound."""
+        found = check_section(where, section, model, required, tuple(also))
+        self.faults += found
+        return not found
 
-    def number(self, where: str, value: Any, least: int = 0, also: tuple[str, ...] = ()) -> None:
-        if value in also:
-            return
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value < least:
-            raise self.fault(f'{where} is {value!r}, but should be a number of at least {least}')
+    def registered(self, where: str, name: Any, registry: Any) -> bool:
+        if isinstance(name, str) and name not in registry:
+            hint = did_you_mean(name, registry.keys())
+            self.faults.append(f'{where}: {name[:60]!r} is not registered{hint}')
+            return False
+        return isinstance(name, str)
 
-    def registered(self, where: str, name: Any, registry: Any) -> None:
-        if name not in registry:
-            raise self.fault(f'{where}: {name!r} is not registered{did_you_mean(str(name), registry.keys())}')
-
-    def built_from(self, where: str, section: Options, registry: Any, given: Iterable[str] = ()) -> None:
+    def built_from(self, where: str, section: Any, registry: Any, given: tuple[str, ...] = ()) -> bool:
         """Check a section whose `type` is registered and whose other keys are its arguments."""
-        if 'type' not in section:
-            raise self.fault(f'{where}: the key "type" is missing')
-        self.registered(f'{where}: type', section['type'], registry)
-        parameters = inspect.signature(registry.get(section['type'])).parameters
-        named = {n: p for n, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
-        accepted = set(named) | {'type'} | set(given)
-        if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-            # BasicSR's metrics swallow any key: only what looks like a slip is refused.
-            accepted |= {key for key in section if not did_you_mean(str(key), accepted)}
-        required = [n for n, p in named.items() if p.default is p.empty and n not in given]
-        self.keys(where, section, required, accepted)
+        if not isinstance(section, dict):
+            self.faults += [] if where == 'network_g' else check_section(where, section, Dataset)
+            return False
+        if not isinstance(section.get('type'), str):
+            problem = f'is {section["type"]!r}, but should be text' if 'type' in section else 'is missing'
+            self.faults.append(f'{where}: type {problem}')
+            return False
+        if not self.registered(f'{where}: type', section['type'], registry):
+            return False
+        model = arguments_model(registry.get(section['type']), given)
+        return self.section(where, section, model, also=given)
+
+
+def _images_of(root: str, backend: str) -> dict[str, Any]:
+    """The images of an LMDB by key; the files of a folder by name.
+
+    Raises:
+        UserError: the place is missing, empty, unfinished or damaged.
+    """
+    from dsgformer_arch.data import lmdb_files, meta_info
+
+    folder = os.path.expanduser(root)
+    if not os.path.isdir(folder):
+        raise UserError(f'there is no {shortened(root)}; datasets/README.md says how to make it')
+    if backend == 'disk':
+        names = [entry.name for entry in os.scandir(folder) if entry.is_file() and entry.name[0] != '.']
+        if not names:
+            raise UserError(f'the folder {root} holds no image')
+        return dict.fromkeys(names)
+    if not root.endswith('.lmdb'):
+        raise UserError(f'{root} does not end with .lmdb; with folders, set io_backend: type to disk')
+    if not os.path.isfile(os.path.join(folder, meta_info.NAME)):
+        raise UserError(f'{root} is no finished LMDB; make it again with tools/create_lmdb.py')
+    lmdb_files.check_lmdb(folder)
+    images = meta_info.read(folder)
+    if not images:
+        raise UserError(f'the LMDB {root} is empty; make it again with tools/create_lmdb.py')
+    return images
+
+
+@contextmanager
+def _bounded_building() -> Iterator[None]:
+    """Refuse a network of absurd size while it is built, before it takes minutes or the whole memory."""
+    from torch.nn.modules import module as torch_module
+
+    counts = {'modules': 0, 'parameters': 0}
+
+    def count_module(*_: Any) -> None:
+        counts['modules'] += 1
+        if counts['modules'] > MOST_MODULES:
+            raise UserError(f'these settings make a network of more than {MOST_MODULES:,} modules')
+
+    def count_parameter(_: Any, __: str, parameter: Any) -> None:
+        counts['parameters'] += 0 if parameter is None else parameter.numel()
+        if counts['parameters'] > MOST_PARAMETERS:
+            raise UserError(f'these settings make a network of more than {MOST_PARAMETERS:,} parameters')
+
+    hooks = [
+        torch_module.register_module_module_registration_hook(count_module),
+        torch_module.register_module_parameter_registration_hook(count_parameter),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the line that BasicSR logs for each network that it builds, and without warnings."""
+    import logging
+
+    logger = logging.getLogger('basicsr')
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import logging.handlers
+import math
 import os
 import signal
 import sys
@@ -37,6 +38,7 @@ from filelock import FileLock, Timeout
 
 from dsgformer_arch.data.sampler import SampleStream, training_loader
 from dsgformer_arch.models import checkpointing
+from dsgformer_arch.models.history import History, draw_curves, lock_path
 from dsgformer_arch.models.restoration_model import Interrupted, RestorationModel
 from dsgformer_arch.utils.errors import UserError
 
@@ -119,16 +121,15 @@ def run_lock(opt: Options) -> Iterator[None]:
     if opt['rank'] != 0:
         yield
         return
-    folder, name = os.path.split(opt['path']['experiments_root'])
-    os.makedirs(folder, exist_ok=True)
-    # Beside the folder, which is renamed when a new run of the name starts.
-    lock = FileLock(os.path.join(folder, f'.{name}.lock'))
+    folder = opt['path']['experiments_root']
+    os.makedirs(os.path.dirname(folder), exist_ok=True)
+    lock = FileLock(lock_path(folder))
     try:
         lock.acquire(timeout=LOCK_SECONDS)
     except Timeout:
         raise UserError(
-            f'another run called {name} is writing {opt["path"]["experiments_root"]}; wait for it, or give '
-            'this one another name with --force_yml name=…'
+            f'another run called {opt["name"]} is writing {folder}; wait for it, or give this one another '
+            'name with --force_yml name=…'
         ) from None
     try:
         yield
@@ -219,6 +220,7 @@ class Training:
             self.logger.addHandler(handler)
             self.logger.info(get_env_info())
             self.logger.info(dict2str(opt))
+            self.history = History(paths['experiments_root'], self.start)
         if opt['dist']:
             torch.distributed.barrier()
 
@@ -295,11 +297,26 @@ class Training:
         self.model.improved.clear()
         for loader in self.val_loaders:
             self.model.validation(loader, iteration, self.board, self.opt['val']['save_img'])
+            self.record_metrics(iteration, loader.dataset.opt['name'])
+        if self.main:
+            draw_curves(self.opt['path']['experiments_root'])
         best = (self.opt.get('save') or {}).get('best')
         if self.main and self.val_loaders and best:
             first = self.val_loaders[0].dataset.opt['name']
             if (first, best) in self.model.improved:
                 self.model.save_networks('best')
+
+    def record_metrics(self, iteration: int, dataset: str) -> None:
+        if not self.main or not self.opt['val'].get('metrics'):
+            return
+        values = self.model.metric_results
+        metrics = {name: finite(value) for name, value in values.items()}
+        best = {
+            name: record
+            for name, record in self.model.best_metric_results[dataset].items()
+            if math.isfinite(record['val'])
+        }
+        self.history.add({'iteration': iteration, 'dataset': dataset, 'metrics': metrics, 'best': best})
 
     def save(self, iteration: int) -> None:
         self.logger.info(f'Saving iteration {iteration}')
@@ -316,7 +333,8 @@ class Training:
         rate = self.model.get_current_learning_rate()[0]
         values = self.model.get_current_log()
         each = (time.monotonic() - begun) / (iteration - self.start)
-        left = timedelta(seconds=round(each * (self.total - iteration)))
+        seconds_left = each * (self.total - iteration)
+        left = timedelta(seconds=round(seconds_left))
         speed = self.global_batch / max(took, 1e-9)
         losses = ', '.join(f'{name}: {value:.4e}' for name, value in values.items())
         skipped = f', {self.model.skipped} steps skipped' if self.model.skipped else ''
@@ -325,6 +343,10 @@ class Training:
             f'{speed:.1f} images/s, waited {waited * 1000:.0f} ms for data, {peak_memory():.2f} GB, '
             f'{left} left{skipped}'
         )
+        entry: dict[str, Any] = {'iteration': iteration, 'total': self.total, 'lr': rate}
+        entry |= {'images_per_second': speed, 'data_wait': waited, 'memory_gb': peak_memory()}
+        entry['losses'] = {name: finite(value) for name, value in values.items()}
+        self.history.add(entry | {'seconds_left': seconds_left, 'skipped': self.model.skipped})
         if self.board:
             for name, value in values.items():
                 self.board.add_scalar(f'losses/{name}', value, iteration)
@@ -350,6 +372,11 @@ def build_data_sets(opt: Options) -> tuple[Any, list[Any]]:
 
 def writes_board(opt: Options) -> bool:
     return bool(opt['logger'].get('use_tb_logger')) and 'debug' not in opt['name']
+
+
+def finite(value: float) -> float | None:
+    """The value, or None for NaN and infinity, which JSON lacks."""
+    return value if math.isfinite(value) else None
 
 
 def peak_memory() -> float:

@@ -80,6 +80,16 @@ def computes_in(x: Tensor, *widths: int) -> torch.dtype | None:
     return dtype if dtype in binding.TYPES and binding.works(dtype) else None
 
 
+def steps_train_in(x: Tensor, *widths: int) -> torch.dtype | None:
+    """As `computes_in`, for the kernels that train the steps outside the levels."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return None
+    if x.device.type != 'cpu' or any(width % binding.LANES for width in widths) or not compiled_forms_take(x):
+        return None
+    dtype = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else x.dtype
+    return dtype if dtype in binding.TYPES and binding.works(dtype) and training.works(dtype) else None
+
+
 def trains_in(X: Tensor, heads: int) -> torch.dtype | None:
     """As `computes_in`, for the kernel that trains: takes X of shape (N, C, H, W) and the number of heads."""
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():

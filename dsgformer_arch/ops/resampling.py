@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsgformer_arch.ops.block import computes_in
-from dsgformer_arch.ops.cpu import binding
+from dsgformer_arch.ops.block import computes_in, steps_train_in
+from dsgformer_arch.ops.cpu import binding, training, training_steps
 
 
 def head(conv: nn.Conv2d, x: Tensor) -> Tensor:
@@ -29,6 +29,9 @@ def head(conv: nn.Conv2d, x: Tensor) -> Tensor:
     Returns:
         (N, C, H, W), channels-last on the fast path.
     """
+    if (dtype := steps_train_in(x)) is not None and not conv.out_channels % training.LANES:
+        parameters = conv.weight.float(), _bias(conv)
+        return _channels_first(training_steps.convolved(_channels_last(x, dtype), *parameters))
     dtype = computes_in(x, conv.out_channels)
     if dtype is None:
         return cast(Tensor, conv(x))
@@ -48,7 +51,11 @@ def down(conv: nn.Conv2d, x: Tensor) -> Tensor:
     Returns:
         (N, C', H/2, W/2), channels-last on the fast path.
     """
-    dtype = computes_in(x, 2 * x.shape[1], conv.out_channels)
+    widths = 2 * x.shape[1], conv.out_channels
+    if (dtype := steps_train_in(x, *widths)) is not None:
+        parameters = conv.weight.float(), _bias(conv)
+        return _channels_first(training_steps.downsampled(_channels_last(x, dtype), *parameters))
+    dtype = computes_in(x, *widths)
     if dtype is None:
         return cast(Tensor, conv(x))
     # (C', C, 2, 2) as (row, C', (column, C)): what a row of the image is multiplied with
@@ -69,6 +76,9 @@ def up(shuffled: nn.Sequential, x: Tensor, skip: Tensor | None) -> Tensor:
     """
     conv = cast(nn.Conv2d, shuffled[0])
     fine = conv.out_channels // 4
+    if (dtype := steps_train_in(x, 2 * fine, x.shape[1])) is not None:
+        added = None if skip is None else _channels_last(skip, dtype)
+        return _channels_first(training_steps.upsampled(_channels_last(x, dtype), conv.weight.float(), added))
     dtype = computes_in(x, 2 * fine, x.shape[1])
     if dtype is None:
         return cast(Tensor, shuffled(x)) if skip is None else cast(Tensor, shuffled(x)) + skip
@@ -89,6 +99,9 @@ def tail(conv: nn.Conv2d, x: Tensor, image: Tensor) -> Tensor:
     Returns:
         (N, 3, H, W), channels-last on the fast path.
     """
+    if (dtype := steps_train_in(x, x.shape[1])) is not None and image.dtype == torch.float32:
+        parameters = conv.weight.float(), _bias(conv), _channels_last(image, image.dtype)
+        return _channels_first(training_steps.summed(_channels_last(x, dtype), *parameters))
     dtype = computes_in(x, x.shape[1])
     if dtype is None or image.dtype != torch.float32:
         return cast(Tensor, conv(x)) + image

@@ -6,9 +6,11 @@ The command line is built on it.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
 
@@ -35,6 +37,12 @@ from dsgformer_arch.utils.errors import UserError
 
 Pixels = NDArray[Any]
 """An image or a batch: (H, W), (H, W, C) or (N, H, W, C) with C of 1 to 4; the second or fourth is alpha."""
+
+BAND_BYTES = 600_000_000
+"""What a row of tiles may take beside the tile that is being restored."""
+
+BYTES_OF_A_BAND = 40
+"""For each of its pixels: three channels in float32 three times over, and the pixels themselves."""
 
 FRAMES_AT_ONCE = 8
 """Frames of a video that a GPU restores together."""
@@ -118,6 +126,15 @@ class Deblurrer:
         self._replay = False  # frames of one size are replayed as CUDA graphs
         self._halving: dict[str, Halving] = {}
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the network's weights, in hexadecimal digits."""
+        digest = hashlib.sha256()
+        for name, tensor in self.network.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
     @overload
     def restore(self, image: Image.Image) -> Image.Image: ...
     @overload
@@ -185,18 +202,24 @@ class Deblurrer:
         _check_pixels(first)
         precision = self._precision(first.dtype)
         tile = self._side(size)
-        overlap = min(TILE_OVERLAP, tile // 4)
+        shape = (tile, tile)
+        if self.tile == 'auto' and size[0] * size[1] > tile**2:
+            # Rows of tiles are kept whole: the wider the image, the lower the tiles.
+            high = min(tile, max(4 * TILE_OVERLAP, BAND_BYTES // (BYTES_OF_A_BAND * size[1])))
+            shape = (high, tile**2 // high)
+        overlap = min(TILE_OVERLAP, min(shape) // 4)
         multiple = getattr(self.network, 'pad_multiple', 1)
         pixels = first
 
         def read(top: int, bottom: int) -> Tensor:
             nonlocal pixels
             pixels = rows(top, bottom)
-            return to_tensor(pixels)
+            return torch.from_numpy(np.require(pixels, requirements=['C', 'W'])).permute(2, 0, 1)[None]
 
-        restored = restore_rows(
-            lambda part: self._tile(part, precision), read, size, tile, overlap, multiple, tick
-        )
+        def call(part: Tensor) -> Tensor:
+            return self._tile(to_tensor(part[0].permute(1, 2, 0).numpy()), precision)
+
+        restored = restore_rows(call, read, size, shape, overlap, multiple, tick)
         # A band starts where the rows start that were read for it.
         for band in _evaluating(self.network, restored):
             yield self._finished(band, pixels[: band.shape[-2]])

@@ -13,6 +13,7 @@ import os
 import struct
 import tempfile
 import warnings
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,8 +44,11 @@ JPEG_QUALITY = 92
 LOSSY_QUALITY = 95
 """Quality of JPEG and WebP files made of something else."""
 
-PNG_LEVEL = 3
-"""zlib's level for PNGs: half the time of the usual 6 for files a few per cent larger."""
+ZLIB_LEVEL = 3
+"""zlib's level for PNG and TIFF: half the time of the usual 6 for files a few per cent larger."""
+
+STRIP = 1 << 20
+"""Bytes of a strip of a TIFF, before compression."""
 
 IN_MEMORY = 256 << 20
 """Larger images, in bytes, wait in a temporary file until they are encoded."""
@@ -251,7 +255,7 @@ class Output:
         import tifffile
 
         (height, width), metadata = self.picture.size, self.picture.metadata
-        strip = max(1, (1 << 20) // (width * self.channels * self.dtype.itemsize))
+        strip = max(1, STRIP // (width * self.channels * self.dtype.itemsize))
         grey, alpha = self.channels <= 2, self.channels in (2, 4)
         plain: dict[str, Any] = {} if self.channels == 1 else {'planarconfig': 'contig'}
         if alpha:
@@ -259,7 +263,7 @@ class Output:
         compressed = self.picture.settings.get('compressed', True)
         if compressed:
             plain['compression'] = 'zlib'
-            if self.dtype != np.float32:
+            if self.dtype.kind == 'u':
                 plain['predictor'] = 2
         exif = _exif(metadata.exif)
         # Room for the EXIF directories, which are appended below.  tifffile writes no such entries itself, so
@@ -279,7 +283,7 @@ class Output:
         large = self.picture.bytes > 3_900_000_000
         with tifffile.TiffWriter(path, bigtiff=large, byteorder='<') as writer:
             writer.write(
-                (np.squeeze(part, -1) if self.channels == 1 else part for part in self._strips(strip)),
+                (_encoded(part, compressed) for part in self._strips(strip)),
                 shape=(height, width) if self.channels == 1 else (height, width, self.channels),
                 dtype=self.dtype,
                 photometric='minisblack' if grey else 'rgb',
@@ -317,9 +321,19 @@ class Output:
             if blob:
                 image.set_type(pyvips.GValue.blob_type, name, blob)
         try:
-            image.pngsave(path, compression=PNG_LEVEL, bitdepth=16)
+            image.pngsave(path, compression=ZLIB_LEVEL, bitdepth=16)
         except pyvips.Error as error:
             raise ImageError(f'{self.path} cannot be written: {_sentence(error)}') from None
+
+
+def _encoded(strip: Pixels, compressed: bool) -> bytes:
+    """A strip as TIFF stores it: as it is, or deflated, with differences between neighbours for integers."""
+    strip = np.ascontiguousarray(strip, strip.dtype.newbyteorder('<'))
+    if not compressed:
+        return strip.tobytes()
+    if strip.dtype.kind == 'u':
+        strip = np.concatenate([strip[:, :1], strip[:, 1:] - strip[:, :-1]], axis=1)  # modulo 2^bits
+    return zlib.compress(strip.tobytes(), ZLIB_LEVEL)
 
 
 def _converted(rows: Pixels, dtype: np.dtype[Any]) -> Pixels:
@@ -487,7 +501,7 @@ def _save(pixels: Pixels, path: str, format: str, picture: Picture) -> None:
             texts.add_itxt(key, value) if not value.isascii() else texts.add_text(key, value)
         if metadata.xmp and 'XML:com.adobe.xmp' not in metadata.text:
             texts.add_itxt('XML:com.adobe.xmp', metadata.xmp.decode('utf-8', 'replace'))
-        options |= {'pnginfo': texts, 'compress_level': PNG_LEVEL}
+        options |= {'pnginfo': texts, 'compress_level': ZLIB_LEVEL}
     image.save(path, format, **{key: value for key, value in options.items() if value is not None})
 
 

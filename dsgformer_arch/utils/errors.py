@@ -13,7 +13,13 @@ from typing import NoReturn
 
 
 class UserError(Exception):
-    """Wrong input.  The message is one sentence: what is wrong, where, and the mend."""
+    """Wrong input.  The message is one sentence: what is wrong, where, and how to fix it."""
+
+    def __init__(self, message: str = '') -> None:
+        # A loader raises a worker's exception again with the worker's traceback in the message.
+        if message.startswith('Caught ') and 'Original Traceback' in message:
+            message = message.rpartition('Error: ')[2].strip()
+        super().__init__(message)
 
 
 def fail(message: str) -> NoReturn:

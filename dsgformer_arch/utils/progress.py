@@ -19,6 +19,7 @@ def track(
     total: int | None = None,
     every: float = 10.0,
     stream: TextIO | None = None,
+    unit: str = '',
 ) -> Iterator[T]:
     """Yield `items`, showing how far the work is and how long it will take.
 
@@ -32,12 +33,14 @@ def track(
         total: number of items, where `items` has no length.
         every: seconds between two lines off a terminal.
         stream: where to write; standard error by default.
+        unit: what the items are, such as `'frames'`; then lines say how many are done in a second.
     """
     stream = stream or sys.stderr
     if total is None and hasattr(items, '__len__'):
         total = len(items)  # type: ignore[arg-type]
     if stream.isatty():
-        yield from tqdm(items, desc=what, total=total, file=stream, dynamic_ncols=True)
+        name = f' {unit}' if unit else 'it'
+        yield from tqdm(items, desc=what, total=total, file=stream, dynamic_ncols=True, unit=name)
         return
     start = last = time.monotonic()
     done = 0
@@ -48,7 +51,8 @@ def track(
             last = now
             seconds = (now - start) / done * (total - done) if total else None
             left = '' if seconds is None else f', {timedelta(seconds=round(seconds))} left'
-            print(f'{what}: {done}/{total or "?"}{left}', file=stream, flush=True)
+            speed = f', {done / (now - start):.2f} {unit} a second' if unit else ''
+            print(f'{what}: {done}/{total or "?"}{speed}{left}', file=stream, flush=True)
     took = timedelta(seconds=round(time.monotonic() - start))
     print(f'{what}: {done} done in {took}', file=stream, flush=True)
 

@@ -265,8 +265,9 @@ def convert(
     target: str | os.PathLike[str],
     name: str | None = None,
     dtype: torch.dtype | None = None,
+    param_key: str | None = None,
 ) -> tuple[str, dict[str, Any]]:
-    """Write a checkpoint as safetensors that say which system they belong to, and read them back.
+    """Write a checkpoint as safetensors with the name and the settings of its system, and read it back.
 
     The file's metadata hold `format` (`'pt'`), `system` (a name, or an architecture) and `settings`
     (JSON).  Keys around the state dict are dropped; values of the weights stay, and their types unless
@@ -277,6 +278,7 @@ def convert(
         target: the file to write; it is there whole or not at all.
         name: the system that it has to be; by default the file tells.
         dtype: the type of all floating-point tensors, such as `torch.float16`; None keeps each one's own.
+        param_key: as in `read_checkpoint`.
 
     Returns:
         `system` and `settings`.
@@ -287,7 +289,7 @@ def convert(
     """
     if not os.fspath(target).endswith('.safetensors'):
         raise UserError(f'{os.fspath(target)}: choose a name that ends with .safetensors')
-    checkpoint = read_checkpoint(source)
+    checkpoint = read_checkpoint(source, param_key)
     architecture, settings = _described(checkpoint, name)
     _check_depth(architecture, settings, checkpoint)
     network = _build_on_meta(architecture, settings)

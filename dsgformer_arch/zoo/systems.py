@@ -82,14 +82,14 @@ class System:
 
 
 RESTORER = 'quoted by PromptRestorer (NeurIPS 2023), tables 1 and 2'
-RELEASE = "the release's README"
+RELEASE = "the official repository's README"
 MLWNET = 'quoted by MLWNet (CVPR 2024), tables 1 and 4'
 PAPERS_WITH_CODE = 'paperswithcode.com'
 MHNET_FIGURES = (
-    "tables shown in the release's repository, fig/derain.png and fig/deblur.png, of an early version of "
+    'tables shown in the official repository, fig/derain.png and fig/deblur.png, of an early version of '
     'the paper; for Rain100H, GOUB (ICML 2024) quotes 31.08 and 0.899 of a later one'
 )
-DRSFORMER_FIGURE = "table shown in the release's README, figs/table.png"
+DRSFORMER_FIGURE = "table shown in the official repository's README, figs/table.png"
 
 
 DSGFORMER = System(
@@ -250,7 +250,7 @@ MB_TAYLORFORMER_V2_L = System(
     release='https://github.com/FVL2020/MB-TaylorFormerV2',
     licence='none stated (its setup.py, inherited from BasicSR, names Apache 2.0)',
     parameters=7_295_528,
-    # It computes the denominator of its attention, a number a head, once for each channel.
+    # It computes the denominator of its attention, one number for each head, once for each channel.
     release_excess=7_025_197_056,
     reported=(Reported('GoPro', 33.24, 0.963, '', 'quoted by DSGformer (2025), table 1'),),
 )

@@ -1,4 +1,4 @@
-"""ConvIR equals its releases, trains every weight and is rebuilt from its state dict."""
+"""ConvIR equals its official implementation, trains every weight and is rebuilt from its state dict."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def small() -> ConvIR:
         pytest.param('convir_l', 16, marks=pytest.mark.long),
     ],
 )
-def test_conforms_to_the_release(fixture: str, num_res: int) -> None:
+def test_conforms_to_the_official_implementation(fixture: str, num_res: int) -> None:
     assert check(ConvIR(num_res=num_res), str(CONFORMANCE / f'{fixture}.npz')) == []
 
 
@@ -132,7 +132,7 @@ def test_min_size_is_the_least_that_works(dilations: tuple[int, ...], size: int)
     with torch.no_grad():
         assert network(torch.rand(1, 3, size, size))[-1].shape == (1, 3, size, size)
         with pytest.raises(RuntimeError, match=r'[Pp]adding'):
-            network(torch.rand(1, 3, size - 32, size))
+            network.forward_padded(torch.rand(1, 3, size - 32, size))
 
 
 def test_channels_last_and_bfloat16_autocast() -> None:

@@ -1,4 +1,4 @@
-"""DRSformer equals its release, trains every weight and is rebuilt from its state dict."""
+"""DRSformer equals its official implementation, trains every weight and is rebuilt from its state dict."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def small(**settings: Any) -> DRSformer:
     return network
 
 
-def test_conforms_to_the_release() -> None:
+def test_conforms_to_the_official_implementation() -> None:
     assert check(DRSformer(), str(CONFORMANCE / 'drsformer.npz')) == []
 
 
@@ -44,10 +44,10 @@ def test_conforms_to_the_release() -> None:
     ],
     ids=['biases and bias-free norm', 'no experts'],
 )
-def test_other_settings_equal_the_release(
+def test_other_settings_equal_the_official_implementation(
     settings: dict[str, Any], mean: float, std: float, pixel: list[float]
 ) -> None:
-    # Computed by the release's two files, in float64, from the same weights and input.
+    # Computed by the two official files, in float64, from the same weights and input.
     network = DRSformer(**{**SMALL, **settings}).double().eval()
     fill_state_dict(network, seed=7, gain=1.0)
     with torch.no_grad():

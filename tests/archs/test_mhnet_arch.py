@@ -1,4 +1,4 @@
-"""MHNet equals its release, trains every weight that it uses and is rebuilt from its state dict."""
+"""MHNet equals its official implementation, trains every weight in use, is rebuilt from its state dict."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OTHER: dict[str, Any] = {**SMALL, 'num_cab': 2, 'bias': True, 'dec_blk_nums': [1
 WIDER: dict[str, Any] = {'width': 32, 'num_cab': 1, 'enc_blk_nums': [1, 1, 1, 1], 'middle_blk_num': 2}
 
 UNUSED = ('intro.', 'stage1.ending.', 'stage2.conv_dnc2.', 'stage2.conv_dnc3.', 'stage2.conv_dnc4.')
-"""Parameters that no output of the release depends on."""
+"""Parameters that no output of the official implementation depends on."""
 
 
 def small(**settings: Any) -> MHNet:
@@ -31,7 +31,7 @@ def small(**settings: Any) -> MHNet:
     return network
 
 
-def test_conforms_to_the_release() -> None:
+def test_conforms_to_the_official_implementation() -> None:
     assert check(MHNet(), str(CONFORMANCE / 'mhnet.npz')) == []
 
 
@@ -55,10 +55,10 @@ def test_conforms_to_the_release() -> None:
     ],
     ids=['biases', 'wider'],
 )
-def test_other_settings_equal_the_release(
+def test_other_settings_equal_the_official_implementation(
     settings: dict[str, Any], size: tuple[int, int], mean: float, std: float, pixel: list[float]
 ) -> None:
-    # Computed by the release's modules, in float64, from the same weights and input.
+    # Computed by the official modules, in float64, from the same weights and input.
     network = MHNet(**settings).double().eval()
     fill_state_dict(network, seed=7, gain=1.0)
     with torch.no_grad():
@@ -137,7 +137,7 @@ def test_a_local_mean_gates_each_pixel_by_its_surroundings() -> None:
 
 @pytest.mark.parametrize('settings', [{}, OTHER], ids=['default', 'other'])
 @pytest.mark.parametrize('training', [True, False])
-def test_gradients_reach_every_parameter_that_the_release_uses(
+def test_gradients_reach_every_parameter_that_the_official_implementation_uses(
     settings: dict[str, Any], training: bool
 ) -> None:
     network = small(**settings).train(training)
@@ -156,9 +156,12 @@ def test_takes_every_multiple(size: tuple[int, int]) -> None:
     assert torch.isfinite(y).all()
 
 
-def test_refuses_other_sizes_as_the_release_does() -> None:
-    with pytest.raises(RuntimeError), torch.no_grad():
-        small()(make_input(2, 40, 32).float())
+def test_other_sizes_take_the_padding() -> None:
+    x = make_input(2, 40, 32).float()
+    with torch.no_grad():
+        with pytest.raises(RuntimeError):
+            small().forward_padded(x)
+        assert small()(x).shape == x.shape
 
 
 def test_an_image_of_a_batch_does_not_depend_on_the_others() -> None:

@@ -1,4 +1,4 @@
-"""The networks that come from spandrel: registered, equal to the releases, recognised, trainable."""
+"""The networks that come from spandrel: registered, equal to the official ones, recognised, trainable."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def image(network: nn.Module, batch: int = 1) -> Tensor:
     return torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(1))
 
 
-# Against the releases.
+# Against the official implementations.
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def image(network: nn.Module, batch: int = 1) -> Tensor:
         pytest.param('nafnet64', {'width': 64}, marks=pytest.mark.long),
     ],
 )
-def test_conforms_to_the_release(fixture: str, settings: dict[str, Any]) -> None:
+def test_conforms_to_the_official_implementation(fixture: str, settings: dict[str, Any]) -> None:
     kind = next(kind for name, kind in NETWORKS.items() if fixture.startswith(name.lower()))
     assert check(kind(**settings), str(FIXTURES / f'{fixture}.npz')) == []
 
@@ -179,7 +179,7 @@ def test_takes_the_sizes_that_it_declares(name: str) -> None:
 @pytest.mark.parametrize('name', NETWORKS)
 @pytest.mark.parametrize('training', [True, False])
 @pytest.mark.parametrize('bf16', [True, False])
-def test_gradients_reach_what_the_release_uses(name: str, training: bool, bf16: bool) -> None:
+def test_gradients_reach_what_the_official_implementation_uses(name: str, training: bool, bf16: bool) -> None:
     network = small(name).train(training)
     with torch.autocast('cpu', torch.bfloat16, enabled=bf16):
         y = final(network, network(image(network)))
@@ -244,7 +244,7 @@ def test_nafnet_pads_to_its_own_depth() -> None:
 
 
 def transformer(network: IPT) -> Callable[[Tensor], Tensor]:
-    """What one patch becomes: an own reading of the release's steps around its Transformer."""
+    """What one patch becomes: an independent version of the official steps around its Transformer."""
 
     @torch.no_grad()
     def run(patch: Tensor) -> Tensor:
@@ -338,7 +338,7 @@ def test_ipt_restores_images_smaller_than_a_patch(size: tuple[int, int]) -> None
 
 
 @pytest.mark.long
-def test_ipt_of_the_release() -> None:
+def test_ipt_at_the_official_size() -> None:
     network = IPT().eval()
     assert sum(p.numel() for p in network.parameters()) == 115_312_731
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Stripformer equals its release, trains every weight and is rebuilt from its state dict."""
+"""Stripformer equals its official implementation, trains every weight and is rebuilt from its state dict."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def small() -> Stripformer:
     return network
 
 
-def test_conforms_to_the_release() -> None:
+def test_conforms_to_the_official_implementation() -> None:
     assert check(Stripformer(), str(CONFORMANCE / 'stripformer.npz')) == []
 
 

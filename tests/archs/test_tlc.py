@@ -1,4 +1,4 @@
-"""Local statistics at test time against literal windows and the releases' fixtures, in float64."""
+"""Local statistics at test time against windows one by one and official fixtures, in float64."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def difference(a: Tensor, b: Tensor) -> float:
 # Literal forms, which share nothing with the module under test.
 
 
-def literal_mean(x: Tensor, window: tuple[int, int]) -> Tensor:
+def reference_mean(x: Tensor, window: tuple[int, int]) -> Tensor:
     """The mean of the window around each pixel, the window pushed inside at the border."""
     height, width = x.shape[-2:]
     rows, columns = min(window[0], height), min(window[1], width)
@@ -81,7 +81,7 @@ def literal_mean(x: Tensor, window: tuple[int, int]) -> Tensor:
     return y
 
 
-def literal_corners(size: int, window: int) -> list[int]:
+def reference_corners(size: int, window: int) -> list[int]:
     """Walk along a side in even steps until a window reaches its end, which it is then pushed back to."""
     number = (size - 1) // window + 1
     step = window if number == 1 else math.ceil((size - window) / (number - 1) - 1e-8)
@@ -91,13 +91,15 @@ def literal_corners(size: int, window: int) -> list[int]:
     return [*corners[:-1], size - window]
 
 
-def literal_windows(core: Callable[..., Tensor], maps: tuple[Tensor, ...], window: tuple[int, int]) -> Tensor:
+def reference_windows(
+    core: Callable[..., Tensor], maps: tuple[Tensor, ...], window: tuple[int, int]
+) -> Tensor:
     """Every pixel's own list of the results that cover it, averaged."""
     height, width = maps[0].shape[-2:]
     rows, columns = min(window[0], height), min(window[1], width)
     covering: list[list[list[Tensor]]] = [[[] for _ in range(width)] for _ in range(height)]
-    for top in literal_corners(height, rows):
-        for left in literal_corners(width, columns):
+    for top in reference_corners(height, rows):
+        for left in reference_corners(width, columns):
             part = core(*(x[:, :, top : top + rows, left : left + columns] for x in maps))
             for i in range(rows):
                 for j in range(columns):
@@ -105,7 +107,7 @@ def literal_windows(core: Callable[..., Tensor], maps: tuple[Tensor, ...], windo
     return torch.stack([torch.stack([torch.stack(c).mean(0) for c in line], -1) for line in covering], -2)
 
 
-def literal_mdta(qkv: Tensor, temperature: Tensor) -> Tensor:
+def reference_mdta(qkv: Tensor, temperature: Tensor) -> Tensor:
     """Restormer's equation, one image and head at a time."""
     heads = len(temperature)
     out = []
@@ -125,7 +127,7 @@ class LiteralPool(nn.Module):
         self.window = window
 
     def forward(self, x: Tensor) -> Tensor:
-        return literal_mean(x, self.window)
+        return reference_mean(x, self.window)
 
 
 # Means.
@@ -140,7 +142,7 @@ def test_local_mean_is_the_window_around_each_pixel(window: tuple[int, int], siz
         assert y.shape == (2, 3, 1, 1)
     else:
         assert y.shape == x.shape
-    assert difference(y.expand_as(x), literal_mean(x, window)) < 1e-12
+    assert difference(y.expand_as(x), reference_mean(x, window)) < 1e-12
 
 
 @pytest.mark.parametrize('window', [None, (9, 14), (20, 14), (20, 20)])
@@ -168,7 +170,7 @@ def test_windows_are_averaged_where_they_overlap(size: tuple[int, int], window: 
     def core(a: Tensor, b: Tensor) -> Tensor:
         return a[:, :2] * b.mean((2, 3), keepdim=True) + a.amax((2, 3), keepdim=True)[:, :2]
 
-    assert difference(windowed(core, (x, y), window), literal_windows(core, (x, y), window)) < 1e-12
+    assert difference(windowed(core, (x, y), window), reference_windows(core, (x, y), window)) < 1e-12
 
 
 def test_windows_come_one_at_a_time() -> None:
@@ -195,7 +197,7 @@ def test_windows_pass_gradients() -> None:
     )
 
 
-# Whole networks against literal ones.
+# Whole networks against reference implementations.
 
 
 def training_window(name: str, base: tuple[int, int]) -> tuple[int, int]:
@@ -210,7 +212,7 @@ def training_window(name: str, base: tuple[int, int]) -> tuple[int, int]:
     return base[0] // level, base[1] // level
 
 
-def literally_local(network: nn.Module, base: tuple[int, int]) -> nn.Module:
+def reference_local(network: nn.Module, base: tuple[int, int]) -> nn.Module:
     """A Restormer or DRSformer whose statistics are local, by the literal forms above."""
     for name, module in list(network.named_modules()):
         window = training_window(name, base)
@@ -223,10 +225,10 @@ def literally_local(network: nn.Module, base: tuple[int, int]) -> nn.Module:
                 def core(qkv: Tensor) -> Tensor:
                     if isinstance(attention, TopKSparseAttention):
                         return TopKSparseAttention.attend(attention, qkv)
-                    return literal_mdta(qkv, attention.temperature)
+                    return reference_mdta(qkv, attention.temperature)
 
                 qkv = attention.qkv_dwconv(attention.qkv(x))
-                return attention.project_out(literal_windows(core, (qkv,), window))
+                return attention.project_out(reference_windows(core, (qkv,), window))
 
             module.forward = forward
     return network
@@ -236,19 +238,19 @@ def literally_local(network: nn.Module, base: tuple[int, int]) -> nn.Module:
 @pytest.mark.parametrize(
     ('train', 'base', 'size'), [(16, (24, 24), (40, 24)), ((16, 24), (24, 36), (32, 56))]
 )
-def test_attention_equals_literal_windows(
+def test_attention_equals_reference_windows(
     name: str, train: int | tuple[int, int], base: tuple[int, int], size: tuple[int, int]
 ) -> None:
     x = image(*size)
     whole = restored(build(name), x)
-    literal = restored(literally_local(build(name), base), x)
+    literal = restored(reference_local(build(name), base), x)
     local = restored(use_local_pooling(build(name), train), x)
     assert difference(local, literal) < 1e-9
     assert difference(local, whole) > 1e-6
 
 
 @pytest.mark.parametrize('attention', ['dtsas', 'mdta'])
-def test_dsgformer_equals_literal_windows(attention: str) -> None:
+def test_dsgformer_equals_reference_windows(attention: str) -> None:
     network = DSGformer(width=8, num_blocks=[1, 1, 1, 1], attention=attention).double().eval()
     literal = copy.deepcopy(network)
     # Encoders at 1, 1/2, 1/4, 1/8 of the size, decoders at 1/4, 1/2, 1.
@@ -259,7 +261,7 @@ def test_dsgformer_equals_literal_windows(attention: str) -> None:
 
             def forward(X: Tensor, block: nn.Module = block, side: int = side) -> Tensor:
                 Q, K, V, U = block.depthwise(block.project_in(block.norm(X))).chunk(4, dim=1)
-                attended = literal_windows(block.attention, (Q, K, V), (side, side))
+                attended = reference_windows(block.attention, (Q, K, V), (side, side))
                 return X + block.project_out(block.gate(U) * attended)
 
             block.forward = forward
@@ -285,7 +287,7 @@ def test_dsgformer_equals_literal_windows(attention: str) -> None:
         ('MHNet', {'stage1.encoders.3': 3, 'stage1.decoders.3': 24, 'stage2.CABG4': 24, 'stage2.skff2': 24}),
     ],
 )
-def test_means_equal_literal_windows(name: str, windows: dict[str, int]) -> None:
+def test_means_equal_reference_windows(name: str, windows: dict[str, int]) -> None:
     network = use_local_pooling(build(name), TRAIN)
     pools = {name: module for name, module in network.named_modules() if isinstance(module, LocalAvgPool2d)}
     for prefix, side in windows.items():
@@ -319,7 +321,7 @@ def test_mhnets_attention_stays_global() -> None:
         pytest.param('mhnet_tlc', MHNet, marks=pytest.mark.long),
     ],
 )
-def test_conforms_to_the_release(fixture: str, network: Callable[[], nn.Module]) -> None:
+def test_conforms_to_the_official_implementation(fixture: str, network: Callable[[], nn.Module]) -> None:
     assert check(use_local_pooling(network(), 256), str(FIXTURES / f'{fixture}.npz')) == []
 
 

@@ -1,16 +1,32 @@
 from __future__ import annotations
 
+import contextlib
+import os
 import struct
 import zlib
+from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from dsgformer_arch.data.image_files import BadImageError, Shape, check_image
+from dsgformer_arch.data.image_files import (
+    MAX_PIXELS,
+    BadImageError,
+    Shape,
+    check_image,
+    decode,
+    decode_bgr,
+    header_shape,
+    raw_image,
+    raw_pixels_of,
+    read_file,
+)
 
 
 def noise(height: int, width: int, channels: int = 3, dtype: type = np.uint8) -> NDArray[Any]:
@@ -33,6 +49,20 @@ def png(colour: int, depth: int = 8, before_data: bytes = b'', data: bytes | Non
     body = zlib.compress(row * 4) if data is None else data
     header = chunk(b'IHDR', struct.pack('>IIBBBBB', 6, 4, depth, colour, 0, 0, 0))
     return b'\x89PNG\r\n\x1a\n' + header + before_data + chunk(b'IDAT', body) + chunk(b'IEND', b'')
+
+
+def png_of_size(side: int) -> bytes:
+    """A PNG whose header claims a square of this side; its check sums are right."""
+    data = png(2)
+    header = chunk(b'IHDR', struct.pack('>IIBBBBB', side, side, 8, 2, 0, 0, 0))
+    return data[:8] + header + data[8 + len(header) :]
+
+
+def jpeg_of_size(side: int) -> bytes:
+    """A JPEG whose header claims a square of this side."""
+    data = encoded('.jpg', noise(8, 8))
+    frame = data.index(b'\xff\xc0')
+    return data[: frame + 5] + struct.pack('>HH', side, side) + data[frame + 9 :]
 
 
 def exif(orientation: int) -> bytes:
@@ -123,3 +153,74 @@ def test_turned_images_are_refused(tmp_path_factory: pytest.TempPathFactory) -> 
                 with pytest.raises(BadImageError, match='orientation 6'):
                     check_image(data)
     assert check_image(png(2, before_data=chunk(b'eXIf', b'nonsense'))) == Shape(4, 6, 3)
+
+
+@pytest.mark.parametrize(
+    'data',
+    [png_of_size(30_000), png_of_size(2**31 - 1), jpeg_of_size(65_500), b'P6\n99999 99999\n255\n' + bytes(9)],
+    ids=['png', 'largest png', 'jpeg', 'raw'],
+)
+def test_sizes_are_bounded_before_anything_is_decoded(data: bytes) -> None:
+    """A file of some kilobytes must not take gigabytes (issue 15, item 19)."""
+    for read in (check_image, decode, decode_bgr, header_shape):
+        with pytest.raises(BadImageError, match=f'between 1 and {MAX_PIXELS}'):
+            read(data)
+
+
+def test_raw_images() -> None:
+    image = noise(5, 7)
+    data = raw_image(image)
+    assert check_image(data) == header_shape(data) == Shape(5, 7, 3)
+    np.testing.assert_array_equal(raw_pixels_of(data)[1], image[..., ::-1])
+    np.testing.assert_array_equal(decode_bgr(data), image)
+    for damaged in (data[:-1], data + b'x', b'P6\n5 7\n15\n' + bytes(105), b'P6\n-5 7\n255\n', b'P6\n'):
+        with pytest.raises(BadImageError):
+            check_image(damaged)
+
+
+def test_special_files_are_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / 'pipe.png')
+    for path in (tmp_path / 'pipe.png', tmp_path, Path('/dev/zero')):
+        with pytest.raises(BadImageError, match='no ordinary file'):
+            read_file(path)
+
+
+WHOLE = {
+    'png': encoded('.png', noise(12, 9)),
+    'grey png': encoded('.png', noise(12, 9, 1)),
+    'jpeg': encoded('.jpg', noise(20, 17)),
+    'turned png': png(2, before_data=chunk(b'eXIf', exif(1))),
+    'raw': raw_image(noise(6, 5)),
+}
+
+
+@given(
+    st.sampled_from(list(WHOLE)),
+    st.lists(st.tuples(st.integers(0, 2000), st.binary(max_size=4), st.integers(0, 4)), max_size=4),
+    st.integers(0, 40),
+)
+def test_damaged_images_are_decoded_or_refused(
+    kind: str, edits: list[tuple[int, bytes, int]], cut: int
+) -> None:
+    data = WHOLE[kind]
+    for position, new, removed in edits:
+        position %= len(data)
+        data = data[:position] + new + data[position + removed :]
+    data = data[: len(data) - cut]
+    for read in (check_image, decode, header_shape):
+        found = None
+        with contextlib.suppress(BadImageError):
+            found = read(data)
+        if isinstance(found, np.ndarray):
+            assert found.dtype == np.uint8
+            assert found.shape[2:] == (3,)
+
+
+STARTS = [b'', b'\x89PNG\r\n\x1a\n', b'\xff\xd8', b'\xff\xd8\xff\xe1\x00\x20Exif\0\0', b'P6\n']
+
+
+@given(st.sampled_from(STARTS), st.binary())
+def test_any_bytes_are_decoded_or_refused(start: bytes, rest: bytes) -> None:
+    for read in (check_image, decode, header_shape):
+        with contextlib.suppress(BadImageError):
+            read(start + rest)

@@ -129,6 +129,24 @@ def test_workers_know_the_epoch_from_basicsrs_sampler(tree: Path) -> None:
             assert torch.equal(batch['gt'][0], expected[epoch][index]['gt'])
 
 
+def test_workers_may_be_started_in_any_way(tree: Path) -> None:
+    """Where workers are not forked, the data set is sent to them."""
+    data = MixedDataset(options(tree, length=6))
+    data.set_epoch(2)
+    expected = [data[index] for index in range(6)]
+    context = 'forkserver'
+    loader = DataLoader(data, batch_size=None, num_workers=1, multiprocessing_context=context)
+    assert all(equal(item, expected[index]) for index, item in enumerate(loader))
+
+
+def test_sources_of_the_same_photographs_share_them(tree: Path) -> None:
+    mix = sources(tree)
+    data = MixedDataset(options(tree, sources={name: mix[name] for name in ('shake', 'objects', 'sharp')}))
+    shake, objects, sharp = data.sources
+    assert shake.photographs is objects.photographs
+    assert shake.photographs is not sharp.photographs, 'these are not reduced'
+
+
 def test_sources_come_as_often_as_their_weights_say(tree: Path) -> None:
     mix = sources(tree)
     weights = {'folders': 1, 'sharp': 3, 'frames': 0}

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
+import jsonschema
+import numpy as np
 import pytest
+import torch
 import yaml
 
-from dsgformer_arch.models import options
+from dsgformer_arch.cli import basicsr
+from dsgformer_arch.models import options, pipelines
+from dsgformer_arch.models.option_schema import schema_text
 from dsgformer_arch.utils.errors import UserError
-from tests.trees import ROOT, tiny_options, write_lmdb, write_pairs
+from tests.trees import ROOT, tiny_options, write_lmdb, write_pairs, write_project
 
 FILES = sorted((ROOT / 'options').glob('*.yml'))
 PAIRS = [file for file in FILES if 'MixedDataset' not in file.read_text(encoding='utf-8')]
@@ -20,16 +28,17 @@ SMALL_ENOUGH = 40e6
 """Networks of more parameters are only described, not built, to keep the tests quick."""
 
 
-def finished_lmdb(path: Path) -> None:
-    """What a check reads of an LMDB of one 1280×720 image: its list, and that it holds something."""
-    path.mkdir(parents=True, exist_ok=True)
-    (path / 'data.mdb').write_bytes(b'x')
-    (path / 'meta_info.txt').write_text('a.png (720,1280,3) 1\n')
+@pytest.fixture(scope='session')
+def one_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An LMDB of one 1280×720 image."""
+    folder = tmp_path_factory.mktemp('one') / 'a.lmdb'
+    write_lmdb(folder, {'a': np.zeros((720, 1280, 3), np.uint8)})
+    return folder
 
 
 @pytest.mark.parametrize('file', PAIRS, ids=lambda file: file.stem)
 def test_option_file_is_sound(
-    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vgg_weights: Path
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vgg_weights: Path, one_image: Path
 ) -> None:
     """It passes the check, with the data that it names in place, and builds what it names."""
     from basicsr.archs import build_network
@@ -43,11 +52,11 @@ def test_option_file_is_sound(
     for phase, dataset in settings['datasets'].items():
         dataset['phase'] = phase.split('_')[0]
         for key in ('dataroot_gt', 'dataroot_lq'):
-            finished_lmdb(tmp_path / dataset[key])
+            shutil.copytree(one_image, tmp_path / dataset[key], dirs_exist_ok=True)
     if settings['path'].get('pretrain_network_g'):
         weights = tmp_path / settings['path']['pretrain_network_g']
         weights.parent.mkdir(parents=True)
-        weights.touch()
+        torch.save({'params_ema': build_network(settings['network_g']).state_dict()}, weights)
         settings['path']['pretrain_network_g'] = str(weights)
     checked = yaml.safe_load(yaml.safe_dump(settings))
     for dataset in checked['datasets'].values():
@@ -72,11 +81,11 @@ def test_option_file_is_sound(
         assert model.losses
 
 
-@pytest.mark.parametrize('file', FILES, ids=lambda file: file.stem)
+@pytest.mark.parametrize('file', PAIRS, ids=lambda file: file.stem)
 def test_every_key_carries_a_comment(file: Path) -> None:
     """A key is explained where it stands or above, where it stood first; a section by its entries."""
     explained: set[str] = set()
-    for number, line in enumerate(file.read_text().splitlines(), 1):
+    for number, line in enumerate(file.read_text(encoding='utf-8').splitlines(), 1):
         found = re.match(r'\s*(?:- )?([\w]+):\s*(.*)$', line)
         if not found:
             continue
@@ -84,6 +93,52 @@ def test_every_key_carries_a_comment(file: Path) -> None:
         if '#' in rest:
             explained.add(key)
         assert not rest or key in explained, f'{file.name}:{number}: {key} is not explained'
+
+
+@pytest.mark.parametrize('file', FILES, ids=lambda file: file.stem)
+def test_editors_find_the_schema(file: Path) -> None:
+    """The first line names it, and the file is valid by it."""
+    assert file.read_text(encoding='utf-8').startswith('# yaml-language-server: $schema=schema.json\n')
+    schema = json.loads((file.parent / 'schema.json').read_text(encoding='utf-8'))
+    jsonschema.Draft7Validator.check_schema(schema)
+    jsonschema.validate(options.read(str(file)), schema, jsonschema.Draft7Validator)
+
+
+def test_schema_is_current() -> None:
+    """`python tools/make_option_schema.py` writes it anew."""
+    assert (ROOT / 'options' / 'schema.json').read_text(encoding='utf-8') == schema_text()
+
+
+@pytest.mark.parametrize(
+    ('place', 'value'),
+    [
+        ('train/total_iter', '9'),
+        ('train/amp', 'half'),
+        ('train/optim_g/lr', '2.0e-4'),
+        ('train/pixel_opt/type', 'L1'),
+        ('train/ema_deacy', 0.9),
+        ('network_g/widht', 4),
+        ('network_g/score', 'sigmoid'),
+        ('datasets/tarin', {}),
+        ('val/metrics/psnr/test_y_channel', 'x'),
+        ('logger/print_freq', 0),
+        ('save', {'keep_last': 0}),
+    ],
+)
+def test_schema_refuses_what_the_check_refuses(place: str, value: Any) -> None:
+    settings = tiny_options()
+    change(place, value)(settings)
+    schema = json.loads((ROOT / 'options' / 'schema.json').read_text(encoding='utf-8'))
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(settings, schema, jsonschema.Draft7Validator)
+
+
+def test_one_ssim_for_all_systems() -> None:
+    """MATLAB's, which the published tables have, on every set of deblurring."""
+    for file in FILES:
+        if re.search('gopro|hide|realblur|rsblur', file.stem):
+            metrics = options.read(str(file))['val']['metrics']
+            assert metrics == {'psnr': {'type': 'psnr_rgb'}, 'ssim': {'type': 'ssim_matlab_rgb'}}, file
 
 
 def test_paper_recipe_is_written_down() -> None:
@@ -171,6 +226,67 @@ def test_fault_is_named_with_its_mend(edit: Any, words: list[str], project: Path
         assert word in message
 
 
+def test_all_faults_at_once(project: Path) -> None:
+    settings = tiny_options()
+    for place, value in [
+        ('train/ema_deacy', 0.9),
+        ('val/tile', -1),
+        ('network_g/widht', 4),
+        ('num_gpu', 'all'),
+    ]:
+        change(place, value)(settings)
+    with pytest.raises(UserError) as caught:
+        options.check(settings, 'train.yml', is_train=True)
+    head, *lines = str(caught.value).splitlines()
+    assert head == 'train.yml has 4 faults:'
+    assert len(lines) == 4
+    assert "unknown key 'ema_deacy'; did you mean ema_decay?" in str(caught.value)
+
+
+def test_checkpoint_of_another_network(project: Path) -> None:
+    settings = tiny_options()
+    torch.save({'params': {'conv.weight': torch.ones(3, 3)}}, project / 'other.pth')
+    settings['path']['pretrain_network_g'] = 'other.pth'
+    assert 'does not fit DSGformer' in fault(settings)
+    settings['path'] |= {'strict_load_g': False, 'param_key_g': 'params_emma'}
+    assert 'params_emma' in fault(settings)
+
+
+def test_truncated_and_damaged_lmdbs(project: Path) -> None:
+    settings = tiny_options()
+    data = project / 'datasets' / 'sample' / 'train_gt.lmdb' / 'data.mdb'
+    whole = data.read_bytes()
+    for damaged, word in [(whole[:-4096], 'truncated'), (whole[:100], 'no LMDB'), (b'x' * 9000, 'no LMDB')]:
+        data.write_bytes(damaged)
+        assert word in fault(settings)
+
+
+def test_pairs_of_different_sizes(project: Path) -> None:
+    settings = tiny_options()
+    write_lmdb(project / 'wide.lmdb', {f'train-{i}': np.zeros((40, 49, 3), np.uint8) for i in range(2)})
+    settings['datasets']['train']['dataroot_lq'] = 'wide.lmdb'
+    assert 'is 49×40 in dataroot_lq and 48×40 in dataroot_gt' in fault(settings)
+
+
+def test_nothing_is_archived_for_a_run_that_cannot_start(project: Path, tmp_path: Path) -> None:
+    """Issue 15, item 14: these failed after the earlier run's folder had been renamed."""
+    earlier = project / 'experiments' / 'tiny'
+    earlier.mkdir(parents=True)
+    torch.save({'params': {'conv.weight': torch.ones(3, 3)}}, project / 'other.pth')
+    before = sorted(os.listdir(project))
+    for forced in [
+        'train:optim_g:lr="2e-4"',
+        'train:optim_g:type=Adamm',
+        'path:pretrain_network_g=other.pth',
+    ]:
+        file = write_project(project, tiny_options())
+        with pytest.raises(SystemExit) as caught:
+            basicsr.main(['train', '-opt', str(file), '--force_yml', forced])
+        assert caught.value.code == 2
+    assert sorted(os.listdir(project)) == sorted([*before, 'options'])
+    assert os.listdir(project / 'experiments') == ['tiny']
+
+
 def test_empty_and_unfinished_lmdbs(project: Path) -> None:
     settings = tiny_options()
     write_lmdb(project / 'empty.lmdb', {})
@@ -212,3 +328,51 @@ def test_force_yml_changes_options_and_nothing_else() -> None:
     for entry in ['train', 'nosuch:key=1', 'a"];import os;x["b=1']:
         with pytest.raises(UserError, match='--force_yml'):
             options.force(settings, [entry])
+
+
+@pytest.mark.parametrize(
+    ('text', 'value'),
+    [
+        ('no', False),
+        ('on', True),
+        ('2.0e-4', 2e-4),
+        ('2e-4', 2e-4),
+        ('null', None),
+        ('~', None),
+        ('', None),
+        ('-1', -1),
+        ('{a: 1, b: [x, 2.5]}', {'a': 1, 'b': ['x', 2.5]}),
+        ('a=b=c', 'a=b=c'),
+        ('"1"', '1'),
+        ('2020-01-01', '2020-01-01'),
+    ],
+)
+def test_forced_values_are_read_as_the_file_is(text: str, value: Any, tmp_path: Path) -> None:
+    settings = tiny_options()
+    options.force(settings, [f'train:key={text}'])
+    (tmp_path / 'x.yml').write_text(f'key: {text}\n')
+    assert settings['train']['key'] == value
+    assert type(settings['train']['key']) is type(value)
+    assert options.read(str(tmp_path / 'x.yml')) == {'key': value}
+
+
+@pytest.mark.parametrize(
+    'entry', ['a=[1', 'a=!!python/name:os', 'a=x\nb: 1', 'a=b: c', 'a={<<: 1}', 'a=.inf', '=1']
+)
+def test_forced_values_that_are_refused(entry: str) -> None:
+    with pytest.raises(UserError, match='--force_yml'):
+        options.force(tiny_options(), [entry])
+
+
+def test_forced_values_reach_the_run_as_they_were_read(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Issue 15, item 6: `use_hflip=no` trained as true, and a rate arrived as text."""
+    handed = {}
+    monkeypatch.setattr(pipelines, 'train', lambda opt, file: handed.update(opt) or 0)
+    file = write_project(project, tiny_options())
+    forced = ['datasets:train:use_hflip=no', 'train:optim_g:lr=2e-4', 'path:pretrain_network_g=null']
+    assert basicsr.main(['train', '-opt', str(file), '--force_yml', *forced]) == 0
+    assert handed['datasets']['train']['use_hflip'] is False
+    assert handed['train']['optim_g']['lr'] == 2e-4
+    assert handed['path']['pretrain_network_g'] is None

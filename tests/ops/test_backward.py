@@ -7,6 +7,7 @@ import itertools
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,8 @@ from torch import Tensor, nn
 
 from dsgformer_arch import ops
 from dsgformer_arch.archs.dsgformer_arch import DSGA, DSGformer
-from dsgformer_arch.ops import eager
-from dsgformer_arch.ops.cpu import build, training
+from dsgformer_arch.ops import eager, resampling
+from dsgformer_arch.ops.cpu import binding, build, training
 
 SWITCHES = list(
     itertools.product(('dtsas', 'mdta'), ('relu2', 'relu', 'softmax'), ('dfgb', 'gelu', 'simplegate'))
@@ -348,4 +349,96 @@ assert not training.takes(torch.float32, 16, 1)
 def test_a_wrong_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, 'library', lambda source: None)
     monkeypatch.setattr(training, 'differentiable', lambda x, weights: eager.whole(x, x, weights) * 1.01)
-    assert not training._works.__wrapped__(torch.float32)
+    assert not training.works.__wrapped__(torch.float32)
+
+
+class TestSteps:
+    """The steps outside the levels, trained by the kernel, against their modules."""
+
+    @pytest.fixture(autouse=True)
+    def _kernel(self) -> None:
+        if not binding.works(torch.float32):
+            pytest.skip('there are no small matrix products for this processor')
+
+    @staticmethod
+    def _compare(step: Callable[..., Tensor], module: nn.Module, *images: Tensor) -> None:
+        """In float32 and under autocast: no worse than the modules, twice the rounding allowed."""
+        exact_module = copy.deepcopy(module).double()
+        names = [f'image {i}' for i in range(len(images))] + [name for name, _ in module.named_parameters()]
+        with ops.use('plain'):
+            exact = TestSteps._gradients(step, exact_module, [image.double() for image in images])
+        path: ops.Path
+        for amp, floor in ((False, 1e-6), (True, 3e-3)):  # a skip is added in bfloat16
+            errors: dict[str, list[float]] = {}
+            for path in ('fast', 'plain'):
+                with ops.use(path), torch.autocast('cpu', torch.bfloat16, enabled=amp):
+                    found = TestSteps._gradients(step, module, [image.clone() for image in images])
+                errors[path] = [_error(ours, theirs) for ours, theirs in zip(found, exact, strict=True)]
+            for name, ours, theirs in zip(['Y', *names], errors['fast'], errors['plain'], strict=True):
+                assert ours <= 2 * theirs + floor, (name, amp)
+
+    @staticmethod
+    def _gradients(step: Callable[..., Tensor], module: nn.Module, images: list[Tensor]) -> list[Tensor]:
+        for image in images:
+            image.requires_grad_()
+        Y = step(module, *images)
+        compiled = any(
+            name in _functions(Y) for name in ('_Convolved', '_Downsampled', '_Upsampled', '_Summed')
+        )
+        assert compiled == (ops.path() == 'fast')
+        direction = torch.randn(Y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        inputs = [*images, *module.parameters()]
+        return [Y.detach(), *torch.autograd.grad(Y, inputs, direction.to(Y.dtype))]
+
+    @pytest.mark.parametrize('size', [(2, 16, 20), (1, 3, 70), (3, 1, 1)])
+    @pytest.mark.parametrize(('channels', 'outputs'), [(3, 16), (3, 24), (12, 24)])
+    def test_head(self, channels: int, outputs: int, size: tuple[int, int, int]) -> None:
+        n, h, w = size
+        conv = nn.Conv2d(channels, outputs, 3, padding=1)
+        self._compare(resampling.head, conv, _image(n, channels, h, w).float())
+
+    @pytest.mark.parametrize('size', [(2, 8, 10), (1, 3, 70), (3, 1, 1)])
+    @pytest.mark.parametrize('channels', [16, 24])
+    def test_down(self, channels: int, size: tuple[int, int, int]) -> None:
+        n, h, w = size
+        conv = nn.Conv2d(channels, 2 * channels, 2, stride=2)
+        self._compare(resampling.down, conv, _image(n, channels, 2 * h, 2 * w).float())
+
+    @pytest.mark.parametrize('skip', [True, False])
+    @pytest.mark.parametrize('size', [(2, 8, 10), (1, 3, 70), (3, 1, 1)])
+    @pytest.mark.parametrize('channels', [16, 24])
+    def test_up(self, channels: int, size: tuple[int, int, int], skip: bool) -> None:
+        n, h, w = size
+        shuffled = nn.Sequential(nn.Conv2d(2 * channels, 4 * channels, 1, bias=False), nn.PixelShuffle(2))
+        x, added = _image(n, 2 * channels, h, w).float(), _image(n, channels, 2 * h, 2 * w).float()
+        if skip:
+            self._compare(resampling.up, shuffled, x, added)
+        else:
+            self._compare(lambda module, x: resampling.up(module, x, None), shuffled, x)
+
+    @pytest.mark.parametrize('size', [(2, 16, 20), (1, 3, 70), (3, 1, 1)])
+    def test_tail(self, size: tuple[int, int, int]) -> None:
+        n, h, w = size
+        conv = nn.Conv2d(32, 3, 3, padding=1)
+        self._compare(resampling.tail, conv, _image(n, 32, h, w).float(), _image(n, 3, h, w).float())
+
+    @pytest.mark.parametrize('threads', [1, 3])
+    def test_sharing_out_among_threads(self, threads: int) -> None:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            self.test_down(16, (2, 8, 10))
+            self.test_head(3, 16, (1, 2, 70))
+        finally:
+            torch.set_num_threads(before)
+
+    def test_frozen_kernels(self) -> None:
+        conv, x = (
+            nn.Conv2d(16, 32, 2, stride=2).requires_grad_(False),
+            _image(1, 16, 8, 8).float().requires_grad_(),
+        )
+        resampling.down(conv, x).sum().backward()
+        assert x.grad is not None
+        assert conv.weight.grad is None
+        assert conv.bias is not None
+        assert conv.bias.grad is None

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dsgformer_arch import Deblurrer, zoo
 from dsgformer_arch.people import deblurrer as module
-from dsgformer_arch.people import weights
+from dsgformer_arch.people import official_weights, weights
 from dsgformer_arch.restore import restore
 from dsgformer_arch.utils.errors import UserError
 from tests.small_systems import SMALL, small
@@ -315,14 +315,32 @@ def test_what_is_no_image_is_refused(image: Any) -> None:
         Deblurrer(Darker()).restore(image)
 
 
-def test_no_weights_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_weights_is_a_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv('DSGFORMER_HOME', str(tmp_path))
     monkeypatch.setattr(weights, 'ships', lambda name: False)
-    with pytest.raises(UserError, match='no weights of restormer'):
+    with pytest.raises(UserError, match=f'no weights of {weights.DEFAULT_MODEL}'):
+        Deblurrer()
+    with pytest.raises(UserError, match='dsgformer weights get restormer/motion'):
         Deblurrer('restormer')
+    with pytest.raises(UserError, match='no weights of dsgformer_s'):
+        Deblurrer('dsgformer_s')
     with pytest.raises(UserError, match='did you mean'):
         Deblurrer('restormr')
     with pytest.raises(UserError, match='no such file'):
         Deblurrer(weights='nowhere.pth')
+
+
+def test_downloaded_official_weights_are_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv('DSGFORMER_HOME', str(tmp_path))
+    entry = official_weights.find('nafnet32')
+    path = official_weights.place(entry)
+    path.parent.mkdir(parents=True)
+    network = zoo.create('nafnet32')
+    torch.save({'params': network.state_dict()}, path)
+    for name in ('nafnet32', entry.key):
+        deblurrer = Deblurrer(name)
+        assert deblurrer.name == entry.key
+        assert torch.equal(next(deblurrer.network.parameters()), next(network.parameters()))
 
 
 def test_every_architecture_can_be_loaded_and_tiled(tmp_path: Path) -> None:

@@ -214,6 +214,32 @@ def test_other_format_and_depth(tmp_path: Path) -> None:
     assert np.array_equal(pyvips.Image.new_from_file(str(tmp_path / 'out.png')).numpy(), pixels)
 
 
+@pytest.mark.parametrize('compressed', [True, False])
+@pytest.mark.parametrize('dtype', [np.uint8, np.uint16, np.float32])
+@pytest.mark.parametrize('channels', [1, 3, 4])
+def test_tiffs_of_many_strips(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, channels: int, dtype: Any, compressed: bool
+) -> None:
+    from dsgformer_arch.people import images
+
+    monkeypatch.setattr(images, 'STRIP', 3000)
+    pixels = scene(channels=channels, dtype=dtype)
+    tifffile.imwrite(
+        tmp_path / 'in.tif', pixels, photometric='rgb' if channels > 2 else 'minisblack',
+        compression='zlib' if compressed else None, planarconfig='contig' if channels > 1 else None,
+    )  # fmt: skip
+    through(tmp_path / 'in.tif')
+    with tifffile.TiffFile(tmp_path / 'out.tif') as file:
+        assert len(file.pages[0].dataoffsets) > 1
+    result = open_image(tmp_path / 'out.tif')  # libvips
+    assert np.array_equal(result.rows(0, 40), pixels)
+    if dtype == np.uint8:
+        mode = {1: 'L', 3: 'RGB', 4: 'RGBA'}[channels]
+        image = Image.open(tmp_path / 'out.tif')
+        assert image.mode == mode
+        assert np.array_equal(np.asarray(image).reshape(pixels.shape), pixels)
+
+
 def test_compression_of_tiff_is_kept_or_lossless(tmp_path: Path) -> None:
     for compression, compressed in ((None, False), ('tiff_lzw', True), ('jpeg', True)):
         Image.fromarray(scene(64, 64)).save(tmp_path / 'in.tif', compression=compression)
@@ -228,6 +254,7 @@ def test_large_files_pass_through_a_temporary_file(tmp_path: Path, monkeypatch: 
     from dsgformer_arch.people import images
 
     monkeypatch.setattr(images, 'IN_MEMORY', 1000)
+    monkeypatch.setattr(images, 'STRIP', 7 * 500 * 3 * 2)
     for suffix in ('.tif', '.png'):
         pixels = scene(300, 500, 3, np.uint16)
         image = pyvips.Image.new_from_array(pixels).copy(interpretation='rgb16')

@@ -129,7 +129,7 @@ def test_targets_that_cannot_be_written_are_named(tmp_path: Path, capsys: pytest
     assert run(source, tmp_path / 'absent' / 'net.safetensors') == 2
     assert 'cannot write' in capsys.readouterr().err
     assert run(source, tmp_path / 'net2.pth') == 2
-    assert 'call it *.safetensors' in capsys.readouterr().err
+    assert 'ends with .safetensors' in capsys.readouterr().err
 
 
 @pytest.mark.long
@@ -140,3 +140,12 @@ def test_the_command_runs_from_any_folder(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / 'net.safetensors').is_file()
+
+
+def test_the_key_of_the_weights_can_be_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    networks = {'params_ema': small('nafnet32'), 'params': small('nafnet32', width=16)}
+    source = save(tmp_path / 'net.pth', {key: network.state_dict() for key, network in networks.items()})
+    assert run(source, tmp_path / 'net.safetensors', '--param-key', 'params') == 0
+    assert zoo.load(tmp_path / 'net.safetensors').settings['width'] == 16
+    assert run(source, tmp_path / 'net.safetensors', '--param-key', 'parms') == 2
+    assert "no entry 'parms'; it has params, params_ema" in capsys.readouterr().err

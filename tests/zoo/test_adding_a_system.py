@@ -15,7 +15,8 @@ from spandrel import MAIN_REGISTRY, ModelLoader, ModelTiling
 
 from dsgformer_arch import zoo
 from dsgformer_arch.archs.tlc import LocalAvgPool2d
-from dsgformer_arch.benchmark.measure import complexity, quality, training
+from dsgformer_arch.benchmark import commands
+from dsgformer_arch.benchmark.measure import complexity, training
 from dsgformer_arch.benchmark.render import report, system_table
 from dsgformer_arch.restore import restore
 from dsgformer_arch.zoo import registry, spandrel_support
@@ -158,12 +159,9 @@ def test_the_benchmark_counts_scales_and_scores_it(tmp_path: Path) -> None:
     write_pairs(tmp_path / 'sample', 'test', 2)
     torch.save(zoo.create('toy').state_dict(), tmp_path / 'toy.pth')
     out = tmp_path / 'quality'
-    assert (
-        quality.run(
-            ['toy'], str(tmp_path / 'sample' / 'test'), 'gopro', [('toy', tmp_path / 'toy.pth')], out=out
-        )
-        == 0
-    )
+    weights = [('toy', tmp_path / 'toy.pth')]
+    data = str(tmp_path / 'sample' / 'test')
+    assert commands.run('quality', ['toy'], data=data, protocol='gopro', weights=weights, out=out) == 0
     assert '| toy | 2 |' in (tmp_path / 'quality.md').read_text(encoding='utf-8')
 
 

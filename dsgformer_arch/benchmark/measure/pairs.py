@@ -7,11 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import cv2
-import lmdb
-import numpy as np
-
+from dsgformer_arch.data import image_files
 from dsgformer_arch.data.image_files import BadImageError, Shape, check_image
+from dsgformer_arch.data.lmdb_files import keys_of, open_lmdb, read_value
 from dsgformer_arch.data.prepare import layouts
 from dsgformer_arch.metrics.metric import Image
 from dsgformer_arch.utils.errors import UserError
@@ -88,11 +86,15 @@ class Pairs:
 
 
 def decode(data: bytes, what: str) -> Image:
-    """An encoded image as uint8 RGB (H, W, 3)."""
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-    if image is None:
-        raise UserError(f'{what}: OpenCV cannot decode the image; fetch it again')
-    return np.ascontiguousarray(image[..., ::-1], dtype=np.uint8)
+    """An encoded image as uint8 RGB (H, W, 3).
+
+    Raises:
+        UserError: it cannot be decoded.
+    """
+    try:
+        return image_files.decode(data)
+    except BadImageError as error:
+        raise UserError(f'{what}: the image {error}; fetch it again') from None
 
 
 def find(data: str, protocol: str) -> Pairs:
@@ -128,17 +130,15 @@ def from_lmdbs(start: Path) -> Pairs:
     """The pairs of `<start>_lq.lmdb` and `<start>_gt.lmdb`, as `tools/create_lmdb.py` writes them.
 
     Raises:
-        UserError: one of them is missing, unfinished or empty, or a key is in only one of them.
+        UserError: one of them is missing, unfinished, truncated or empty, or a key is in only one of them or
+            no relative path.
     """
     paths = _lmdbs(start)
     for path in paths:
         if not (path / 'meta_info.txt').is_file():
             raise UserError(f'there is no finished LMDB {path}; datasets/README.md says how to make it')
-    environments = [lmdb.open(str(path), readonly=True, lock=False) for path in paths]
-    keys = []
-    for environment in environments:
-        with environment.begin() as transaction:
-            keys.append([bytes(key).decode() for key in transaction.cursor().iternext(values=False)])
+    environments = [open_lmdb(path) for path in paths]
+    keys = [keys_of(path, environment) for path, environment in zip(paths, environments, strict=True)]
     alone = sorted({*keys[0]} ^ {*keys[1]})
     if alone:
         here, there = paths if alone[0] in keys[0] else paths[::-1]
@@ -148,9 +148,9 @@ def from_lmdbs(start: Path) -> Pairs:
 
     def content(key: str) -> tuple[bytes, bytes]:
         found = []
-        for environment in environments:
+        for path, environment in zip(paths, environments, strict=True):
             with environment.begin() as transaction:
-                found.append(bytes(transaction.get(key.encode()) or b''))
+                found.append(bytes(read_value(transaction, key, path)))
         return found[0], found[1]
 
     return Pairs(str(start), tuple(sorted(keys[0])), content)
@@ -169,12 +169,18 @@ def from_split(name: str, split: layouts.Split) -> Pairs:
 
     def content(key: str) -> tuple[bytes, bytes]:
         pair = by_key[key]
-        try:
-            return pair.lq.read_bytes(), pair.gt.read_bytes()
-        except OSError as error:
-            raise UserError(f'cannot read {error.filename}: {error.strerror}') from None
+        return _read(pair.lq), _read(pair.gt)
 
     return Pairs(name, tuple(by_key), content)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return image_files.read_file(path)
+    except OSError as error:
+        raise UserError(f'cannot read {path}: {error.strerror}') from None
+    except BadImageError as error:
+        raise UserError(f'the image {path} {error}; replace it') from None
 
 
 def _lmdbs(start: Path) -> tuple[Path, Path]:

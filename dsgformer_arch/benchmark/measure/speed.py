@@ -47,6 +47,9 @@ SWEEP = (128, 192, 256, 384, 512, 768)
 SECONDS_A_TURN = 0.25
 """A turn repeats a fast system until it has run this long, so that the clock's grain does not count."""
 
+LARGEST_NORM = 0.1
+"""Of a training step's gradient; its value does not matter to the time."""
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -101,7 +104,7 @@ def run(
         compile: `torch.compile` each network.
         channels_last: memory format of images and kernels.
         batch: images at once.
-        train: a forward, backward and AdamW step instead of restoring.
+        train: a training step, see `training_step`, instead of restoring.
         best: for each system, every precision up to `precision` with each memory format; the fastest counts.
         scaling: sweep square sizes instead of `size` and fit the growth.
         rounds: turns.
@@ -277,7 +280,7 @@ def compiled(network: nn.Module) -> nn.Module:
 
 
 def training_step(network: nn.Module, image: Tensor, variant: Variant) -> Callable[[], None]:
-    """A full step: forward, L1 loss, backward, AdamW."""
+    """A full step: forward, L1 loss, backward, clipping of the gradient's norm, AdamW."""
     network.train()
     offset = getattr(network, 'input_offset', 0.0)
     optimizer = torch.optim.AdamW(network.parameters(), 1e-4, fused=True)
@@ -290,6 +293,7 @@ def training_step(network: nn.Module, image: Tensor, variant: Variant) -> Callab
         with torch.autocast(image.device.type, dtype if half else torch.bfloat16, enabled=half):
             output = final_output(network, predict(target, image, offset))
         nn.functional.l1_loss(output.float(), image).backward()
+        nn.utils.clip_grad_norm_(network.parameters(), LARGEST_NORM)
         optimizer.step()
 
     return call

@@ -17,13 +17,12 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from functools import partial
 from pathlib import Path
 from threading import Event
@@ -34,7 +33,17 @@ import lmdb
 import numpy as np
 from numpy.typing import NDArray
 
-from dsgformer_arch.data.image_files import BadImageError, Shape, check_image, raw_image
+from dsgformer_arch.data import meta_info, png_crop
+from dsgformer_arch.data.image_files import (
+    JPEG_START,
+    BadImageError,
+    Shape,
+    check_image,
+    decode_bgr,
+    raw_image,
+    read_file,
+)
+from dsgformer_arch.data.lmdb_files import open_lmdb
 from dsgformer_arch.data.prepare.layouts import Pair, Split
 from dsgformer_arch.utils.errors import UserError
 from dsgformer_arch.utils.progress import track
@@ -45,8 +54,6 @@ R = TypeVar('R')
 SIDES = ('lq', 'gt')
 PARTIAL = '.create_lmdb.partial'
 RECORD = 'create_lmdb.json'
-META_INFO = 'meta_info.txt'
-META_LINE = re.compile(r'(\S+)\.png \((\d+),(\d+),(\d+)\) \d+')
 
 PNG_LEVEL = 1  # BasicSR's default for LMDBs; for whole images a filler, since their level cannot be known
 BATCH_BYTES = 32 * 2**20  # what waits in memory for one write transaction
@@ -100,7 +107,8 @@ def create_lmdbs(
         preset: name of the layout; part of the record.
         crop: cut images into crops (keys `<key>_s001` …, PNG) instead of storing them whole.
         workers: threads that read, check, decode and encode (all outside Python's interpreter lock).
-        verify: decode every stored image; compare shapes, and whole images' bytes with their files.
+        verify: decode every stored image and compare it with its file: whole images' bytes, crops' and raw
+            images' pixels.
         force: replace the LMDBs that stand there, whatever they were made from.
         raw: store decoded 8-bit RGB without compression, of which `PairedCropDataset` reads only what a
             crop needs; two to four times the space.
@@ -128,7 +136,7 @@ def create_lmdbs(
                 if of_split:
                     problems += _write_split(split, of_split, crop, raw, workers, dry)
             if verify and not problems:
-                problems += _verify([(target, target.partial) for target in missing], crop or raw, workers)
+                problems += _verify([(target, target.partial) for target in missing], crop, raw, workers)
             _raise_problems(problems)
             _publish(missing, folder)
     for target in missing:
@@ -137,7 +145,7 @@ def create_lmdbs(
     for target in kept:
         say(f'kept {target.final}, complete already: {target.describe()}')
     if verify:
-        if damaged := _verify([(target, target.final) for target in kept], crop or raw, workers):
+        if damaged := _verify([(target, target.final) for target in kept], crop, raw, workers):
             listed = '\n  '.join(damaged)
             raise UserError(
                 f'LMDBs in {out} are damaged; run again with --force to replace them:\n  {listed}'
@@ -170,7 +178,7 @@ class _Target:
         record = _read_record(folder)
         return (
             record.get('made_from') == self.made_from
-            and (folder / META_INFO).is_file()
+            and (folder / meta_info.NAME).is_file()
             and (folder / 'data.mdb').is_file()
             and (folder / 'data.mdb').stat().st_size == record.get('data_bytes')
         )
@@ -215,7 +223,7 @@ def _targets(split: Split, out: Path, preset: str, crop: CropGrid | None, raw: b
 
 def _read_record(folder: Path) -> dict[str, Any]:
     try:
-        record = json.loads((folder / RECORD).read_text())
+        record = json.loads((folder / RECORD).read_text('utf-8'))
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}
@@ -407,8 +415,10 @@ def _prepare(pair: Pair, crop: CropGrid | None, raw: bool, dry: Event) -> _Prepa
 def _load(key: str, path: Path) -> _Image | str:
     """Read and check a file; return what is wrong with it instead, if anything is."""
     try:
-        data = path.read_bytes()
-        return _Image(key, data, check_image(data))
+        data = read_file(path)
+        image = _Image(key, data, check_image(data))
+        _require_whole_jpeg(data)
+        return image
     except OSError as error:
         return f'{path}: cannot be read ({error.strerror})'
     except BadImageError as error:
@@ -422,9 +432,27 @@ def _size(shape: Shape) -> str:
 def _decode(data: bytes) -> NDArray[Any] | None:
     """Decode with all channels and bits; None where OpenCV cannot."""
     try:
-        return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-    except cv2.error:
+        return decode_bgr(data, cv2.IMREAD_UNCHANGED)
+    except BadImageError:
         return None
+
+
+def _require_whole_jpeg(data: bytes) -> None:
+    """Refuse a JPEG whose image data end before the last row: decoders fill the rest with grey.
+
+    Only decoding tells, and OpenCV does not say it; without libvips nothing is refused.
+
+    Raises:
+        BadImageError: its image data end early.
+    """
+    vips = png_crop.library() if data.startswith(JPEG_START) else None
+    if vips is None:
+        return
+    try:
+        vips.Image.new_from_buffer(data, '', access='sequential', fail_on='warning').avg()
+    except vips.Error as error:
+        if 'premature end' in str(error).lower():
+            raise BadImageError('is damaged: its image data end before its last row') from None
 
 
 def _shape(pixels: NDArray[Any]) -> Shape:
@@ -498,7 +526,7 @@ class _LmdbFile:
         self._folder = target.partial
         self._made_from = target.made_from
         self._folder.mkdir()
-        self._meta_info = open(self._folder / f'{META_INFO}.partial', 'w', encoding='ascii')  # noqa: SIM115
+        self._meta_info = open(self._folder / f'{meta_info.NAME}.partial', 'w', encoding='ascii')  # noqa: SIM115
         self._environment = lmdb.open(str(self._folder), map_size=FIRST_MAP_BYTES, sync=False, lock=False)
         self._batch: list[_Image] = []
         self._batch_bytes = 0
@@ -528,9 +556,8 @@ class _LmdbFile:
                 self._environment.set_mapsize(2 * self._environment.info()['map_size'])
         for image in self._batch:
             shape = image.shape
-            self._meta_info.write(
-                f'{image.key}.png ({shape.height},{shape.width},{shape.channels}) {PNG_LEVEL}\n'
-            )
+            entry = meta_info.Entry(image.key, shape.height, shape.width, shape.channels, PNG_LEVEL)
+            self._meta_info.write(entry.line())
         self._images += len(self._batch)
         self._batch.clear()
         self._batch_bytes = 0
@@ -541,7 +568,7 @@ class _LmdbFile:
         self._environment.sync(True)
         self._environment.close()
         _sync_file(self._meta_info)
-        os.rename(self._meta_info.name, self._folder / META_INFO)
+        os.rename(self._meta_info.name, self._folder / meta_info.NAME)
         record = {
             'made_from': self._made_from,
             'images': self._images,
@@ -561,42 +588,64 @@ def _sync_file(file: TextIO) -> None:
     file.close()
 
 
-def _verify(places: Sequence[tuple[_Target, Path]], recoded: object, workers: int) -> list[str]:
-    """Decode every image of finished LMDBs; return what differs from `meta_info.txt` or from the files.
-
-    Bytes are compared with the files' unless the images were `recoded` (cropped or stored raw).
-    """
+def _verify(
+    places: Sequence[tuple[_Target, Path]], crop: CropGrid | None, raw: bool, workers: int
+) -> list[str]:
+    """Compare every image of finished LMDBs with its file and with `meta_info.txt`; return what differs."""
     problems: list[str] = []
     for target, folder in places:
-        sources = {pair.key: target.path_of(pair) for pair in target.split.pairs} if not recoded else {}
-        lines = (folder / META_INFO).read_text('ascii').splitlines()
-        with closing(lmdb.open(str(folder), readonly=True, lock=False, readahead=False)) as environment:
-            check = partial(_verify_image, environment, target.final.name, sources)
-            what = f'verifying {target.final.name}'
-            found = track(_in_order(check, lines, workers), what, len(lines))
-            problems += [problem for problem in found if problem]
-            if environment.stat()['entries'] != len(lines):
+        name = target.final.name
+        try:
+            entries = meta_info.read(folder)
+            environment = open_lmdb(folder)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        with closing(environment):
+            check = partial(_verify_pair, environment, entries, target, crop, raw)
+            pairs = target.split.pairs
+            found = track(_in_order(check, pairs, workers), f'verifying {name}', len(pairs))
+            counts = []
+            for number, faults in found:
+                counts.append(number)
+                problems += faults
+            if not environment.stat()['entries'] == len(entries) == sum(counts):
                 problems.append(f'{target.final}: its meta_info.txt does not list what it holds')
     return problems
 
 
-def _verify_image(
-    environment: lmdb.Environment, name: str, sources: dict[str, Path], line: str
-) -> str | None:
-    match = META_LINE.fullmatch(line)
-    if not match:
-        return f'{name}: its meta_info.txt has the line {line!r}'
-    key = match[1]
-    with environment.begin() as transaction:
-        data = transaction.get(key.encode('ascii'))
-    pixels = None if data is None else _decode(data)
-    where = sources.get(key, f'{name}, key {key}')
+def _verify_pair(
+    environment: lmdb.Environment,
+    entries: dict[str, meta_info.Entry],
+    target: _Target,
+    crop: CropGrid | None,
+    raw: bool,
+    pair: Pair,
+) -> tuple[int, list[str]]:
+    """How many images are stored of one file, and what is wrong with them."""
+    path, name = target.path_of(pair), target.final.name
+    image = _load(pair.key, path)
+    if isinstance(image, str):
+        return 1, [image]
+    pixels = _decode(image.data)
     if pixels is None:
-        return f'{where}: cannot be decoded'
-    if _shape(pixels) != Shape(*(int(number) for number in match.groups()[1:])):
-        return f'{where}: decodes to {_size(_shape(pixels))}, which is not what its header gives'
-    if key in sources:
-        image = _load(key, sources[key])
-        if isinstance(image, str) or image.data != data:
-            return f'{where}: differs from what is stored of it in {name}'
-    return None
+        return 1, [f'{path}: cannot be decoded']
+    parts = list(_cut(pair.key, pixels, crop)) if crop else [(pair.key, pixels)]
+    problems = []
+    for key, part in parts:
+        with environment.begin() as transaction:
+            stored = transaction.get(key.encode('ascii'))
+        entry = entries.get(key)
+        where = path if crop is None and not raw else f'{path}, key {key}'
+        if stored is None or entry is None:
+            problems.append(f'{where}: is missing in {name}')
+        elif (entry.height, entry.width, entry.channels) != astuple(_shape(part)):
+            problems.append(f'{where}: is {_size(_shape(part))}, which is not what {name} lists')
+        elif not (stored == image.data if where is path else _same_pixels(stored, part)):
+            problems.append(f'{where}: differs from what is stored of it in {name}')
+    return len(parts), problems
+
+
+def _same_pixels(stored: bytes, part: NDArray[Any]) -> bool:
+    decoded = _decode(stored)
+    return decoded is not None and decoded.dtype == part.dtype and np.array_equal(decoded, part)

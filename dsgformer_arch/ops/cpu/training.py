@@ -1,4 +1,4 @@
-"""The block on a CPU for training: `backward.cpp` computes Y and every gradient.
+"""The block on a CPU for training: `backward.h` computes Y and every gradient.
 
 Kept for the backward pass are X, W_p LN(X) and the c×c products Q Kᵀ;
 everything else is computed again, block of 8×8 pixels by block, where it stays
@@ -57,7 +57,7 @@ class _Training(ctypes.Structure):
 
 def takes(dtype: torch.dtype, channels: int, heads: int) -> bool:
     """Whether the kernel trains a block of C = `channels` on X of type `dtype`."""
-    return channels // heads % LANES == 0 and dtype in TYPES and _works(dtype)
+    return channels // heads % LANES == 0 and dtype in TYPES and works(dtype)
 
 
 def differentiable(x: Tensor, weights: Weights, recompute: bool = False) -> Tensor:
@@ -131,13 +131,18 @@ def _run(entry: str, settings: _Settings, tensors: Mapping[str, Tensor | None]) 
         top_k=ctypes.addressof(top_k),
         **{name: value.data_ptr() for name, value in tensors.items() if value is not None},
     )
-    function = getattr(build.library('backward.cpp'), f'train_{entry}_{str(x.dtype).removeprefix("torch.")}')
-    if function(ctypes.byref(call)):
+    enter(entry, x.dtype, call)
+
+
+def enter(entry: str, dtype: torch.dtype, call: ctypes.Structure) -> None:
+    """Call the entry point `train_<entry>_<dtype>`."""
+    library = build.library('backward_float64.cpp' if dtype == torch.float64 else 'backward.cpp')
+    if getattr(library, f'train_{entry}_{str(dtype).removeprefix("torch.")}')(ctypes.byref(call)):
         raise MemoryError('the memory for a training step of DSGA ran out')
 
 
 @lru_cache(maxsize=len(TYPES))
-def _works(dtype: torch.dtype) -> bool:
+def works(dtype: torch.dtype) -> bool:
     """Whether the kernel can be had, and gives on a small image what the eager form gives."""
     try:
         build.library('backward.cpp')

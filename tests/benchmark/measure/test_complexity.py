@@ -1,4 +1,4 @@
-"""Counts of multiply-adds, against counts made by hand and against those made on the releases."""
+"""MACs, against counts made by hand and against those of the official implementations."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dsgformer_arch import zoo
 from dsgformer_arch.benchmark.measure.complexity import count, multiply_adds
 from tests.small_systems import SMALL
 
-ON_RELEASES = {
+OFFICIAL = {
     'dsgformer': 55.5,
     'restormer': 154.9,
     'mprnet': 759.4,
@@ -20,14 +20,14 @@ ON_RELEASES = {
     'drsformer': 243.0,
     'mhnet': 126.1,
 }
-"""10⁹ multiply-adds at 256×256, counted on the authors' releases (DSGformer: its specification)."""
+"""GMACs at 256×256, counted on the official implementations (DSGformer: its specification)."""
 
 
 @pytest.mark.long
-@pytest.mark.parametrize('name', ON_RELEASES)
-def test_counts_agree_with_those_of_the_releases(name: str) -> None:
+@pytest.mark.parametrize('name', OFFICIAL)
+def test_counts_agree_with_those_of_the_official_implementations(name: str) -> None:
     total = count(name).published + zoo.get(name).release_excess
-    assert total / 1e9 == pytest.approx(ON_RELEASES[name], abs=0.051)
+    assert total / 1e9 == pytest.approx(OFFICIAL[name], abs=0.051)
 
 
 @pytest.mark.long
@@ -52,7 +52,7 @@ def dsgformer_by_hand(
         pixels = side**2
         convolutions += number * pixels * (4 * c * c + 9 * 4 * c + c * c)
         products += number * 2 * pixels * c * c // h
-        # Two transforms of each 8×8 block: 5/2 · 64 · log2(64) operations, half as many multiply-adds.
+        # Two transforms of each 8×8 block: 5/2 · 64 · log2(64) operations, half as many MACs.
         transforms += number * 2 * c * (pixels // 64) * 480
     for i in range(3):
         convolutions += 4 * (width << i) * (width << (i + 1)) * (size >> (i + 1)) ** 2  # down, 2×2

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from dsgformer_arch.benchmark.measure import pairs
+from dsgformer_arch.data.prepare.layouts import read_pairs
+from dsgformer_arch.data.prepare.lmdb_writer import create_lmdbs
 from dsgformer_arch.utils.errors import UserError
 from tests.trees import photograph, write_lmdb, write_pairs
 
@@ -116,3 +118,32 @@ def test_places_without_pairs(tmp_path: Path) -> None:
         save(tmp_path / 'both' / side / 'x.png')
     with pytest.raises(UserError, match='holds both blur/sharp and lq/gt'):
         pairs.find(str(tmp_path / 'both'), 'gopro')
+
+
+def test_raw_lmdbs(tmp_path: Path) -> None:
+    """What `tools/create_lmdb.py --raw` writes could not be scored (issue 10, item 15)."""
+    for seed, side in enumerate(('lq', 'gt')):
+        save(tmp_path / side / 'a.png', seed)
+    create_lmdbs([read_pairs(tmp_path, 'test')], tmp_path / 'out', 'pairs', raw=True, say=lambda line: None)
+    found = pairs.find(str(tmp_path / 'out' / 'test'), 'gopro')
+    assert len(found.check()) == 16
+    blurred, sharp = found.images('a')
+    np.testing.assert_array_equal(blurred, photograph(0, 20, 24)[..., ::-1])
+    np.testing.assert_array_equal(sharp, photograph(1, 20, 24)[..., ::-1])
+
+
+@pytest.mark.parametrize('key', ['/tmp/elsewhere', '../elsewhere', 'a/../../b'])
+def test_keys_that_lead_out_of_the_folder(key: str, tmp_path: Path) -> None:
+    """Restored images are saved under their keys."""
+    for side in ('lq', 'gt'):
+        write_lmdb(tmp_path / f'test_{side}.lmdb', {key: photograph(0, 20, 24)})
+    with pytest.raises(UserError, match='no relative path'):
+        pairs.find(str(tmp_path / 'test'), 'gopro')
+
+
+def test_truncated_lmdb(tmp_path: Path) -> None:
+    write_pairs(tmp_path, 'test', 2)
+    data = tmp_path / 'test_lq.lmdb' / 'data.mdb'
+    data.write_bytes(data.read_bytes()[:-4096])
+    with pytest.raises(UserError, match='truncated'):
+        pairs.find(str(tmp_path / 'test'), 'gopro')

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import json
 import os
 import resource
 import shutil
@@ -19,10 +20,13 @@ from basicsr.data.paired_image_dataset import PairedImageDataset
 from basicsr.utils.lmdb_util import make_lmdb_from_imgs
 from numpy.typing import NDArray
 
+from dsgformer_arch.data import png_crop
+from dsgformer_arch.data.image_files import raw_image
 from dsgformer_arch.data.prepare import lmdb_writer
-from dsgformer_arch.data.prepare.layouts import Split, read_pairs
+from dsgformer_arch.data.prepare.layouts import Pair, Split, read_pairs
 from dsgformer_arch.data.prepare.lmdb_writer import PARTIAL, RECORD, CropGrid, create_lmdbs
 from dsgformer_arch.utils.errors import UserError
+from tests.data.test_image_files import png_of_size
 
 Pixels = NDArray[Any]
 
@@ -298,6 +302,58 @@ def test_verify_compares_the_bytes_with_the_files(root: Path, monkeypatch: pytes
 
 
 # --- what stands there already ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    'how', [{'raw': True}, {'crop': CropGrid(8, 8)}, {'crop': CropGrid(8, 8), 'raw': True}]
+)
+def test_verify_compares_pixels(how: dict[str, Any], root: Path) -> None:
+    """One changed bit of a raw image or of a crop was not noticed (issue 15, item 19)."""
+    create(root, root / 'out', verify=True, **how)
+    folder = root / 'out' / 'train_lq.lmdb'
+    key = min(stored(folder))
+    size = (folder / 'data.mdb').stat().st_size
+    with lmdb.open(str(folder), map_size=2**30) as environment, environment.begin(write=True) as transaction:
+        pixels = decode(bytes(transaction.get(key.encode())))
+        pixels[3, 4, 1] ^= 1
+        value = raw_image(pixels) if how.get('raw') else cv2.imencode('.png', pixels)[1].tobytes()
+        transaction.put(key.encode(), value)
+    record = json.loads((folder / RECORD).read_text())
+    record['data_bytes'] = (folder / 'data.mdb').stat().st_size
+    assert record['data_bytes'] >= size
+    (folder / RECORD).write_text(json.dumps(record))
+    with pytest.raises(UserError, match='differs from what is stored'):
+        create(root, root / 'out', verify=True, **how)
+
+
+def test_jpegs_whose_data_end_early_are_refused(root: Path) -> None:
+    """Decoders fill the missing rows with grey and say nothing."""
+    if png_crop.library() is None:
+        pytest.skip('libvips, which notices it, is not installed')
+    path = root / 'lq' / '4.jpg'
+    data = path.read_bytes()
+    path.write_bytes(data[: 2 * len(data) // 3] + b'\xff\xd9')
+    assert decode(path.read_bytes()).shape == (20, 30, 3)
+    with pytest.raises(UserError, match=r'4\.jpg: is damaged: its image data end before its last row'):
+        create(root, root / 'out')
+    assert not (root / 'out').exists()
+
+
+def test_special_files_do_not_hang(root: Path) -> None:
+    (root / 'lq' / '0.png').unlink()
+    os.mkfifo(root / 'lq' / '0.png')
+    with pytest.raises(UserError, match=r'0\.png: is no ordinary file'):
+        create(root, root / 'out')
+
+
+def test_decompression_bombs_are_refused_unread(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoding 30000² pixels takes 5.8 GB."""
+    for side in ('lq', 'gt'):
+        (root / side / '0.png').write_bytes(png_of_size(30_000))
+    monkeypatch.setattr(cv2, 'imdecode', lambda *_: pytest.fail('an image was decoded'))
+    splits = [Split('train', [Pair('0', root / 'lq' / '0.png', root / 'gt' / '0.png')])]
+    with pytest.raises(UserError, match='30000x30000 pixels'):
+        create_lmdbs(splits, root / 'out', 'pairs', raw=True)
 
 
 def test_a_finished_lmdb_is_kept(root: Path, said: list[str]) -> None:

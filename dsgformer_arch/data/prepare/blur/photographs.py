@@ -121,12 +121,15 @@ class Photographs:
         preload: bool = True,
     ) -> None:
         self.files = image_files(roots, match)
-        how = reduction or Reduction()
-        self._kept: Kept[int] = Kept(
-            lambda index: reduce_photograph(read_image(self.files[index]), how, camera), memory
-        )
+        self.reduction = reduction or Reduction()
+        self.camera = camera
+        # No lambda: a data set has to be picklable to reach workers that are not forked.
+        self._kept: Kept[int] = Kept(self._read, memory)
         if preload:
             self._kept.fill(range(len(self.files)), 'reading photographs')
+
+    def _read(self, index: int) -> NDArray[np.uint16]:
+        return reduce_photograph(read_image(self.files[index]), self.reduction, self.camera)
 
     def __len__(self) -> int:
         return len(self.files)

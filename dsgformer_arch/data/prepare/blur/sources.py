@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import cv2
 import numpy as np
@@ -159,6 +160,10 @@ def part(image: NDArray[Any], region: Region) -> NDArray[Any]:
     return image[region.top : region.top + region.height, region.left : region.left + region.width]
 
 
+_opened: WeakValueDictionary[tuple[object, ...], Photographs] = WeakValueDictionary()
+"""Photographs in use, by what they were opened with: several sources of a mixture share them."""
+
+
 @dataclass
 class _Rendered(Source):
     """A source that renders photographs.
@@ -195,9 +200,10 @@ class _Rendered(Source):
             response(name)
 
     def prepare(self, preload: bool = True) -> None:
-        self.photographs = Photographs(
-            folders(self.root), self.match, self.reduction, self.camera, self.memory, preload
-        )
+        what = (tuple(folders(self.root)), self.match, self.reduction, self.camera, self.memory)
+        known = _opened.get(what)
+        self.photographs = known or Photographs(*what, preload)
+        _opened[what] = self.photographs
 
     def photograph(self, rng: np.random.Generator, number: int | None) -> tuple[NDArray[np.uint16], str]:
         """A photograph and its name; see `sample`."""

@@ -1,0 +1,205 @@
+"""What `dsgformer doctor` finds out: versions, BasicSR's fixes, kernels, devices."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any
+
+import torch
+
+import dsgformer_arch
+from dsgformer_arch import compat, zoo
+from dsgformer_arch.people import weights
+from dsgformer_arch.people.deblurrer import has_bf16
+from dsgformer_arch.restore import restore
+from dsgformer_arch.utils.memory import free_memory
+
+PACKAGES = (
+    *('torch', 'torchvision', 'triton', 'basicsr', 'spandrel', 'spandrel-extra-arches', 'numpy', 'pillow'),
+    *('pyvips', 'pyvips-binary', 'tifffile', 'opencv-python', 'av', 'gradio'),
+)
+"""Packages whose versions a bug report needs."""
+
+GOOD, WARNING, FAULT = 'ok', 'warning', 'fault'
+
+
+def examine() -> list[tuple[str, str, str]]:
+    """All findings, as (subject, `'ok'`, `'warning'` or `'fault'`, what was found)."""
+    return [
+        ('dsgformer', GOOD, dsgformer_arch.__version__),
+        ('Python', GOOD, f'{platform.python_version()} ({sys.executable})'),
+        ('system', GOOD, f'{platform.platform()}, {_cores()} cores'),
+        ('processor', GOOD, _processor()),
+        ('memory', GOOD, f'{free_memory(torch.device("cpu")) / 2**30:.1f} GiB free'),
+        *((name, *_version(name)) for name in PACKAGES),
+        *_fixes(),
+        ('compiler', *_compiler()),
+        *_kernels(),
+        (
+            'bfloat16 on the CPU',
+            GOOD,
+            'has instructions' if has_bf16(torch.device('cpu')) else 'no instructions',
+        ),
+        *_gpus(),
+        ('libvips', *_libvips()),
+        ('weights in the package', *_shipped()),
+        ('restoring a test image', *_trial()),
+    ]
+
+
+def as_text(findings: list[tuple[str, str, str]]) -> str:
+    """The findings, to be pasted into a bug report."""
+    width = max(len(subject) for subject, _, _ in findings)
+    lines = [
+        f'{"" if state == GOOD else state + ": ":<9}{subject:<{width}}  {found}'
+        for subject, state, found in findings
+    ]
+    return '\n'.join(['Paste this into a bug report:', '', '```', *lines, '```'])
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 0
+
+
+def _processor() -> str:
+    try:
+        with open('/proc/cpuinfo', encoding='utf-8', errors='replace') as file:
+            for line in file:
+                if line.startswith('model name'):
+                    name = line.partition(':')[2].strip()
+                    return f'{name} ({torch.backends.cpu.get_cpu_capability()})'
+    except OSError:
+        pass
+    return f'{platform.processor() or platform.machine()} ({torch.backends.cpu.get_cpu_capability()})'
+
+
+def _version(name: str) -> tuple[str, str]:
+    try:
+        return GOOD, metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return GOOD, 'not installed'
+
+
+def _fixes() -> list[tuple[str, str, str]]:
+    """Whether every fix of BasicSR can be applied; they are, since the package was imported."""
+    found = []
+    for fix in compat.REPAIRS:
+        error = _error_of(fix)
+        found.append((f'fix {fix.__name__}', FAULT if error else GOOD, error or 'applied or not needed'))
+    try:
+        importlib.import_module('basicsr')
+        found.append(('import basicsr', GOOD, 'works'))
+    except Exception as error:
+        found.append(('import basicsr', FAULT, _line(error)))
+    return found
+
+
+def _error_of(call: Callable[[], None]) -> str:
+    """What a call raises, in one line; empty where it works."""
+    try:
+        call()
+    except Exception as error:
+        return _line(error)
+    return ''
+
+
+def _compiler() -> tuple[str, str]:
+    for command in filter(None, (os.environ.get('CXX'), 'c++', 'g++', 'clang++')):
+        path = shutil.which(command.split()[0])
+        if path:
+            done = subprocess.run([path, '--version'], capture_output=True, check=False, timeout=30)
+            first = done.stdout.decode('utf-8', 'replace').splitlines()
+            return GOOD, f'{path}: {first[0] if first else "does not tell its version"}'
+    return WARNING, 'no C++ compiler: the CPU runs the eager form, 4 to 5 times slower; install g++'
+
+
+def _kernels() -> list[tuple[str, str, str]]:
+    """Whether the compiled kernels are built and passed their self-test."""
+    try:
+        status: Any = importlib.import_module('dsgformer_arch.ops.status').status()
+    except ModuleNotFoundError:
+        from dsgformer_arch.ops.cpu import binding
+
+        tests = {
+            str(kind).removeprefix('torch.'): 'passed' if binding.works(kind) else 'failed or not built'
+            for kind in (torch.float32, torch.bfloat16)
+        }
+        return [_kernel(kind, verdict) for kind, verdict in tests.items()]
+    return [
+        *(_kernel(kind, verdict) for kind, verdict in status.self_tests.items()),
+        ('cache of kernels', GOOD, str(status.cache_folder or 'none: each process compiles its own')),
+        ('Triton', GOOD, 'installed' if status.triton else 'not installed'),
+    ]
+
+
+def _kernel(kind: str, verdict: str) -> tuple[str, str, str]:
+    # Many CPUs lack bfloat16: the eager form is right there.
+    needed = kind == 'float32' or has_bf16(torch.device('cpu'))
+    return f'CPU kernel, {kind}', GOOD if verdict == 'passed' or not needed else WARNING, verdict
+
+
+def _gpus() -> list[tuple[str, str, str]]:
+    if torch.backends.mps.is_available():
+        return [('GPU', GOOD, 'Metal (mps)')]
+    if not torch.cuda.is_available():
+        built = (
+            f'PyTorch is built for CUDA {torch.version.cuda}'
+            if torch.version.cuda
+            else 'PyTorch is built without CUDA'
+        )
+        return [('GPU', GOOD, f'none that PyTorch can use; {built}')]
+    found = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        bf16 = 'bfloat16' if has_bf16(torch.device('cuda', index)) else 'no bfloat16'
+        found.append(
+            (
+                f'GPU {index}',
+                GOOD,
+                f'{properties.name}, {properties.total_memory / 2**30:.0f} GiB, compute capability '
+                f'{properties.major}.{properties.minor}, {bf16}, CUDA {torch.version.cuda}',
+            )
+        )
+    return found
+
+
+def _libvips() -> tuple[str, str]:
+    try:
+        import pyvips
+    except (ImportError, OSError) as error:
+        return FAULT, f'{_line(error)}; TIFF and 16-bit PNG cannot be read'
+    return GOOD, '.'.join(str(pyvips.version(i)) for i in range(3))
+
+
+def _shipped() -> tuple[str, str]:
+    names = [name for name in zoo.names() if weights.ships(name)]
+    return (GOOD, ', '.join(names)) if names else (WARNING, 'none; `dsgformer deblur` needs --weights FILE')
+
+
+def _trial() -> tuple[str, str]:
+    """Restore a small image with the default system; its weights do not matter."""
+    name = weights.DEFAULT_MODEL
+    try:
+        network = zoo.create(name).eval()
+        image = torch.rand(1, 3, 128, 128)
+        restore(network, image)
+        begun = time.perf_counter()
+        restored = restore(network, image)
+        seconds = time.perf_counter() - begun
+    except Exception as error:
+        return FAULT, f'{name}: {_line(error)}'
+    if not torch.isfinite(restored).all():
+        return FAULT, f'{name} returns values that are not finite'
+    return GOOD, f'{name}, 128×128 in {1000 * seconds:.0f} ms on {torch.get_num_threads()} threads'
+
+
+def _line(error: BaseException) -> str:
+    return f'{type(error).__name__}: {" ".join(str(error).split())[:160]}'

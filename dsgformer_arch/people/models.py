@@ -1,0 +1,151 @@
+"""What `dsgformer models` and `dsgformer info` tell: the systems, their weights, and files of them."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+from dsgformer_arch import zoo
+from dsgformer_arch.people import official_weights, weights
+from dsgformer_arch.utils.errors import UserError
+from dsgformer_arch.zoo.checkpoint import read_checkpoint
+
+GIGA_MACS = {
+    'dsgformer': 55.5,
+    'dsgformer_s': 5.0,
+    'dsgformer_t': 2.7,
+    'dsgformer_h': 0.8,
+    'mhnet': 125.8,
+    'mprnet': 759.4,
+    'restormer': 154.9,
+    'stripformer': 154.7,
+    'convir_s': 38.8,
+    'convir_b': 67.7,
+    'convir_l': 125.7,
+    'mb_taylorformer_v2_b': 38.1,
+    'mb_taylorformer_v2_l': 86.2,
+    'mb_taylorformer_v2_xl': 130.7,
+    'nafnet32': 16.0,
+    'nafnet64': 63.1,
+    'drsformer': 229.4,
+    'fftformer': 131.4,
+    'ipt': 13089.9,
+}
+"""10⁹ MACs at 256×256 as `benchmark.measure.complexity` counts them, which takes a minute for all."""
+
+
+def table() -> list[dict[str, Any]]:
+    """One dict for each system: name, task, parameters, GMACs (None if not known), reported, weights, paper.
+
+    `reported` are dicts of dataset, psnr and ssim.  `weights` are dicts of name, state (`'in the package'`,
+    `'downloaded'`, `'can be downloaded'` or `'by hand'`) and page.
+    """
+    rows = []
+    for name in zoo.names():
+        system = zoo.get(name)
+        rows.append(
+            {
+                'name': name,
+                'task': system.task,
+                'parameters': system.parameters,
+                'giga_macs': GIGA_MACS.get(name),
+                'paper': ' '.join(part for part in (system.authors, system.venue, str(system.year)) if part),
+                'licence': system.licence,
+                'reported': [
+                    {'dataset': one.dataset, 'psnr': one.psnr, 'ssim': one.ssim} for one in system.reported
+                ],
+                'weights': _weights(name),
+            }
+        )
+    return rows
+
+
+def _weights(name: str) -> list[dict[str, str]]:
+    found = []
+    if weights.ships(name):
+        found.append({'name': name, 'state': 'in the package', 'page': ''})
+    for entry in official_weights.TABLE:
+        if entry.system == name:
+            state = (
+                'downloaded'
+                if official_weights.cached(entry)
+                else 'can be downloaded'
+                if entry.url
+                else 'by hand'
+            )
+            found.append({'name': entry.key, 'state': state, 'page': entry.page})
+    return found
+
+
+def as_text(rows: list[dict[str, Any]]) -> str:
+    """The table for a terminal."""
+    titles = ('system', 'task', 'parameters', 'GMACs at 256×256', 'reported on GoPro', 'weights')
+    cells = [titles]
+    for row in rows:
+        gopro = next((one for one in row['reported'] if one['dataset'] == 'GoPro'), None)
+        told = '' if gopro is None else f'{gopro["psnr"]:.2f} dB'
+        if gopro is not None and gopro['ssim'] is not None:
+            told += f', {gopro["ssim"]:.3f}'
+        states = ', '.join(
+            f'{one["name"].partition("/")[2] or "default"}: {one["state"]}' for one in row['weights']
+        )
+        macs = '' if row['giga_macs'] is None else f'{row["giga_macs"]:g}'
+        cells.append(
+            (row['name'], row['task'], f'{row["parameters"] / 1e6:.2f} M', macs, told, states or 'none known')
+        )
+    widths = [max(len(line[i]) for line in cells) for i in range(len(titles) - 1)]
+    lines = []
+    for line in cells:
+        padded = [
+            text.rjust(width) if i in (2, 3) else text.ljust(width)
+            for i, (text, width) in enumerate(zip(line, widths, strict=False))
+        ]
+        lines.append('  '.join([*padded, line[-1]]).rstrip())
+    return '\n'.join(lines)
+
+
+def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a file is: an image, a video or a checkpoint.
+
+    Raises:
+        UserError: it is missing, or none of these.
+    """
+    from dsgformer_arch.people.images import open_image, sniff
+    from dsgformer_arch.people.jobs import VIDEOS
+
+    file = os.fspath(path)
+    if not os.path.isfile(file):
+        raise UserError(f'{file}: there is no such file')
+    size = os.path.getsize(file)
+    with open(file, 'rb') as stream:
+        head = stream.read(64)
+    found: dict[str, Any] = {'file': file, 'bytes': size}
+    if sniff(head) is not None:
+        picture = open_image(file)
+        height, width = picture.size
+        return found | {
+            'kind': 'image',
+            'format': picture.format,
+            'width': width,
+            'height': height,
+            'channels': {1: 'grey', 2: 'grey and alpha', 3: 'RGB', 4: 'RGB and alpha'}[picture.channels],
+            'bits': picture.dtype.itemsize * 8,
+            'icc profile': picture.metadata.icc is not None,
+            'exif': picture.metadata.exif is not None,
+            'notes': picture.notes,
+        }
+    if os.path.splitext(file)[1].lower() in VIDEOS:
+        from dsgformer_arch.people.video import describe_video
+
+        return found | describe_video(file)
+    checkpoint = read_checkpoint(file)
+    name, settings = zoo.identify(checkpoint.state)
+    told = checkpoint.metadata.get('system')
+    return found | {
+        'kind': 'weights',
+        'system': told or name,
+        'settings': settings,
+        'parameters': sum(math.prod(tensor.shape) for tensor in checkpoint.state.values()),
+        'types': sorted({str(tensor.dtype).removeprefix('torch.') for tensor in checkpoint.state.values()}),
+    }
