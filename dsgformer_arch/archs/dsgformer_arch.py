@@ -32,13 +32,12 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from dsgformer_arch import ops
 from dsgformer_arch.archs.layers.network import RestorationNetwork
@@ -183,6 +182,15 @@ class DSGA(nn.Module):
             Y = X.
     """
 
+    kinds: ClassVar[Mapping[str, type[nn.Module]]] = {
+        'norm': LayerNorm,
+        'project_in': nn.Conv2d,
+        'depthwise': nn.Conv2d,
+        'attention': DTSAS,
+        'project_out': nn.Conv2d,
+    }
+    """Classes of the children, besides the gate's: with others the modules are called one by one."""
+
     def __init__(
         self,
         channels: int,
@@ -198,6 +206,7 @@ class DSGA(nn.Module):
     ) -> None:
         super().__init__()
         self.recompute = recompute
+        self.gate_kind: type[nn.Module] = {'dfgb': DFGB, 'gelu': nn.GELU, 'simplegate': nn.Identity}[gate]
         self.norm = LayerNorm(channels)
         self.project_in = nn.Conv2d(channels, 4 * channels, 1, bias=False)
         self.depthwise = nn.Conv2d(4 * channels, 4 * channels, 3, padding=1, groups=4 * channels, bias=False)
@@ -208,11 +217,7 @@ class DSGA(nn.Module):
             nn.init.zeros_(self.project_out.weight)
 
     def forward(self, X: Tensor) -> Tensor:
-        if ops.fast(X):
-            return ops.block.forward(self, X)
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self.literal, X, use_reentrant=False)
-        return self.literal(X)
+        return ops.block.forward(self, X)
 
     def literal(self, X: Tensor) -> Tensor:
         """The block as the paper writes it; what every faster form must equal."""
@@ -319,9 +324,7 @@ class DSGformer(RestorationNetwork):
         if ops.fast(x):
             x = x.contiguous(memory_format=torch.channels_last)
         D = self.decode(self.encode(x))
-        # The kernel of ops.resampling.tail is made for three channels.
-        S = ops.resampling.tail(self.tail, D, x) if self.patch == 1 else self.tail(D) + x
-        S = F.pixel_shuffle(S, self.patch)
+        S = F.pixel_shuffle(ops.resampling.tail(self.tail, D, x), self.patch)
         if not torch.compiler.is_compiling():
             ops.memory.kept.trim()
         return S

@@ -1,19 +1,28 @@
-"""Chooses the implementation of the block that runs."""
+"""Chooses the implementation of the block for each call; `resampling.py` does so for the other steps.
+
+| implementation | when |
+|---|---|
+| reference: the modules, called one by one | `'plain'`; a child with hooks, an adapter or another class than the network gave it; function transforms; tensors that are not plain ones of one device |
+| operator `dsgformer::block` | the paper's switches; a CPU without gradients, or a GPU in bfloat16 or float16 |
+| kernels with gradients | training on a CPU in float32 or bfloat16 |
+| eager: whole tensors, or strips of rows | everything else: export, float64, variants of the ablation |
+"""  # noqa: E501
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
-from types import ModuleType
-from typing import TYPE_CHECKING, Literal
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.utils.checkpoint import checkpoint
 
-from dsgformer_arch.ops import eager
+from dsgformer_arch.ops import eager, library
 from dsgformer_arch.ops.cpu import binding, training
 
 if TYPE_CHECKING:
@@ -21,145 +30,264 @@ if TYPE_CHECKING:
 
 Path = Literal['fast', 'eager', 'plain']
 
-_forced: Path | None = None
+_forced: ContextVar[Path | None] = ContextVar('_forced', default=None)
 
 
 def path() -> Path:
-    """The form of the block that runs now.
+    """The implementations that may run now.
 
-    `'fast'` picks the fastest that suits the call.  `'eager'`
-    (`DSGFORMER_EAGER=1`) does the same without compiling anything.  `'plain'`
-    (`DSGFORMER_PLAIN=1`) is the literal one.
+    `'fast'`: all; the fastest that suits a call is taken.  `'eager'` (`DSGFORMER_EAGER=1`): the same without
+    compiled kernels.  `'plain'` (`DSGFORMER_PLAIN=1`): the reference implementation only.
     """
-    if _forced is not None:
-        return _forced
+    forced = _forced_path()
+    if forced is not None:
+        return forced
     if _set('DSGFORMER_PLAIN'):
         return 'plain'
     return 'eager' if _set('DSGFORMER_EAGER') else 'fast'
 
 
-def compiled_forms_take(x: Tensor) -> bool:
-    """Whether a kernel may run on `x`: the path allows it, and x holds numbers of its own.
-
-    Under a dispatch mode (fake tensors, counting of operations) tensors hold none or must be seen.
-    """
-    return path() == 'fast' and type(x) is Tensor and not is_in_torch_dispatch_mode()
+@torch.compiler.assume_constant_result  # a compiled network keeps what was chosen when it was compiled
+def _forced_path() -> Path | None:
+    return _forced.get()
 
 
 @contextmanager
 def use(chosen: Path) -> Iterator[None]:
-    """Run one form within a `with` statement, whatever the environment says."""
-    global _forced
-    before, _forced = _forced, chosen
+    """Run one implementation within a `with` statement and this thread, whatever the environment says."""
+    token = _forced.set(chosen)
     try:
         yield
     finally:
-        _forced = before
+        _forced.reset(token)
 
 
 def _set(name: str) -> bool:
     return os.environ.get(name, '0') not in ('', '0')
 
 
-def fast(X: Tensor) -> bool:
-    """Whether a fast form of the block runs for X of shape (N, C, H, W)."""
-    return path() != 'plain' and X.is_floating_point() and not X.is_meta
+def fast(x: Tensor) -> bool:
+    """Whether another than the reference implementation may run for an image or a feature map x.
 
-
-def computes_in(x: Tensor, *widths: int) -> torch.dtype | None:
-    """The type in which the kernel takes products of `x` of such widths: autocast's, or that of x.
-
-    Returns:
-        None where the kernel cannot run: it takes numbers on a CPU, without gradients.
+    Function transforms (`vmap`, `func.grad`, `jvp`) and forward-mode differentiation take the reference.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return None
-    if x.device.type != 'cpu' or any(width % binding.LANES for width in widths) or not compiled_forms_take(x):
-        return None
-    dtype = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else x.dtype
-    return dtype if dtype in binding.TYPES and binding.works(dtype) else None
-
-
-def steps_train_in(x: Tensor, *widths: int) -> torch.dtype | None:
-    """As `computes_in`, for the kernels that train the steps outside the levels."""
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return None
-    if x.device.type != 'cpu' or any(width % binding.LANES for width in widths) or not compiled_forms_take(x):
-        return None
-    dtype = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else x.dtype
-    return dtype if dtype in binding.TYPES and binding.works(dtype) and training.works(dtype) else None
-
-
-def trains_in(X: Tensor, heads: int) -> torch.dtype | None:
-    """As `computes_in`, for the kernel that trains: takes X of shape (N, C, H, W) and the number of heads."""
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return None
-    if X.device.type != 'cpu' or not X.numel() or not compiled_forms_take(X):
-        return None
-    dtype = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else X.dtype
-    return dtype if training.takes(dtype, X.shape[1], heads) else None
+    return (
+        path() != 'plain'
+        and is_plain(x)
+        and x.ndim == 4
+        and x.numel() > 0
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+    )
 
 
 def forward(block: DSGA, X: Tensor) -> Tensor:
-    """Y of the block, by the form that suits the call.
+    """Y of the block, by the implementation that suits the call.
 
     Under autocast the parameters and X are cast once, here; the sum with X
-    keeps the type of X where that is the wider, as in the literal form.
+    keeps the type of X where that is the wider, as in the reference.
 
     Args:
         block: the block whose parameters are used.
         X: (N, C, H, W), channels-last for speed.
 
     Returns:
-        (N, C, H, W), channels-last.
+        (N, C, H, W), channels-last unless the reference ran.
     """
-    if computes_in(X, X.shape[1] // block.attention.heads) == X.dtype:
-        y = binding.restored(X.permute(0, 2, 3, 1).contiguous(), eager.Weights.of(block, torch.float32))
-        return y.permute(0, 3, 1, 2)
-    if trains_in(X, block.attention.heads) == X.dtype:
+    if not fast(X) or not _as_built(block, X):
+        if block.recompute and torch.is_grad_enabled():
+            return cast(Tensor, checkpoint(block.literal, X, use_reentrant=False))
+        return block.literal(X)
+    dtype = computing_dtype(X)
+    residual = X.permute(0, 2, 3, 1).contiguous()
+    if _operator_takes(block, X, dtype):
+        y, _ = library.block(
+            residual,
+            block.norm.weight,
+            block.norm.bias,
+            block.project_in.weight,
+            block.depthwise.weight,
+            block.project_out.weight,
+            block.attention.temperature,
+            block.attention.weights,
+            block.gate.mask,
+            block.attention.heads,
+            block.attention.top_k,
+            dtype,
+        )
+        return cast(Tensor, y).permute(0, 3, 1, 2)
+    if (
+        dtype == X.dtype
+        and _is_trained_on_cpu(X)
+        and training.takes(dtype, X.shape[1], block.attention.heads)
+    ):
         recompute = block.recompute or X.nbytes > eager.KEPT_BYTES['cpu']
         weights = eager.Weights.of(block, torch.float32)
-        y = training.differentiable(X.permute(0, 2, 3, 1).contiguous(), weights, recompute)
-        return y.permute(0, 3, 1, 2)
-    device = X.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else X.dtype
-    with torch.autocast(device, enabled=False):
+        return training.differentiable(residual, weights, recompute).permute(0, 3, 1, 2)
+    with torch.autocast(X.device.type, enabled=False):
         weights = eager.Weights.of(block, dtype)
-        residual = X.permute(0, 2, 3, 1).contiguous()
         x = residual.to(dtype)
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            y = eager.whole(x, residual, weights)
-        elif (triton := _triton(x, weights)) is not None:
-            if torch.is_grad_enabled():
-                y = eager.without_activations(triton.restored, residual, weights)
+        if torch.is_grad_enabled():
+            if not block.recompute and x.nbytes <= eager.KEPT_BYTES.get(X.device.type, 0):
+                y = eager.whole(x, residual, weights)
             else:
-                y = triton.restored(x, residual, weights)
-        elif torch.is_grad_enabled():
-            keep = not block.recompute and x.nbytes <= eager.KEPT_BYTES.get(device, 0)
-            y = (
-                eager.whole(x, residual, weights)
-                if keep
-                else eager.recomputing(x, residual, weights, block.recompute)
-            )
-        elif eager.strip_rows(x) >= x.shape[1]:
+                y = eager.recomputing(x, residual, weights, block.recompute)
+        elif _is_traced() or eager.strip_rows(x) >= x.shape[1]:
             y = eager.whole(x, residual, weights)
         else:
             y = eager.in_strips(x, residual, weights)
         return y.permute(0, 3, 1, 2)
 
 
-def _triton(x: Tensor, weights: eager.Weights) -> ModuleType | None:
-    """The kernels for a GPU, where they take x."""
-    if x.device.type != 'cuda' or not compiled_forms_take(x):
-        return None
-    kernels = _triton_kernels()
-    return kernels if kernels is not None and kernels.suits(x, weights) else None
+def _operator_takes(block: DSGA, X: Tensor, dtype: torch.dtype) -> bool:
+    """Whether `dsgformer::block` computes the block: a kernel takes it, and its result can be used."""
+    attention = block.attention
+    if path() != 'fast' or _is_traced():
+        return False
+    if attention.score != 'relu2' or not attention.top_k or not hasattr(block.gate, 'mask'):
+        return False
+    if X.device.type == 'cpu':
+        width = X.shape[1] // attention.heads
+        return not torch.is_grad_enabled() and dtype == X.dtype and binding.takes(dtype, width)
+    if X.device.type == 'cuda' and (kernels := library.triton_kernels()) is not None:
+        return bool(kernels.takes(X.device, dtype, X.shape[1], attention.heads))
+    return False
 
 
-@lru_cache(maxsize=1)
-def _triton_kernels() -> ModuleType | None:
-    try:
-        from dsgformer_arch.ops import gpu
-    except ImportError:  # of Triton, which PyTorch brings for Linux and NVIDIA's GPUs
+def _is_trained_on_cpu(x: Tensor) -> bool:
+    """Whether the kernels that train may run: they are no operators, and take tensors with values."""
+    return (
+        torch.is_grad_enabled()
+        and x.device.type == 'cpu'
+        and path() == 'fast'
+        and not (torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode())
+        and not x.is_neg()
+    )
+
+
+def trains_step(conv: nn.Conv2d, x: Tensor, shape: tuple[int, ...], *widths: int) -> torch.dtype | None:
+    """The type in which kernels train a step outside the levels; None where its modules are called.
+
+    Args:
+        conv: the step's convolution.
+        x: its input, (N, C, H, W).
+        shape: what its weight has to be.
+        widths: what has to be a multiple of the kernels' vectors.
+    """
+    if not fast(x) or not _is_trained_on_cpu(x) or not is_untouched(conv, nn.Conv2d):
         return None
-    return gpu
+    parameters = (
+        [(conv.weight, shape)] if conv.bias is None else [(conv.weight, shape), (conv.bias, shape[:1])]
+    )
+    if conv.groups != 1 or conv.dilation != (1, 1) or conv.padding_mode != 'zeros':
+        return None
+    if not all(suits(parameter, size, x) for parameter, size in parameters):
+        return None
+    dtype = computing_dtype(x)
+    return dtype if binding.takes(dtype, *widths) and training.works(dtype).passed else None
+
+
+def _is_traced() -> bool:
+    """Whether a program is recorded that has to run without this package, by PyTorch's operators alone."""
+    return torch.jit.is_tracing() or _is_exporting()
+
+
+_is_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)  # new in torch 2.7
+
+
+def computing_dtype(x: Tensor) -> torch.dtype:
+    """The type of products with x: autocast's, which leaves float64 alone, or that of x."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether `module` is exactly a `kind`, and calling it would do nothing but its `forward`.
+
+    Adapters, parametrizations, pruning, weight normalization, sharding and quantization show here.
+    """
+    return (
+        type(module) is kind
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+        and 'forward' not in vars(module)
+    )
+
+
+def _is_convolution(conv: nn.Module, channels_in: int, channels_out: int, side: int, groups: int = 1) -> bool:
+    """Whether `conv` is an untouched convolution without bias, of stride 1, that keeps height and width."""
+    return (
+        is_untouched(conv, nn.Conv2d)
+        and (conv.in_channels, conv.out_channels, conv.groups) == (channels_in, channels_out, groups)
+        and conv.kernel_size == (side, side)
+        and conv.padding == (side // 2, side // 2)
+        and conv.stride == (1, 1)
+        and conv.dilation == (1, 1)
+        and (conv.padding_mode == 'zeros' or side == 1)
+        and conv.bias is None
+    )
+
+
+def _as_built(block: DSGA, X: Tensor) -> bool:
+    """Whether the children and the parameters of `block` are those that it was built with, and fit X."""
+    C, heads = X.shape[1], block.attention.heads
+    kinds = block.kinds
+    gate = block.gate
+    if not all(is_untouched(getattr(block, name), kind) for name, kind in kinds.items()):
+        return False
+    if not (is_untouched(gate, block.gate_kind) and getattr(gate, 'approximate', 'none') == 'none'):
+        return False
+    if torch.nn.modules.module._has_any_global_hook() or C % heads:
+        return False
+    if not (
+        _is_convolution(block.project_in, C, 4 * C, 1)
+        and _is_convolution(block.depthwise, 4 * C, 4 * C, 3, 4 * C)
+        and _is_convolution(block.project_out, C, C, 1)
+    ):
+        return False
+    attention = block.attention
+    parameters: list[tuple[Any, tuple[int, ...]]] = [
+        (block.norm.weight, (C,)),
+        (block.norm.bias, (C,)),
+        (block.project_in.weight, (4 * C, C, 1, 1)),
+        (block.depthwise.weight, (4 * C, 1, 3, 3)),
+        (block.project_out.weight, (C, C, 1, 1)),
+        (attention.temperature, (heads, 1, 1)),
+    ]
+    if attention.top_k:
+        parameters.append((attention.weights, (len(attention.top_k),)))
+    if hasattr(gate, 'mask'):
+        parameters.append((gate.mask, (C, 8, 5)))
+    for parameter, _ in parameters:
+        if parameter.device != X.device and _is_dense(parameter):
+            # PyTorch's convolution reads a CPU's image with the weights of the meta device without an error.
+            raise RuntimeError(
+                'Expected all tensors to be on the same device, but the parameters of DSGA are on '
+                f'{parameter.device} and its input is on {X.device}'
+            )
+    return all(suits(parameter, shape, X) for parameter, shape in parameters)
+
+
+def _is_dense(x: Tensor) -> bool:
+    """Whether x is of no subclass: not fake, sharded or quantized."""
+    return type(x) in (Tensor, nn.Parameter) and x.layout == torch.strided
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether x is a dense tensor of floating-point numbers, with values."""
+    return _is_dense(x) and x.is_floating_point() and not x.is_meta
+
+
+def suits(parameter: Any, shape: tuple[int, ...], X: Tensor) -> bool:
+    """Whether a parameter is a plain tensor of `shape`, on the device of X, of its type or autocast."""
+    return (
+        isinstance(parameter, Tensor)
+        and is_plain(parameter)
+        and parameter.shape == shape
+        and parameter.device == X.device
+        and (parameter.dtype == X.dtype or torch.is_autocast_enabled(X.device.type))
+    )

@@ -13,12 +13,14 @@ which leaves their mean.
 
 from __future__ import annotations
 
-import math
-from functools import lru_cache
-
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from dsgformer_arch.ops.isolation import in_new_thread
 
 BLOCK = 8
 
@@ -35,48 +37,53 @@ def _frequencies() -> list[tuple[int, int, bool]]:
     return rows
 
 
-def _basis() -> Tensor:
-    position = torch.arange(BLOCK, dtype=torch.float64)
+def _basis() -> NDArray[np.float64]:
+    position = np.arange(BLOCK)
     rows = []
     for u, v, sine in _frequencies():
-        phase = 2 * math.pi / BLOCK * (u * position[:, None] + v * position)
-        row = (phase.sin() if sine else phase.cos()).flatten()
-        rows.append(row / row.norm())
-    return torch.stack(rows)
+        phase = 2 * np.pi / BLOCK * (u * position[:, None] + v * position)
+        row = (np.sin(phase) if sine else np.cos(phase)).flatten()
+        rows.append(row / np.linalg.norm(row))
+    return np.stack(rows)
 
 
-def _spread() -> Tensor:
+def _spread() -> NDArray[np.float64]:
     half = BLOCK // 2 + 1
-    spread = torch.zeros(BLOCK, half, BLOCK * BLOCK, dtype=torch.float64)
+    spread = np.zeros((BLOCK, half, BLOCK * BLOCK))
     for column, (u, v, _) in enumerate(_frequencies()):
         spread[u, v, column] += 0.5
         spread[-u % BLOCK if v in (0, BLOCK // 2) else u, v, column] += 0.5
-    return spread.flatten(0, 1)
+    return spread.reshape(-1, BLOCK * BLOCK)
 
 
-with torch.inference_mode(False):  # a tensor of inference mode could not be used in training
-    _BASIS, _SPREAD = _basis(), _spread()
+_ARRAYS = {'basis': _basis(), 'spread': _spread()}
+
+# In a thread of its own, as this module may be imported under a mode that makes tensors without values.
+_TENSORS = in_new_thread(lambda: {name: torch.from_numpy(value) for name, value in _ARRAYS.items()})
+
+_CONVERTED: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
 
 
-def _constant(value: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    # A compiler folds the conversion of a constant by itself.
-    return value.to(device, dtype) if torch.compiler.is_compiling() else _converted(value, dtype, device)
-
-
-@lru_cache(maxsize=16)
-def _converted(value: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return value.to(device, dtype)
+def _constant(name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if is_in_torch_dispatch_mode():  # which may give a tensor without values: it must not be kept
+        return torch.tensor(_ARRAYS[name], dtype=dtype, device=device)
+    if torch.compiler.is_compiling():  # which folds the conversion by itself
+        return _TENSORS[name].to(device, dtype)
+    key = (name, dtype, device)
+    if key not in _CONVERTED:
+        with torch.inference_mode(False):  # a tensor of inference mode could not be used in training
+            _CONVERTED[key] = _TENSORS[name].to(device, dtype)
+    return _CONVERTED[key]
 
 
 def basis(dtype: torch.dtype, device: torch.device) -> Tensor:
     """B, (64, 64): a frequency a row, a pixel of the block (row by row) a column."""
-    return _constant(_BASIS, dtype, device)
+    return _constant('basis', dtype, device)
 
 
 def diagonal(mask: Tensor) -> Tensor:
     """m of M: (C, 8, 5) to (64, C)."""
-    return (mask.flatten(1) @ _constant(_SPREAD, mask.dtype, mask.device)).t()
+    return (mask.flatten(1) @ _constant('spread', mask.dtype, mask.device)).t()
 
 
 def filtered(U: Tensor, mask: Tensor) -> Tensor:

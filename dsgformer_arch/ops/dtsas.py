@@ -36,7 +36,9 @@ def scores(gram: Tensor, q_squares: Tensor, k_squares: Tensor, temperature: Tens
     return gram / q_norm / k_norm / temperature
 
 
-def sparse_map(A: Tensor, weights: Tensor | None, top_k: Sequence[int], score: str) -> Tensor:
+def sparse_map(
+    A: Tensor, weights: Tensor | None, top_k: Sequence[int], score: str, ranked_by: Tensor | None = None
+) -> Tensor:
     """Σ_n W_n φ(T_{k_n}(A)), equal to `DTSAS.attend` (ties at a threshold are all kept).
 
     Args:
@@ -44,6 +46,8 @@ def sparse_map(A: Tensor, weights: Tensor | None, top_k: Sequence[int], score: s
         weights: W_n, (N,); None for the dense map of MDTA.
         top_k: k_n, increasing; empty for the dense map.
         score: φ: `'relu2'`, `'relu'` or `'softmax'` (over the kept entries).
+        ranked_by: scores that decide which entries T_k keeps; by default A.  A backward pass gives those of
+            its forward pass, as rounding could decide otherwise between near ties.
 
     Returns:
         The map, of the shape of A.
@@ -54,10 +58,11 @@ def sparse_map(A: Tensor, weights: Tensor | None, top_k: Sequence[int], score: s
         positive = A.relu().square() if score == 'relu2' else A.relu()
     if weights is None or not top_k:
         return positive / positive.sum(dim=-1, keepdim=True) if score == 'softmax' else positive
-    ranked = A.detach().topk(top_k[-1], dim=-1).values
+    order = A.detach() if ranked_by is None else ranked_by
+    ranked = order.topk(top_k[-1], dim=-1).values
     step = torch.zeros_like(A)
     for W_n, k_n in zip(weights.unbind(), top_k, strict=True):
-        kept = (ranked[..., k_n - 1 : k_n] <= A).to(A.dtype)
+        kept = (ranked[..., k_n - 1 : k_n] <= order).to(A.dtype)
         if score == 'softmax':
             kept = kept / (kept * positive).sum(dim=-1, keepdim=True)
         step = step + W_n * kept

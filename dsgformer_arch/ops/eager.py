@@ -14,14 +14,13 @@ Two implementations of the same arithmetic:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from dsgformer_arch.ops import dfgb, dtsas
@@ -74,22 +73,35 @@ class Weights:
     def of(cls, block: DSGA, dtype: torch.dtype) -> Weights:
         """The parameters of `block` cast to `dtype`, differentiably."""
         attention = block.attention
-        wide = _wide(dtype)
         mask = getattr(block.gate, 'mask', None)
-        mask = mask.to(wide) if isinstance(mask, Tensor) else None
         return cls(
-            block.norm.weight.to(wide),
-            block.norm.bias.to(wide),
-            block.project_in.weight.flatten(1).to(dtype),
-            block.depthwise.weight.to(dtype),
-            block.project_out.weight.flatten(1).to(dtype),
-            attention.temperature.to(wide),
-            attention.weights.to(wide) if attention.top_k else None,
-            mask,
+            block.norm.weight,
+            block.norm.bias,
+            block.project_in.weight.flatten(1),
+            block.depthwise.weight,
+            block.project_out.weight.flatten(1),
+            attention.temperature,
+            attention.weights if attention.top_k else None,
+            mask if isinstance(mask, Tensor) else None,
             attention.heads,
             attention.top_k,
             attention.score,
             not isinstance(block.gate, nn.Identity),
+        ).to(dtype)
+
+    def to(self, dtype: torch.dtype) -> Weights:
+        """The same in `dtype`, or in float32 at least where the attributes say so; differentiably."""
+        wide = _wide(dtype)
+        return replace(
+            self,
+            norm_weight=self.norm_weight.to(wide),
+            norm_bias=self.norm_bias.to(wide),
+            project_in=self.project_in.to(dtype),
+            depthwise=self.depthwise.to(dtype),
+            project_out=self.project_out.to(dtype),
+            temperature=self.temperature.to(wide),
+            step=None if self.step is None else self.step.to(wide),
+            mask=None if self.mask is None else self.mask.to(wide),
         )
 
 
@@ -98,8 +110,23 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def whole(x: Tensor, residual: Tensor, weights: Weights) -> Tensor:
-    """Y of whole tensors, (N, H, W, C).  `x` is X in the type of the weights, `residual` X itself."""
+def whole(x: Tensor, residual: Tensor, weights: Weights, ranked_by: Tensor | None = None) -> Tensor:
+    """Y of whole tensors.
+
+    Args:
+        x: X in the type of the weights, (N, H, W, C).
+        residual: X itself.
+        weights: the block's.
+        ranked_by: scores that decide what T_k keeps, by default its own; see `dtsas.sparse_map`.
+
+    Returns:
+        (N, H, W, C), of the wider type of x and residual.
+    """
+    return gated(projected(x, weights), residual, weights, ranked_by)[0]
+
+
+def whole_with_scores(x: Tensor, residual: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
+    """`whole` and the scores A of its map, (N, heads, c, c)."""
     return gated(projected(x, weights), residual, weights)
 
 
@@ -113,48 +140,11 @@ def recomputing(x: Tensor, residual: Tensor, weights: Weights, everything: bool)
     run = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     if everything:
         return run(whole, x, residual, weights)
-    return run(gated, run(projected, x, weights), residual, weights)
+    return run(gated, run(projected, x, weights), residual, weights)[0]
 
 
 Form = Callable[[Tensor, Tensor, Weights], Tensor]
 """A form of the block that takes what `whole` takes."""
-
-
-def without_activations(form: Form, residual: Tensor, weights: Weights) -> Tensor:
-    """`form(x, residual, weights)`, made differentiable: the backward pass runs `whole` on the same X.
-
-    Nothing but X is kept, at the price of one product more than `recomputing` repeats.  There is no
-    second derivative.
-    """
-    tensors = {name: value for name, value in vars(weights).items() if isinstance(value, Tensor)}
-    return cast(Tensor, _WithoutActivations.apply(form, weights, tuple(tensors), residual, *tensors.values()))
-
-
-class _WithoutActivations(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, form: Form, weights: Weights, names: tuple[str, ...], residual: Tensor, *tensors: Tensor
-    ) -> Tensor:
-        ctx.rest = {name: value for name, value in vars(weights).items() if name not in names}
-        ctx.names = names
-        ctx.save_for_backward(residual, *tensors)
-        return form(residual.to(weights.project_in.dtype), residual, weights)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = ctx.needs_input_grad[3:]
-        with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
-            kept = [
-                value.detach().requires_grad_(needed)
-                for value, needed in zip(ctx.saved_tensors, wanted, strict=True)
-            ]
-            residual, tensors = kept[0], dict(zip(ctx.names, kept[1:], strict=True))
-            weights = Weights(**tensors, **ctx.rest)
-            y = whole(residual.to(weights.project_in.dtype), residual, weights)
-        given = [value for value in kept if value.requires_grad]
-        gradients = iter(torch.autograd.grad(y, given, grad))
-        return None, None, None, *(next(gradients) if needed else None for needed in wanted)
 
 
 def projected(x: Tensor, weights: Weights) -> Tensor:
@@ -178,14 +168,16 @@ def normalised(x: Tensor, weights: Weights) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), LN_EPSILON)
 
 
-def gated(P: Tensor, residual: Tensor, weights: Weights) -> Tensor:
-    """X + W_p' ( gate(U) ⊙ DTSAS(Q, K) V ) with Q, K, V, U = W_d P."""
+def gated(
+    P: Tensor, residual: Tensor, weights: Weights, ranked_by: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """X + W_p' ( gate(U) ⊙ DTSAS(Q, K) V ) with Q, K, V, U = W_d P, and the scores A."""
     channels = P.shape[-1] // 4
     QK, VU = depthwise(P, weights.depthwise, padding=1).split(2 * channels, dim=-1)
     A = dtsas.scores(*gram(QK, weights.heads), weights.temperature)
-    attention = dtsas.sparse_map(A, weights.step, weights.top_k, weights.score)
+    attention = dtsas.sparse_map(A, weights.step, weights.top_k, weights.score, ranked_by)
     product = gated_product(VU, attention.to(P.dtype), weights)
-    return residual + F.linear(product, weights.project_out)
+    return residual + F.linear(product, weights.project_out), A
 
 
 def depthwise(P: Tensor, kernels: Tensor, padding: int | tuple[int, int]) -> Tensor:
@@ -239,6 +231,21 @@ def gate(U: Tensor, weights: Weights) -> Tensor:
     if weights.mask is not None:
         U = dfgb.filtered(U, weights.mask)
     return F.gelu(U) if weights.gelu else U
+
+
+def upsample(x: Tensor, weight: Tensor, skip: Tensor | None) -> Tensor:
+    """PixelShuffle of a 1×1 convolution, plus a skip connection.
+
+    Args:
+        x: (N, H, W, C').
+        weight: of the convolution, (4C, C', 1, 1).
+        skip: (N, 2H, 2W, C), or None.
+
+    Returns:
+        (N, 2H, 2W, C).
+    """
+    y = F.pixel_shuffle(F.conv2d(x.permute(0, 3, 1, 2), weight), 2).permute(0, 2, 3, 1)
+    return y if skip is None else y + skip
 
 
 def strip_rows(x: Tensor) -> int:

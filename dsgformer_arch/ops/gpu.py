@@ -19,8 +19,10 @@ Only imported where Triton is installed and a CUDA tensor asks for it.
 
 from __future__ import annotations
 
-from functools import lru_cache, reduce
-from typing import TYPE_CHECKING
+import threading
+from dataclasses import replace
+from functools import reduce
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -28,6 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dsgformer_arch.ops import dfgb, dtsas, eager, selftest
+from dsgformer_arch.ops.selftest import Verdict
 
 if TYPE_CHECKING:
     from dsgformer_arch.ops.eager import Weights
@@ -60,22 +63,47 @@ MAP_ROWS = 16
 """Rows of a c×c map that one program of `_map` ranks."""
 
 
-def suits(x: Tensor, weights: Weights) -> bool:
-    """Whether `restored` takes `x`, (N, H, W, C), and has been seen to be right on its device."""
-    c = x.shape[-1] // weights.heads
-    if x.device.type != 'cuda' or x.dtype not in TYPES or c % CHUNK or c > WIDEST_HEAD:
+_VERDICTS: dict[tuple[torch.device, torch.dtype, int, int], Verdict] = {}
+_LOCK = threading.RLock()
+
+
+def takes(device: torch.device, dtype: torch.dtype, channels: int, heads: int) -> bool:
+    """Whether `restored` takes blocks of this kind, and passes its self-test on `device`."""
+    c = channels // heads
+    if device.type != 'cuda' or dtype not in TYPES or c % CHUNK or c > WIDEST_HEAD:
         return False
-    return _works(x.device, x.dtype, x.shape[-1], weights.heads)
+    return works(device, dtype, channels, heads).passed
 
 
-@lru_cache(maxsize=64)
-def _works(device: torch.device, dtype: torch.dtype, channels: int, heads: int) -> bool:
-    """Whether the kernels compile, and give on a small image what the eager form gives."""
-    return selftest.passes(restored, channels, heads, dtype, device)
+def works(device: torch.device, dtype: torch.dtype, channels: int, heads: int) -> Verdict:
+    """Whether the kernels compile, and give on a small image what the eager implementation gives.
+
+    Found out once a process; a failure that may not come again is not remembered.
+    """
+    key = (device, dtype, channels, heads)
+    verdict = _VERDICTS.get(key)
+    if verdict is None:
+        if device.type == 'cuda' and torch.cuda.is_current_stream_capturing():
+            return Verdict(False, 'a CUDA graph is being captured', final=False)
+        with _LOCK:
+            verdict = _VERDICTS.get(key) or selftest.run(
+                lambda x, residual, weights: restored(x, residual, weights)[0], channels, heads, dtype, device
+            )
+            if verdict.final:
+                _VERDICTS[key] = verdict
+            if not verdict.passed:
+                selftest.warn_once(f'{device} {dtype}', verdict.reason)
+    return verdict
 
 
-def restored(x: Tensor, residual: Tensor, weights: Weights) -> Tensor:
-    """`eager.whole` without gradients: a batch at once, or where that is large, strips of each image."""
+def disable(device: torch.device, dtype: torch.dtype, channels: int, heads: int, reason: str) -> None:
+    """Have `takes` refuse such blocks from now on."""
+    _VERDICTS[device, dtype, channels, heads] = Verdict(False, reason)
+
+
+def restored(x: Tensor, residual: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
+    """`eager.whole_with_scores` without gradients: a batch at once, or of large images strip by strip."""
+    x, residual, weights = x.contiguous(), residual.contiguous(), _contiguous(weights)
     y = torch.empty_like(residual)
     taps = weights.depthwise.flatten(1).t().contiguous()
     n, height, _, channels = x.shape
@@ -83,17 +111,29 @@ def restored(x: Tensor, residual: Tensor, weights: Weights) -> Tensor:
     with torch.cuda.device_of(x):  # Triton launches on the current device
         if n * height <= rows:
             ((_, P),) = eager.strips(x, weights, weights.project_in, height, project)
-            attention = sparse_map(gram(P[..., : 2 * channels], taps, weights.heads), weights, x.dtype)
+            attention, scores = sparse_map(
+                gram(P[..., : 2 * channels], taps, weights.heads), weights, x.dtype
+            )
             output(P[..., 2 * channels :], taps[:, 2 * channels :], attention, weights, residual, y)
-            return y
+            return y, scores
+        every: list[Tensor] = []
         for_qk, for_vu = weights.project_in.split(2 * channels)
         for image, kept, out in zip(x.split(1), residual.split(1), y.split(1), strict=True):
             strips = eager.strips(image, weights, for_qk, rows, project)
             sums = reduce(torch.add, (gram(P, taps, weights.heads) for _, P in strips))
-            attention = sparse_map(sums, weights, x.dtype)
+            attention, scores = sparse_map(sums, weights, x.dtype)
+            every.append(scores)
             for part, P in eager.strips(image, weights, for_vu, rows, project):
                 output(P, taps[:, 2 * channels :], attention, weights, kept[:, part], out[:, part])
-    return y
+    return y, torch.cat(every)
+
+
+def _contiguous(weights: Weights) -> Weights:
+    """The kernels count on it: a transposed W_p would be read in the wrong order."""
+    tensors: dict[str, Any] = {
+        name: value for name, value in vars(weights).items() if isinstance(value, Tensor)
+    }
+    return replace(weights, **{name: value.contiguous() for name, value in tensors.items()})
 
 
 def project(x: Tensor, weights: Weights, project_in: Tensor, P: Tensor) -> None:
@@ -137,16 +177,17 @@ def gram(strip: Tensor, taps: Tensor, heads: int) -> Tensor:
     return sums.sum(0)
 
 
-def sparse_map(sums: Tensor, weights: Weights, dtype: torch.dtype) -> Tensor:
-    """Σ_n W_n φ(T_{k_n}(A)) from what `gram` returns: (N, heads, c, c) of `dtype`."""
+def sparse_map(sums: Tensor, weights: Weights, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The map Σ_n W_n φ(T_{k_n}(A)), (N, heads, c, c) of `dtype`, from `gram`; and A, float32."""
     n, heads, _, c = sums.shape
     attention = sums.new_empty((n, heads, c, c), dtype=dtype)
+    scores = torch.empty_like(attention, dtype=torch.float32)
     _map[(n * heads, triton.cdiv(c, MAP_ROWS))](
-        sums, weights.temperature, sums if weights.step is None else weights.step, attention,
+        sums, weights.temperature, sums if weights.step is None else weights.step, attention, scores,
         c=c, HEADS=heads, CP=_power(c), ROWS=MAP_ROWS, TOP_K=weights.top_k, SCORE=weights.score,
         EPSILON=dtsas.EPSILON**2, num_warps=4,
     )  # fmt: skip
-    return attention
+    return attention, scores
 
 
 def output(
@@ -310,8 +351,14 @@ def _gram(
 
 
 @triton.jit
+def _at_least(x, least):
+    """The larger of the two; NaN stays NaN, which `tl.maximum` drops."""
+    return tl.where(x < least, least, x)
+
+
+@triton.jit
 def _map(
-    sums, temperature, step, attention,
+    sums, temperature, step, attention, scores,
     c: tl.constexpr, HEADS: tl.constexpr, CP: tl.constexpr, ROWS: tl.constexpr, TOP_K: tl.constexpr,
     SCORE: tl.constexpr, EPSILON: tl.constexpr,
 ):  # fmt: skip
@@ -324,8 +371,8 @@ def _map(
     j = tl.arange(0, CP)
     valid = (i < c)[:, None] & (j < c)[None, :]
     sums += head * (c + 2) * c
-    q_norm = tl.sqrt(tl.maximum(tl.load(sums + c * c + i, i < c, other=1.0), EPSILON))
-    k_norm = tl.sqrt(tl.maximum(tl.load(sums + (c + 1) * c + j, j < c, other=1.0), EPSILON))
+    q_norm = tl.sqrt(_at_least(tl.load(sums + c * c + i, i < c, other=1.0), EPSILON))
+    k_norm = tl.sqrt(_at_least(tl.load(sums + (c + 1) * c + j, j < c, other=1.0), EPSILON))
     alpha = tl.load(temperature + head % HEADS)
     products = tl.load(sums + i[:, None] * c + j[None, :], valid, other=0.0)
     A = products / q_norm[:, None] / k_norm[None, :] / alpha
@@ -333,9 +380,9 @@ def _map(
         largest = tl.max(tl.where(valid, A, float('-inf')), 1)
         positive = tl.where(valid, tl.exp(A - largest[:, None]), 0.0)
     elif SCORE == 'relu2':
-        positive = tl.maximum(A, 0.0) * tl.maximum(A, 0.0)
+        positive = _at_least(A, 0.0) * _at_least(A, 0.0)
     else:
-        positive = tl.maximum(A, 0.0)
+        positive = _at_least(A, 0.0)
     if len(TOP_K) == 0:
         result = positive
         if SCORE == 'softmax':
@@ -344,7 +391,7 @@ def _map(
         rank = tl.zeros((ROWS, CP), tl.int32)
         for m in range(c):
             one = tl.load(sums + i * c + m, i < c, other=0.0)
-            m_norm = tl.sqrt(tl.maximum(tl.load(sums + (c + 1) * c + m), EPSILON))
+            m_norm = tl.sqrt(_at_least(tl.load(sums + (c + 1) * c + m), EPSILON))
             rank += ((one / q_norm / m_norm / alpha)[:, None] > A).to(tl.int32)
         factor = tl.zeros((ROWS, CP), tl.float32)
         for n in tl.static_range(len(TOP_K)):
@@ -353,8 +400,9 @@ def _map(
                 kept = kept / tl.sum(kept * positive, 1)[:, None]
             factor += tl.load(step + n) * kept
         result = positive * factor
-    at = attention + (head * c + i[:, None]) * c + j[None, :]
-    tl.store(at, result.to(attention.dtype.element_ty), valid)
+    at = (head * c + i[:, None]) * c + j[None, :]
+    tl.store(scores + at, A, valid)
+    tl.store(attention + at, result.to(attention.dtype.element_ty), valid)
 
 
 @triton.jit

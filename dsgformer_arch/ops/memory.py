@@ -4,6 +4,9 @@ Fresh memory has to be mapped and zeroed page by page when it is first written.
 For the tensors of a 1280×720 image that takes as long as half of the block's
 arithmetic, or more on a virtual machine, and a C library gives tensors of that
 size back to the system each time.
+
+`dsgformer_arch.utils.allocator.keep_freed_memory` does the same for a whole
+process; where it is in force, nothing is kept here.
 """
 
 from __future__ import annotations
@@ -20,20 +23,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dsgformer_arch.utils import allocator
+
 LEAST_BYTES = 4 << 20
 """Smaller tensors come from PyTorch: the C library keeps their memory by itself."""
 
 IDLE_BYTES = 3 << 29
-"""Idle memory is given up before the sum of all would pass this: 1.5 GiB, a 1280×720 image in float32."""
+"""Idle memory never exceeds this: 1.5 GiB, a 1280×720 image in float32."""
 
 IDLE_CALLS = 16
 """Memory that so many restored batches had no use for is given up."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Block:
     memory: NDArray[np.uint8]
-    lent: weakref.ref[NDArray[np.uint8]] | None
+    lent: weakref.ref[NDArray[np.uint8]] | None = None
     """What the tensor that uses the memory keeps alive, and nothing else."""
     age: int = 0
     """Calls of `trim` since it was lent last."""
@@ -44,7 +49,10 @@ class _Block:
 
 
 class KeptMemory:
-    """Lends the memory of CPU tensors, again and again; safe to use from several threads."""
+    """Lends the memory of CPU tensors, again and again; safe to use from several threads.
+
+    Idle memory is bounded by `IDLE_BYTES` at any time, and `release` gives it all up.
+    """
 
     def __init__(self) -> None:
         self._blocks: list[_Block] = []
@@ -55,18 +63,23 @@ class KeptMemory:
         """Of all blocks, lent or idle."""
         return sum(block.memory.nbytes for block in self._blocks)
 
+    @property
+    def idle_bytes(self) -> int:
+        """Of the idle blocks."""
+        return sum(block.memory.nbytes for block in self._blocks if block.idle)
+
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A contiguous CPU tensor of undefined values.
 
         Its memory is lent again only when neither it nor a view of it exists any longer, whoever holds it.
         """
         size = math.prod(shape) * dtype.itemsize
-        if size < LEAST_BYTES:
-            return torch.empty(tuple(shape), dtype=dtype)
+        if size < LEAST_BYTES or allocator.keeps_freed_memory():
+            return torch.empty(tuple(shape), dtype=dtype, device='cpu')
         with self._lock:
             block = self._idle(size) or self._new(size)
             part = block.memory[:size]
-            block.lent, block.age = weakref.ref(part), 0
+            block.lent, block.age = weakref.ref(part, self._returned), 0
             return torch.from_numpy(part).view(dtype).view(tuple(shape))
 
     def trim(self) -> None:
@@ -75,11 +88,30 @@ class KeptMemory:
             for block in self._blocks:
                 block.age += 1
             self._blocks = [block for block in self._blocks if block.age <= IDLE_CALLS or not block.idle]
+            self._bound()
 
     def release(self) -> None:
         """Give up all idle memory."""
         with self._lock:
             self._blocks = [block for block in self._blocks if not block.idle]
+
+    def _returned(self, _: weakref.ref[NDArray[np.uint8]]) -> None:
+        # Called wherever the last tensor dies, even while this thread holds the lock: then `trim` is next.
+        if self._lock.acquire(blocking=False):
+            try:
+                self._bound()
+            finally:
+                self._lock.release()
+
+    def _bound(self) -> None:
+        """Give up idle blocks, those of longest ago first, until the rest is within `IDLE_BYTES`."""
+        excess = self.idle_bytes - IDLE_BYTES
+        for block in sorted(self._blocks, key=lambda block: -block.age):
+            if excess <= 0:
+                break
+            if block.idle:
+                self._blocks.remove(block)
+                excess -= block.memory.nbytes
 
     def _idle(self, size: int) -> _Block | None:
         # Not one of more than twice the size: a larger tensor will want it.
@@ -90,11 +122,11 @@ class KeptMemory:
         if self.bytes + size > IDLE_BYTES:
             self._blocks = [block for block in self._blocks if not block.idle]
         # PyTorch's allocator, for its alignment; numpy's arrays, as they can be referred to weakly.
-        memory: Any = torch.empty(size, dtype=torch.uint8).numpy()
-        block = _Block(memory, None)
+        memory: Any = torch.empty(size, dtype=torch.uint8, device='cpu').numpy()
+        block = _Block(memory)
         self._blocks.append(block)
         return block
 
 
 kept = KeptMemory()
-"""What the fast forms use."""
+"""What the compiled kernels write their results into."""

@@ -1,57 +1,102 @@
-"""A compiled implementation of the block is tried on a small image before it is trusted."""
+"""The comparison that a compiled implementation of the block must pass before it is used."""
 
 from __future__ import annotations
 
-import logging
+import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dsgformer_arch.ops import eager
+from dsgformer_arch.ops.isolation import in_new_thread
 
-_LOG = logging.getLogger(__name__)
+SLOWDOWN = 'which takes 3.6 to 5.3 times as long'
+"""What the eager implementation costs on a CPU (docs/benchmarks/speed.md)."""
 
 
-def passes(
+@dataclass(frozen=True)
+class Verdict:
+    """The outcome of a self-test."""
+
+    passed: bool
+    reason: str = ''
+    """Why not."""
+    final: bool = True
+    """Whether another try would end in the same way."""
+
+
+def run(
     form: eager.Form,
     channels: int,
     heads: int,
     dtype: torch.dtype,
     device: torch.device,
     weights_dtype: torch.dtype | None = None,
-) -> bool:
-    """Whether `form` runs and is right, up to rounding; if not, the log says why.
+) -> Verdict:
+    """Whether `form` runs and equals the eager implementation in float32, up to rounding.
+
+    The block has the paper's switches, with thresholds that drop most of the positive scores.
 
     Args:
-        form: what is tried.
+        form: the implementation.
         channels: C.
         heads: heads of the attention.
         dtype: of x.
         device: where to compute.
         weights_dtype: of the weights that `form` takes; that of x by default.
     """
-    x = (_random(1, 11, 13, channels) * 4).to(device)
     try:
-        with torch.no_grad():
-            expected = eager.whole(x, x, _weights(channels, heads, torch.float32, device))
-            weights = _weights(channels, heads, weights_dtype or dtype, device)
-            given = form(x.to(dtype), x.to(dtype), weights)
-        error = ((given - expected).abs().max() / expected.abs().max()).item()
-    except Exception as reason:  # whatever a compiler and a driver may say, there is a form that works
-        level = logging.INFO if device.type == 'cpu' else logging.WARNING  # many a CPU lacks bfloat16
-        _LOG.log(level, 'the eager form of DSGA runs on %s, as the one for it failed: %s', device, reason)
-        return False
+        error = in_new_thread(lambda: _error(form, channels, heads, dtype, device, weights_dtype or dtype))
+    except Exception as reason:  # whatever a compiler and a driver may say, there is an eager implementation
+        return Verdict(False, f'{type(reason).__name__}: {reason}', final=not transient(reason))
     if not error <= 8 * torch.finfo(dtype).eps:
-        _LOG.warning('the eager form of DSGA runs on %s, as the one for it is off by %.1e', device, error)
-        return False
-    return True
+        return Verdict(False, f'its self-test in {dtype} is off by {error:.1e}')
+    return Verdict(True)
+
+
+_warned: set[str] = set()
+
+
+def warn_once(what: str, reason: str) -> None:
+    """Say that the eager implementation runs instead of the kernel for `what`, and why; once a process."""
+    if what not in _warned:
+        _warned.add(what)
+        slowdown = f', {SLOWDOWN}' if what.startswith('cpu') else ''
+        warnings.warn(
+            f'DSGformer runs without its compiled kernel for {what}{slowdown}. Reason: {reason}', stacklevel=3
+        )
+
+
+def transient(reason: BaseException) -> bool:
+    """Whether what failed may work later: a lack of memory, or a graph that is being recorded."""
+    text = str(reason).lower()
+    return isinstance(reason, (MemoryError, torch.OutOfMemoryError)) or any(
+        words in text for words in ("can't allocate memory", 'out of memory', 'captur')
+    )
+
+
+def _error(
+    form: eager.Form,
+    channels: int,
+    heads: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    weights_dtype: torch.dtype,
+) -> float:
+    """The largest difference over the largest value."""
+    x = _random(1, 11, 13, channels).mul(4).to(device)
+    with torch.no_grad():
+        expected = eager.whole(x, x, _weights(channels, heads, torch.float32, device))
+        given = form(x.to(dtype), x.to(dtype), _weights(channels, heads, weights_dtype, device))
+        return ((given - expected).abs().max() / expected.abs().max()).item()
 
 
 def trains(
     form: Callable[[Tensor, eager.Weights], Tensor], channels: int, heads: int, dtype: torch.dtype
-) -> bool:
-    """Whether `form(x, weights)` and its gradients are right on a CPU; if not, the log says why.
+) -> Verdict:
+    """Whether `form(x, weights)` and its gradients are right on a CPU.
 
     Args:
         form: what is tried; takes its weights in float32.
@@ -59,8 +104,7 @@ def trains(
         heads: heads of the attention.
         dtype: of x.
     """
-    x = _random(1, 11, 13, channels) * 4
-    direction = _random(1, 11, 13, channels)
+    x, direction = in_new_thread(lambda: (_random(1, 11, 13, channels) * 4, _random(1, 11, 13, channels)))
 
     def gradients(form: Callable[[Tensor, eager.Weights], Tensor], dtype: torch.dtype) -> list[Tensor]:
         weights = _weights(channels, heads, torch.float32, x.device)
@@ -71,39 +115,62 @@ def trains(
             return [y.detach(), *torch.autograd.grad(y, given, direction.to(dtype))]
 
     try:
-        with torch.inference_mode(False), torch.autocast('cpu', enabled=False):
-            expected = gradients(lambda x, weights: eager.whole(x, x, weights), torch.float32)
-            given = gradients(form, dtype)
+        # In a thread of its own, as `run`.
+        expected = in_new_thread(
+            lambda: gradients(lambda x, weights: eager.whole(x, x, weights), torch.float32)
+        )
+        given = in_new_thread(lambda: gradients(form, dtype))
         pairs = zip(given, expected, strict=True)
         error = max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
     except Exception as reason:  # whatever a compiler may say, there is a form that works
-        _LOG.info('DSGA trains in its eager form, as the one for a CPU failed: %s', reason)
-        return False
+        return Verdict(False, f'{type(reason).__name__}: {reason}', final=not transient(reason))
     if not error <= 32 * torch.finfo(dtype).eps:
-        _LOG.warning('DSGA trains in its eager form, as the one for a CPU is off by %.1e', error)
-        return False
-    return True
+        return Verdict(False, f'the self-test of its gradients in {dtype} is off by {error:.1e}')
+    return Verdict(True)
 
 
 def _weights(channels: int, heads: int, dtype: torch.dtype, device: torch.device) -> eager.Weights:
-    """Random ones; those that `Weights` wants in float32 at least stay so."""
+    """Those of a block whose scores lie well apart, as rounding must not decide which T_k keeps.
+
+    W_p gives every channel of Q the same values a and the channels of K mixtures of a and an orthogonal b:
+    the scores of a row are then the cosines of the mixtures' angles.  Parameters that `Weights` wants in
+    float32 at least stay so.
+    """
+    c = channels // heads
+    cosines = torch.linspace(-0.9, 0.9, c, dtype=torch.float32, device='cpu')
+    cosines = cosines[torch.arange(c, device='cpu') * _stride(c) % c]  # in no order
+    a, b = _random(2, channels).unbind()
+    b = b - (a @ b) / (a @ a) * a
+    project_in = _random(4 * channels, channels)
+    depthwise = _random(4 * channels, 1, 3, 3)
+    project_in[:channels] = a
+    project_in[channels : 2 * channels] = (
+        cosines.repeat(heads)[:, None] * a + (1 - cosines.square()).sqrt().repeat(heads)[:, None] * b
+    )
+    project_in = project_in.bfloat16().float()
+    depthwise[: 2 * channels] = depthwise[:1]
     return eager.Weights(
-        norm_weight=torch.ones(channels, device=device),
-        norm_bias=torch.zeros(channels, device=device),
-        project_in=_random(4 * channels, channels).to(device, dtype),
-        depthwise=_random(4 * channels, 1, 3, 3).to(device, dtype),
+        norm_weight=torch.ones(channels, dtype=torch.float32, device=device),
+        norm_bias=torch.zeros(channels, dtype=torch.float32, device=device),
+        project_in=project_in.to(device, dtype),
+        depthwise=depthwise.to(device, dtype),
         project_out=_random(channels, channels).to(device, dtype),
-        temperature=torch.ones(heads, 1, 1, device=device),
-        step=None,
+        temperature=torch.ones(heads, 1, 1, dtype=torch.float32, device=device),
+        step=torch.tensor([0.5, 1.0, 1.5, 2.0], dtype=torch.float32, device=device),
         mask=1 + _random(channels, 8, 5).to(device),
         heads=heads,
-        top_k=(),
+        top_k=(max(1, c // 8), max(1, c // 5), max(1, c // 4), max(1, c // 3)),
         score='relu2',
         gelu=True,
     )
 
 
+def _stride(c: int) -> int:
+    """A step that visits 0 … c - 1 in no order."""
+    return next(step for step in (7, 11, 13, 1) if c % step)
+
+
 def _random(*shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(sum(shape))
-    numbers = torch.randn(shape, generator=generator) / shape[-1] ** 0.5
-    return numbers.bfloat16().float()  # so that no type rounds them
+    generator = torch.Generator('cpu').manual_seed(sum(shape))
+    numbers = torch.randn(shape, generator=generator, dtype=torch.float32, device='cpu')
+    return (numbers / shape[-1] ** 0.5).bfloat16().float()  # so that no type rounds them

@@ -13,6 +13,8 @@ import ctypes
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
 
+_keeps = False
+
 
 def keep_freed_memory() -> bool:
     """Let this process keep the memory that it frees, for its next tensors.  It shrinks only when it ends.
@@ -26,4 +28,11 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return False
-    return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, -1))
+    global _keeps
+    _keeps = bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, -1))
+    return _keeps
+
+
+def keeps_freed_memory() -> bool:
+    """Whether `keep_freed_memory` is in force in this process."""
+    return _keeps

@@ -17,7 +17,8 @@ from torch import Tensor
 from dsgformer_arch import ops
 from dsgformer_arch.archs.dsgformer_arch import DSGA, DSGformer
 from dsgformer_arch.ops import eager
-from dsgformer_arch.ops.cpu import binding, build
+from dsgformer_arch.ops.cpu import binding
+from tests.ops import kernel
 
 SWITCHES = list(
     itertools.product(('dtsas', 'mdta'), ('relu2', 'relu', 'softmax'), ('dfgb', 'gelu', 'simplegate'))
@@ -42,11 +43,15 @@ def _block(channels: int = 16, heads: int = 2, switches: tuple[str, str, str] = 
 
 def _block_with_ties() -> DSGA:
     """A block of 32 channels and one head in which each score of a row stands four times."""
-    block = _block(32, 1, ('dtsas', 'relu2', 'gelu'))
+    block = _block(32, 1)
     with torch.no_grad():
         for weight in (block.project_in.weight, block.depthwise.weight):
             K = weight[32:64]
             K.copy_(K[:8].repeat(4, *(1 for _ in K.shape[1:])))
+    # A library's product may give equal columns sums that differ in the last bit; the ties of the reference
+    # must be ties.
+    attend = block.attention.attend
+    block.attention.attend = lambda A: attend((A * 2**40).round() / 2**40)  # type: ignore[method-assign]
     return block
 
 
@@ -266,15 +271,14 @@ def test_plain_runs_the_modules(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class TestKernel:
-    """The compiled kernel; skipped where it cannot be had."""
+    """The compiled kernel."""
 
     @pytest.fixture(autouse=True)
     def _kernel(self) -> None:
-        if not binding.works(torch.float32):
-            pytest.skip('no compiler, or no small matrix products for this processor')
+        kernel.require()
 
     def test_bfloat16_works_where_the_processor_has_it(self) -> None:
-        assert binding.works(torch.bfloat16) or not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        assert binding.works(torch.bfloat16).passed or not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
     @pytest.mark.parametrize('threads', [1, 3])
     @pytest.mark.parametrize('size', [*SIZES, (1, 70, 140), (1, 8, 300)])
@@ -289,10 +293,6 @@ class TestKernel:
         finally:
             torch.set_num_threads(before)
 
-    @pytest.mark.parametrize('switches', SWITCHES)
-    def test_every_switch(self, switches: tuple[str, str, str]) -> None:
-        self._compare(_block(48, 1, switches), _image(1, 48, 21, 13))
-
     def test_ties_are_kept(self) -> None:
         self._compare(_block_with_ties(), _image(1, 32, 16, 16))
 
@@ -300,10 +300,11 @@ class TestKernel:
     def _compare(block: DSGA, X: Tensor) -> None:
         with torch.inference_mode():
             exact = block.literal(X)
-            weights = eager.Weights.of(block.float(), torch.float32)
-            x = X.float().permute(0, 2, 3, 1).contiguous()
-            assert ops.block.computes_in(X.float(), X.shape[1] // block.attention.heads) == torch.float32
-            assert _error(binding.restored(x, weights).permute(0, 3, 1, 2), exact) < 1e-5
+            weights = eager.Weights.of(block, torch.float64)
+            theirs = eager.whole_with_scores(*2 * (X.permute(0, 2, 3, 1),), weights)[1]
+            y, scores = binding.block(X.float().permute(0, 2, 3, 1).contiguous(), weights)
+        assert _error(y.permute(0, 3, 1, 2), exact) < 1e-5
+        assert _error(scores, theirs) < 1e-5
 
     @pytest.mark.parametrize('dtype', binding.TYPES)
     def test_gives_the_same_twice(self, dtype: torch.dtype) -> None:
@@ -320,9 +321,9 @@ class TestKernel:
 
     @pytest.mark.parametrize('x', [-60.0, -12.0, -5.5, -3.0, -1e-3, 0.0, 1e-3, 0.7, 3.0, 12.0, 60.0])
     def test_gelu_far_out(self, x: float) -> None:
-        """GELU alone: with V, the map and W_p' the identity, the block gives X + GELU(u)·V."""
+        """GELU alone: with M, the map and V all 1 and W_p' the identity, the block gives X + GELU(u)·C."""
         C, heads = 16, 1
-        block = _block(C, heads, ('mdta', 'relu', 'gelu')).float()
+        block = _block(C, heads).float()
         with torch.no_grad():
             for parameter in block.parameters():
                 parameter.zero_()
@@ -333,6 +334,8 @@ class TestKernel:
             )
             block.depthwise.weight[:, :, 1, 1] = 1
             block.attention.temperature.fill_(1)
+            block.attention.weights.fill_(1 / 4)  # every score is 1, a tie: the map is 1 everywhere
+            block.gate.get_parameter('mask').fill_(1)
             block.project_out.weight.view(C, C).copy_(identity)
             X = torch.zeros(1, C, 8, 8)
             expected = torch.nn.functional.gelu(torch.tensor(x, dtype=torch.float64)).item() * C
@@ -366,16 +369,10 @@ from dsgformer_arch.ops.cpu import binding
 block, X = DSGA(16, 1), torch.rand(1, 16, 16, 16)
 with torch.inference_mode():
     torch.testing.assert_close(block(X), block.literal(X), rtol=1e-4, atol=1e-5)
-assert not binding.works(torch.float32)
+assert not binding.works(torch.float32).passed
 """
     environment = os.environ | {'CXX': 'no-such-compiler', 'XDG_CACHE_HOME': str(tmp_path)}
     done = subprocess.run(
         [sys.executable, '-c', code], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-
-
-def test_a_wrong_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, 'library', lambda: None)
-    monkeypatch.setattr(binding, 'restored', lambda x, weights: torch.full_like(x, float('nan')))
-    assert not binding.works.__wrapped__(torch.float32)

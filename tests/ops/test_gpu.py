@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import pytest
 import torch
@@ -18,7 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dsgformer_arch import ops
 from dsgformer_arch.archs.dsgformer_arch import DSGA, DSGformer
 from dsgformer_arch.ops import block as dispatch
-from dsgformer_arch.ops import eager
+from dsgformer_arch.ops import eager, library
+from dsgformer_arch.ops.selftest import Verdict
 from tests.ops.test_block import SWITCHES, _block, _block_with_ties, _error, _image
 
 pytest.importorskip('triton', reason='Triton is not installed')
@@ -48,7 +49,7 @@ def interpreted() -> ModuleType:
 def _restored(module: ModuleType, block: DSGA, X: Tensor, dtype: torch.dtype) -> Tensor:
     with torch.inference_mode():
         x = X.permute(0, 2, 3, 1).contiguous()
-        return module.restored(x.to(dtype), x, eager.Weights.of(block, dtype)).permute(0, 3, 1, 2)
+        return module.restored(x.to(dtype), x, eager.Weights.of(block, dtype))[0].permute(0, 3, 1, 2)
 
 
 def _compare(interpreted: ModuleType, block: DSGA, X: Tensor) -> None:
@@ -103,8 +104,30 @@ def test_the_residual_keeps_its_type(interpreted: ModuleType) -> None:
     assert _error(y, exact) < 1e-3
 
 
+@pytest.fixture
+def on_gpu(interpreted: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """`dsgformer::block` on a CPU tensor does what it does on a GPU, in the interpreter."""
+
+    def eager_block(x: Tensor, weights: eager.Weights, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return interpreted.restored(x.to(dtype), x, weights.to(dtype))
+
+    monkeypatch.setattr(library.binding, 'takes', lambda *_: False)
+    monkeypatch.setattr(library, '_eager_block', eager_block)
+    return interpreted
+
+
+def _operator(block: DSGA, x: Tensor) -> Tensor:
+    names = ('norm.weight', 'norm.bias', 'project_in.weight', 'depthwise.weight', 'project_out.weight')
+    parameters = [
+        block.get_parameter(name)
+        for name in (*names, 'attention.temperature', 'attention.weights', 'gate.mask')
+    ]
+    return library.block(x, *parameters, block.attention.heads, block.attention.top_k, torch.float32)[0]
+
+
+@pytest.mark.usefixtures('on_gpu')
 @pytest.mark.parametrize('frozen', [False, True])
-def test_gradients_equal_the_literal_ones(interpreted: ModuleType, frozen: bool) -> None:
+def test_gradients_equal_those_of_the_reference(frozen: bool) -> None:
     block, X = _block(48, 1), _image(2, 48, 12, 9)
     inputs = [X.requires_grad_(not frozen), *block.parameters()]
     block.depthwise.requires_grad_(not frozen)
@@ -113,19 +136,18 @@ def test_gradients_equal_the_literal_ones(interpreted: ModuleType, frozen: bool)
     theirs = torch.autograd.grad(literal, [value for value in inputs if value.requires_grad], seed)
 
     block.float()
-    residual = X.detach().float().permute(0, 2, 3, 1).contiguous().requires_grad_(not frozen)
-    weights = eager.Weights.of(block, torch.float32)
-    y = eager.without_activations(interpreted.restored, residual, weights)
-    given = [value for value in (residual, *block.parameters()) if value.requires_grad]
-    ours = torch.autograd.grad(y, given, seed.permute(0, 2, 3, 1).float())
+    x = X.detach().float().permute(0, 2, 3, 1).contiguous().requires_grad_(not frozen)
+    given = [value for value in (x, *block.parameters()) if value.requires_grad]
+    ours = torch.autograd.grad(_operator(block, x), given, seed.permute(0, 2, 3, 1).float())
     for mine, exact in zip(ours, theirs, strict=True):
         mine = mine.permute(0, 3, 1, 2) if mine.shape != exact.shape else mine
         assert _error(mine, exact) < 1e-5
 
 
-def test_training_keeps_nothing_but_x(interpreted: ModuleType) -> None:
+@pytest.mark.usefixtures('on_gpu')
+def test_training_keeps_nothing_but_x() -> None:
     block, X = _block(32, 2).float(), _image(1, 32, 32, 32).float()
-    residual = X.permute(0, 2, 3, 1).contiguous().requires_grad_()
+    x = X.permute(0, 2, 3, 1).contiguous().requires_grad_()
     sizes: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -133,34 +155,33 @@ def test_training_keeps_nothing_but_x(interpreted: ModuleType) -> None:
         sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    weights = eager.Weights.of(block, torch.float32)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        eager.without_activations(interpreted.restored, residual, weights)
-    assert residual.nbytes <= sum(sizes.values()) < 1.3 * residual.nbytes
+        _operator(block, x)
+    assert x.nbytes <= sum(sizes.values()) < 1.4 * x.nbytes
 
 
-def test_tensors_without_numbers_take_the_eager_form(
-    interpreted: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(interpreted, 'suits', lambda *_: True)
+def test_fake_tensors_take_no_kernel(interpreted: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interpreted, 'takes', lambda *_: True)
+    monkeypatch.delattr(interpreted, 'restored')
     with FakeTensorMode():
-        x = torch.empty(1, 8, 8, 16, device='cuda', dtype=torch.bfloat16)
-    assert dispatch._triton(x, SimpleNamespace(heads=1)) is None  # type: ignore[arg-type]
+        block = DSGA(16, 1).to('cuda', torch.bfloat16)
+        x = torch.empty(1, 16, 8, 8, device='cuda', dtype=torch.bfloat16)
+        assert block(x).shape == x.shape
 
 
 def test_the_network_restores_and_trains_with_them(
-    interpreted: ModuleType, monkeypatch: pytest.MonkeyPatch
+    on_gpu: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network = DSGformer(width=16, num_blocks=(1, 1, 1, 1))
     calls: list[tuple[int, ...]] = []
+    restored = on_gpu.restored
 
-    def restored(x: Tensor, residual: Tensor, weights: eager.Weights) -> Tensor:
+    def counted(x: Tensor, residual: Tensor, weights: eager.Weights) -> tuple[Tensor, Tensor]:
         calls.append(tuple(x.shape))
-        return interpreted.restored(x, residual, weights)
+        return restored(x, residual, weights)
 
-    kernels = SimpleNamespace(restored=restored)
-    monkeypatch.setattr(dispatch, '_triton', lambda x, weights: kernels)
-    monkeypatch.setattr(dispatch, 'computes_in', lambda x, *widths: None)
+    monkeypatch.setattr(on_gpu, 'restored', counted)
+    monkeypatch.setattr(dispatch, '_operator_takes', lambda *_: True)
     image = torch.rand(1, 3, 9, 16)
     with ops.use('plain'):
         literal = network(image)
@@ -175,28 +196,30 @@ def test_the_network_restores_and_trains_with_them(
         assert _error(mine, exact.double()) < 1e-4
 
 
-def test_the_trial_tells_right_from_wrong(interpreted: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    works = interpreted._works.__wrapped__
-    arguments = (torch.device('cpu'), torch.float16, 32, 2)
-    assert works(*arguments)
+def test_the_self_test_tells_right_from_wrong(
+    interpreted: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(interpreted, '_VERDICTS', {})
+
+    def works() -> bool:
+        interpreted._VERDICTS.clear()
+        return interpreted.works(torch.device('cpu'), torch.float16, 32, 2).passed
+
+    assert works()
     monkeypatch.setattr(interpreted, 'output', lambda strip, taps, attention, weights, residual, y: y.zero_())
-    assert not works(*arguments)
+    assert not works()
     monkeypatch.delattr(interpreted, 'output')
-    assert not works(*arguments)
+    assert not works()
 
 
 def test_takes_only_what_it_can(interpreted: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(interpreted, '_works', lambda *_: True)
-
-    def suits(channels: int, heads: int, dtype: torch.dtype, device: str = 'cuda') -> bool:
-        x = SimpleNamespace(shape=(1, 8, 8, channels), dtype=dtype, device=torch.device(device))
-        return interpreted.suits(x, SimpleNamespace(heads=heads))
-
-    assert all(suits(*level, torch.bfloat16) for level in LEVELS)
-    assert not suits(48, 1, torch.bfloat16, 'cpu')
-    assert not suits(48, 1, torch.float32)
-    assert not suits(24, 1, torch.bfloat16)  # no multiple of what is taken at once
-    assert not suits(256, 1, torch.bfloat16)  # too wide a head
+    monkeypatch.setattr(interpreted, 'works', lambda *_: Verdict(True))
+    cuda = torch.device('cuda')
+    assert all(interpreted.takes(cuda, torch.bfloat16, *level) for level in LEVELS)
+    assert not interpreted.takes(torch.device('cpu'), torch.bfloat16, 48, 1)
+    assert not interpreted.takes(cuda, torch.float32, 48, 1)
+    assert not interpreted.takes(cuda, torch.bfloat16, 24, 1)  # no multiple of what is taken at once
+    assert not interpreted.takes(cuda, torch.bfloat16, 256, 1)  # too wide a head
 
 
 @pytest.mark.parametrize(
@@ -236,8 +259,7 @@ class TestOnAGpu:
         block, X = _block(channels, heads).cuda(), _image(2, channels, 45, 70).cuda()
         exact = block.literal(X)
         block.float()
-        weights = SimpleNamespace(heads=heads)
-        assert gpu.suits(X.permute(0, 2, 3, 1).to(dtype), weights)  # type: ignore[arg-type]
+        assert gpu.takes(X.device, dtype, channels, heads)
         with torch.set_grad_enabled(grad), torch.autocast('cuda', dtype):
             ours, literal = block(X.to(dtype)), block.literal(X.to(dtype))
         assert ours.dtype == literal.dtype

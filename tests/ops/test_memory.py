@@ -108,3 +108,22 @@ def test_threads_get_memory_of_their_own() -> None:
     for thread in threads:
         thread.join()
     assert not torn
+
+
+def test_idle_memory_is_bounded_however_much_was_lent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, 'IDLE_BYTES', 16 << 20)
+    kept = KeptMemory()
+    lent = [kept.empty(SHAPE, torch.float32) for _ in range(5)]
+    assert kept.bytes == 5 * lent[0].nbytes
+    lent.clear()
+    assert 0 < kept.idle_bytes == kept.bytes <= memory.IDLE_BYTES
+    larger = kept.empty((6, *SHAPE), torch.float32)
+    del larger
+    assert kept.bytes <= memory.IDLE_BYTES
+
+
+def test_keeps_nothing_where_the_process_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory.allocator, '_keeps', True)
+    kept = KeptMemory()
+    kept.empty(SHAPE, torch.float32)
+    assert kept.bytes == 0

@@ -24,8 +24,8 @@
 #include <utility>
 #include <vector>
 
-#include <ATen/Parallel.h>
-#include <c10/util/BFloat16.h>
+#include "bfloat16.h"
+#include "parallel.h"
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
@@ -68,7 +68,7 @@ struct Step {
 
 namespace {
 
-using bf16 = at::BFloat16;
+using bf16 = c10::BFloat16;
 
 enum Gate : int64_t { DFGB = 0, GELU = 1, IDENTITY = 2 };
 enum Score : int64_t { RELU2 = 0, RELU = 1, SOFTMAX = 2 };
@@ -337,9 +337,24 @@ const T* paired(const T* rows, int64_t pixels, int64_t n, T* scratch) {
         const H a = *reinterpret_cast<const H*>(rows + p * n + i);
         const H b = p + 1 < pixels ? *reinterpret_cast<const H*>(rows + (p + 1) * n + i) : H{};
         *reinterpret_cast<H2*>(scratch + p * n + 2 * i) =
+#if defined(__clang__) || __GNUC__ >= 12
             __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
+#else
+            H2{a[0], b[0], a[1], b[1], a[2], b[2], a[3], b[3], a[4], b[4], a[5], b[5], a[6], b[6], a[7], b[7]};
+#endif
       }
     return scratch;
+  }
+}
+
+template <class T, class S>
+inline T converted(S value) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof(bits));
+    return {static_cast<uint16_t>(value == value ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : 0x7fc0)};
+  } else {
+    return static_cast<T>(value);
   }
 }
 
@@ -352,7 +367,7 @@ void pack(T* B, const S* W, int64_t K, int64_t N, bool transposed) {
       for (int64_t n = first; n < first + 8; ++n)
         for (int64_t i = 0; i < P; ++i) {
           const S value = transposed ? W[n * K + k + i] : W[(k + i) * N + n];
-          B[(k / P * N + n) * P + i] = static_cast<T>(value);
+          B[(k / P * N + n) * P + i] = converted<T>(value);
         }
 }
 
@@ -914,7 +929,7 @@ class Image {
           block[at] = slope * g * a;
         });
         if (w_.mask) {
-          if constexpr (!b.whole)
+          if constexpr (!std::decay_t<decltype(b)>::whole)
             for (int64_t y = 0; y < BLOCK; ++y)
               for (int64_t x = 0; x < BLOCK; ++x)
                 if (y >= b.rows || x >= b.columns) block[y * BLOCK + x] = V{};
@@ -922,7 +937,7 @@ class Image {
           transform<W>(block, of_gradient);
           mask_gradient<W>(spectrum, of_gradient, sums.mask + k, C);
           inverse<W>(of_gradient, w_.mask + k, C, block);
-          if constexpr (!b.whole) {
+          if constexpr (!std::decay_t<decltype(b)>::whole) {
             // the repeated border hands its gradient to what it repeats
             for (int64_t y = 0; y < BLOCK; ++y)
               for (int64_t x = b.columns; x < BLOCK; ++x) block[y * BLOCK + b.columns - 1] += block[y * BLOCK + x];
@@ -1050,7 +1065,7 @@ class Image {
   // f(pixel of those that the image has, the same in the whole block).
   template <class B, class F>
   static DSGFORMER_INLINE void each_pixel(const B& b, const F& f) {
-    if constexpr (b.whole) {
+    if constexpr (std::decay_t<decltype(b)>::whole) {
       for (int64_t pixel = 0; pixel < PIXELS; ++pixel) f(pixel, pixel);
     } else {
       for (int64_t y = 0; y < b.rows; ++y)
@@ -1124,7 +1139,7 @@ class Image {
   // Asks for the block on the right of b of an image of C channels.
   template <bool WRITE, class B>
   DSGFORMER_INLINE void ask_for_next(const T* image, const B& b) const {
-    if constexpr (b.whole)
+    if constexpr (std::decay_t<decltype(b)>::whole)
       for (int64_t y = 0; y < BLOCK; ++y) {
         const T* at = image + ((b.top + y) * width_ + b.left + BLOCK) * C_;
         for (int64_t i = 0; i < BLOCK * C_; i += LINE / sizeof(T)) __builtin_prefetch(at + i, WRITE);
@@ -1139,7 +1154,7 @@ class Image {
     V w[9];
     for (int i = 0; i < 9; ++i) w[i] = load<W>(w_.depthwise + i * 4 * C_ + kernel);
     ask_for_columns<B>(from, k, step, row);
-    if constexpr (b.whole) {
+    if constexpr (std::decay_t<decltype(b)>::whole) {
       for (int64_t y = 0; y < BLOCK; y += 2, from += 2 * row) {
         Window<4> window;
         window.load_column(from, step, row, 0);
@@ -1174,7 +1189,7 @@ class Image {
   template <class B>
   DSGFORMER_INLINE void gate_input(const T* vu, const B& b, int64_t k, V block[PIXELS]) const {
     convolve(vu, b, C_ + k, 3 * C_ + k, [&](int64_t, int64_t at, V v) { block[at] = v; });
-    if constexpr (!b.whole) {
+    if constexpr (!std::decay_t<decltype(b)>::whole) {
       for (int64_t y = 0; y < b.rows; ++y)
         for (int64_t x = b.columns; x < BLOCK; ++x) block[y * BLOCK + x] = block[y * BLOCK + b.columns - 1];
       for (int64_t y = b.rows; y < BLOCK; ++y)
@@ -1206,7 +1221,7 @@ class Image {
     for (int64_t y = 0; y < b.rows; ++y, from += row, middle += row) {
       T* out = dp + y * b.columns * 4 * C + k;
       Window<3> window;
-      if constexpr (b.whole) {
+      if constexpr (std::decay_t<decltype(b)>::whole) {
         window.load_column(from, step, row, 0);
         window.load_column(from, step, row, 1);
         unrolled(std::make_integer_sequence<int, BLOCK>(), [&](auto x) __attribute__((always_inline)) {
@@ -1255,7 +1270,7 @@ bool parallel(int64_t count, const Work& work) {
     }
   }
   std::atomic<bool> sound{true};
-  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+  dsgformer::parallel_for(count, 1, [&](int64_t begin, int64_t end) {
     for (; begin < end; ++begin)
       try {
         work(begin);

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "arguments.h"
@@ -17,9 +18,6 @@ namespace {
 
 constexpr float NORM_EPSILON = 1e-5f;    // LN's
 constexpr float LEAST_SQUARES = 1e-24f;  // of a row of Q or K
-
-enum Gate : int64_t { DFGB = 0, GELU = 1, IDENTITY = 2 };
-enum Score : int64_t { RELU2 = 0, RELU = 1, SOFTMAX = 2 };
 
 // LN of `pixels` neighbours; four at a time, as their sums and roots are then one instruction.
 template <class T>
@@ -45,6 +43,39 @@ void layer_norm(T* out, const T* x, const float* weight, const float* bias, int6
       for (int i = 0; i < count; ++i) store(out + (p + i) * C + c, (load(in[i] + c) - mean[i]) * (scale[i] * w) + b);
     }
   }
+}
+
+struct Task {
+  int64_t top, bottom, left, right;
+};
+
+// Columns of tiles, cut across where there are fewer than threads.
+std::vector<Task> tasks(int64_t height, int64_t width, int64_t tile_width) {
+  const int64_t threads = at::get_num_threads();
+  const int64_t columns = (width + tile_width - 1) / tile_width;
+  const int64_t tile_rows = (height + BLOCK - 1) / BLOCK;
+  int64_t cuts = threads == 1 ? 1 : (4 * threads + columns - 1) / columns;
+  // A cut costs two more rows of the pointwise product, so keep the pieces at 64 rows where that feeds all threads.
+  cuts = std::min(cuts, std::max<int64_t>(tile_rows / 8, (threads + columns - 1) / columns));
+  cuts = std::max<int64_t>(1, std::min(cuts, tile_rows));
+  std::vector<Task> list;
+  for (int64_t i = 0; i < cuts; ++i)
+    for (int64_t j = 0; j < columns; ++j) {
+      const int64_t top = tile_rows * i / cuts * BLOCK, bottom = tile_rows * (i + 1) / cuts * BLOCK;
+      list.push_back({top, std::min(bottom, height), j * tile_width, std::min((j + 1) * tile_width, width)});
+    }
+  return list;
+}
+
+int64_t tile_width(int64_t channels) {
+  const int64_t fitting = (512 << 10) / (10 * 2 * channels * int64_t(sizeof(float)));
+  return std::max<int64_t>(32, fitting / BLOCK * BLOCK);
+}
+
+// run() of work that multiplies matrices of T.
+template <class T, class Work>
+void run_products(int64_t count, const Work& work) {
+  run(count, work, [] { at::native::cpublas::brgemm_release(std::is_same_v<T, bf16>); });
 }
 
 // The parameters that make Q and K (index 0) or V and U (index 1).
@@ -143,13 +174,13 @@ class Projection {
 
 // Q Kᵀ of each head, (heads, c, c), then the rows' sums of squares, those of Q and those of K, (2C,).
 template <class T>
-bool gram(const Dsga& d, float* result) {
+void gram(const Dsga& d, float* result) {
   const int64_t C = d.channels, c = C / d.heads, size = C * c + 2 * C;
   const auto list = tasks(d.height, d.width, tile_width(C));
   const Half<T> half(d, 0);
   // One sum a task, added in order: the result does not depend on which thread was faster.
   std::vector<float> sums(list.size() * size, 0.0f);
-  const bool sound = run<T>(list.size(), [&](int64_t index) {
+  run_products<T>(list.size(), [&](int64_t index) {
     const Task& task = list[index];
     float* products = sums.data() + index * size;
     float* squares = products + C * c;
@@ -179,56 +210,37 @@ bool gram(const Dsga& d, float* result) {
   std::fill_n(result, size, 0.0f);
   for (size_t t = 0; t < list.size(); ++t)
     for (int64_t i = 0; i < size; ++i) result[i] += sums[t * size + i];
-  return sound;
 }
 
-// A row of Σ_n W_n φ(T_{k_n}(A)), in place.  T_k keeps an entry that fewer than k others exceed.
-void sparse_row(float* A, float* scratch, const Dsga& d, int64_t c) {
-  float* step = scratch;
-  float* positive = scratch + c;
-  const float largest = *std::max_element(A, A + c);
-  float whole = 0;
-  for (int64_t j = 0; j < c; ++j) {
-    const float relu = A[j] < 0 ? 0 : A[j];
-    positive[j] = d.score == SOFTMAX ? std::exp(A[j] - largest) : d.score == RELU2 ? relu * relu : relu;
-    whole += positive[j];
-  }
-  if (d.thresholds == 0) {
-    for (int64_t j = 0; j < c; ++j) A[j] = d.score == SOFTMAX ? positive[j] / whole : positive[j];
-    return;
-  }
+// A row of Σ_n W_n ReLU²(T_{k_n}(A)), in place.  T_k keeps an entry that fewer than k others exceed.
+void sparse_row(float* A, float* rank, const Dsga& d, int64_t c) {
   for (int64_t j = 0; j < c; j += LANES) {
     const vec own = load(A + j);
     vec_i above = {};
     for (int64_t i = 0; i < c; ++i) above -= A[i] > own;
-    store(step + j, __builtin_convertvector(above, vec));
+    store(rank + j, __builtin_convertvector(above, vec));
   }
-  std::vector<float> share(d.weights, d.weights + d.thresholds);
-  if (d.score == SOFTMAX)
-    for (int64_t n = 0; n < d.thresholds; ++n) {
-      float kept = 0;
-      for (int64_t j = 0; j < c; ++j) kept += step[j] < d.top_k[n] ? positive[j] : 0;
-      share[n] /= kept;
-    }
   for (int64_t j = 0; j < c; ++j) {
     float total = 0;
-    for (int64_t n = 0; n < d.thresholds; ++n) total += step[j] < d.top_k[n] ? share[n] : 0;
-    A[j] = positive[j] * total;
+    for (int64_t n = 0; n < d.thresholds; ++n) total += rank[j] < d.top_k[n] ? d.step[n] : 0;
+    const float relu = A[j] < 0 ? 0 : A[j];
+    A[j] = relu * relu * total;
   }
 }
 
-// The maps of the heads from `gram`, in place.
+// The maps of the heads from `gram`, in place; the scores A go to `d.scores` where that is given.
 void sparse_maps(const Dsga& d, float* gram) {
   const int64_t C = d.channels, c = C / d.heads;
   const float* q_squares = gram + C * c;
   const float* k_squares = q_squares + C;
-  at::parallel_for(0, C, 64, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(2 * c);
+  parallel_for(C, 64, [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(c);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t head = i / c;
       const float scale = std::sqrt(std::max(q_squares[i], LEAST_SQUARES)) * d.temperature[head];
       for (int64_t j = 0; j < c; ++j)
         gram[i * c + j] /= scale * std::sqrt(std::max(k_squares[head * c + j], LEAST_SQUARES));
+      if (d.scores) std::memcpy(d.scores + i * c, gram + i * c, c * sizeof(float));
       sparse_row(gram + i * c, scratch.data(), d, c);
     }
   });
@@ -236,18 +248,18 @@ void sparse_maps(const Dsga& d, float* gram) {
 
 // Y, given the maps.
 template <class T>
-bool restore(const Dsga& d, const float* maps) {
+void restore(const Dsga& d, const float* maps) {
   const int64_t C = d.channels, c = C / d.heads;
   const auto list = tasks(d.height, d.width, tile_width(C));
   const Half<T> half(d, 1);
   const auto B_out = packed<T>(d.project_out, C, C);
   auto B_map = buffer<T>(C * c);
   for (int64_t h = 0; h < d.heads; ++h) transpose_into(B_map.get() + h * c * c, maps + h * c * c, c, c);
-  const auto mask = d.gate == DFGB ? filter_mask(d.mask, C) : Buffer<float>();
+  const auto mask = filter_mask(d.mask, C);
   const auto* x = static_cast<const T*>(d.x);
   auto* y = static_cast<T*>(d.y);
   use_large_pages(y, d.height * d.width * C * sizeof(T));
-  return run<T>(list.size(), [&](int64_t index) {
+  run_products<T>(list.size(), [&](int64_t index) {
     const Task& task = list[index];
     Projection<T> P(d, half, task);
     const int64_t group = C > 192 ? 16 : 32;
@@ -263,18 +275,14 @@ bool restore(const Dsga& d, const float* maps) {
         const int64_t width = (columns + BLOCK - 1) / BLOCK * BLOCK;
         P.convolve(V.get(), width * C, C, rows, j - task.left, columns, 0, C);
         P.convolve(U.get(), width * C, C, rows, j - task.left, columns, C, C);
-        if (d.gate == DFGB) {
-          replicate(U.get(), rows, columns, width, C);
-          for (int64_t b = 0; b < width; b += BLOCK)
-            for (int64_t k = 0; k < C; k += LANES) filter_block(U.get() + b * C + k, width * C, C, mask.get() + k, C);
-        }
+        replicate(U.get(), rows, columns, width, C);
+        for (int64_t b = 0; b < width; b += BLOCK)
+          for (int64_t k = 0; k < C; k += LANES) filter_block(U.get() + b * C + k, width * C, C, mask.get() + k, C);
         const int64_t pixels = (rows - 1) * width + columns;
         for (int64_t h = 0; h < d.heads; ++h)
           product<T>(BLOCK * width, c, c, V.get() + h * c, C, B_map.get() + h * c * c, c, AV.get() + h * c, C);
-        for (int64_t i = 0; i < pixels * C; i += LANES) {
-          const vec u = load(U.get() + i);
-          store(V.get() + i, (d.gate == IDENTITY ? u : gelu(u)) * load(AV.get() + i));
-        }
+        for (int64_t i = 0; i < pixels * C; i += LANES)
+          store(V.get() + i, gelu(load(U.get() + i)) * load(AV.get() + i));
         product<T>(BLOCK * width, C, C, V.get(), C, B_out.get(), C, AV.get(), C);
         for (int64_t r = 0; r < rows; ++r) {
           const int64_t offset = ((top + r) * d.width + j) * C;
@@ -287,12 +295,12 @@ bool restore(const Dsga& d, const float* maps) {
 }
 
 template <class T>
-bool block(const Dsga& d) {
+void block(const Dsga& d) {
   const int64_t C = d.channels;
   auto maps = buffer<float>(C * C / d.heads + 2 * C);
-  if (!gram<T>(d, maps.get())) return false;
+  gram<T>(d, maps.get());
   sparse_maps(d, maps.get());
-  return restore<T>(d, maps.get());
+  restore<T>(d, maps.get());
 }
 
 }  // namespace

@@ -4,16 +4,15 @@
 #include <algorithm>
 #include <type_traits>
 
-#include <ATen/Parallel.h>
-
+#include "parallel.h"
 #include "simd.h"
 
 namespace at::native::cpublas {
-TORCH_API void brgemm(int64_t M, int64_t N, int64_t K, int64_t lda, int64_t ldb, int64_t ldc, bool add,
-                      const float* A, const float* B, float* C, bool vnni);
-TORCH_API void brgemm(int64_t M, int64_t N, int64_t K, int64_t lda, int64_t ldb, int64_t ldc, bool add,
-                      const at::BFloat16* A, const at::BFloat16* B, float* C, bool vnni);
-TORCH_API void brgemm_release(bool vnni);
+void brgemm(int64_t M, int64_t N, int64_t K, int64_t lda, int64_t ldb, int64_t ldc, bool add,
+            const float* A, const float* B, float* C, bool vnni);
+void brgemm(int64_t M, int64_t N, int64_t K, int64_t lda, int64_t ldb, int64_t ldc, bool add,
+            const c10::BFloat16* A, const c10::BFloat16* B, float* C, bool vnni);
+void brgemm_release(bool vnni);
 }  // namespace at::native::cpublas
 
 namespace dsgformer {
@@ -24,17 +23,17 @@ template <int D>
 inline void exchange(vec& x, vec& y) {
   const vec low = x, high = y;
   if constexpr (D == 8) {
-    x = __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
-    y = __builtin_shufflevector(low, high, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    x = DSGFORMER_SHUFFLE(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+    y = DSGFORMER_SHUFFLE(low, high, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
   } else if constexpr (D == 4) {
-    x = __builtin_shufflevector(low, high, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
-    y = __builtin_shufflevector(low, high, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+    x = DSGFORMER_SHUFFLE(low, high, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
+    y = DSGFORMER_SHUFFLE(low, high, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
   } else if constexpr (D == 2) {
-    x = __builtin_shufflevector(low, high, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
-    y = __builtin_shufflevector(low, high, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+    x = DSGFORMER_SHUFFLE(low, high, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+    y = DSGFORMER_SHUFFLE(low, high, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
   } else {
-    x = __builtin_shufflevector(low, high, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);
-    y = __builtin_shufflevector(low, high, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+    x = DSGFORMER_SHUFFLE(low, high, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);
+    y = DSGFORMER_SHUFFLE(low, high, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
   }
 }
 
@@ -55,7 +54,7 @@ inline void transpose(vec rows[16]) {
 template <class T>
 void transpose_into(T* B, const float* W, int64_t N, int64_t K) {
   constexpr int64_t PAIR = sizeof(float) / sizeof(T);
-  at::parallel_for(0, N / LANES, std::max<int64_t>(1, (1 << 15) / (LANES * K)), [&](int64_t begin, int64_t end) {
+  parallel_for( N / LANES, std::max<int64_t>(1, (1 << 15) / (LANES * K)), [&](int64_t begin, int64_t end) {
     for (int64_t n = begin * LANES; n < end * LANES; n += LANES)
       for (int64_t k = 0; k < K; k += LANES * PAIR) {
         vec rows[16] = {};
@@ -70,7 +69,7 @@ void transpose_into(T* B, const float* W, int64_t N, int64_t K) {
   });
 }
 
-// C = A B, or C += A B; B from transpose_into.
+// C = A B, or C += A B; B from transpose_into.  Throws where oneDNN has no such product for this processor.
 template <class T>
 void product(int64_t M, int64_t N, int64_t K, const T* A, int64_t lda, const T* B, int64_t ldb, float* C,
              int64_t ldc, bool add = false) {

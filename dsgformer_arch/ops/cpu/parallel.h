@@ -1,65 +1,63 @@
-// The tiles of an image and the threads that work on them.
+// Work shared out among the threads of PyTorch's OpenMP runtime.
 #pragma once
 
 #include <algorithm>
 #include <atomic>
-#include <type_traits>
-#include <vector>
+#include <cstdint>
+#include <exception>
+#include <mutex>
 
-#include <ATen/Parallel.h>
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
-#include "dfgb.h"
-#include "gemm.h"
+namespace at {
+int get_num_threads();
+}  // namespace at
+
+// The runtime that PyTorch has loaded, GNU's, or LLVM's and Intel's under GNU's name.  A pragma would make clang ask
+// for LLVM's own, and so for a second set of threads.
+extern "C" void GOMP_parallel(void (*function)(void*), void* data, unsigned threads, unsigned flags);
 
 namespace dsgformer {
 namespace {
 
-struct Task {
-  int64_t top, bottom, left, right;
-};
-
-// Columns of tiles, cut across where there are fewer than threads.
-std::vector<Task> tasks(int64_t height, int64_t width, int64_t tile_width) {
-  const int64_t threads = at::get_num_threads();
-  const int64_t columns = (width + tile_width - 1) / tile_width;
-  const int64_t tile_rows = (height + BLOCK - 1) / BLOCK;
-  int64_t cuts = threads == 1 ? 1 : (4 * threads + columns - 1) / columns;
-  // A cut costs two more rows of the pointwise product, so keep the pieces at 64 rows where that feeds all threads.
-  cuts = std::min(cuts, std::max<int64_t>(tile_rows / 8, (threads + columns - 1) / columns));
-  cuts = std::max<int64_t>(1, std::min(cuts, tile_rows));
-  std::vector<Task> list;
-  for (int64_t i = 0; i < cuts; ++i)
-    for (int64_t j = 0; j < columns; ++j) {
-      const int64_t top = tile_rows * i / cuts * BLOCK, bottom = tile_rows * (i + 1) / cuts * BLOCK;
-      list.push_back({top, std::min(bottom, height), j * tile_width, std::min((j + 1) * tile_width, width)});
+// Calls `work(i)` for i from 0 to count - 1 in any order, then `done()` once a thread.  Throws what the first of them
+// that failed threw, when all threads have ended.
+template <class Work, class Done>
+void run(int64_t count, const Work& work, const Done& done) {
+  struct Shared {
+    const Work& work;
+    const Done& done;
+    const int64_t count;
+    std::atomic<int64_t> next{0};
+    std::mutex lock;
+    std::exception_ptr failure;
+  } shared{work, done, count, {}, {}, {}};
+  const auto thread = [](void* data) {
+    auto& mine = *static_cast<Shared*>(data);
+    try {
+      for (int64_t i; (i = mine.next++) < mine.count;) mine.work(i);
+      mine.done();
+    } catch (...) {
+      mine.next = mine.count;
+      const std::lock_guard<std::mutex> guard(mine.lock);
+      if (!mine.failure) mine.failure = std::current_exception();
     }
-  return list;
+  };
+  const auto threads = std::min<int64_t>(at::get_num_threads(), count);
+  if (threads > 1)
+    GOMP_parallel(thread, &shared, threads, 0);
+  else
+    thread(&shared);
+  if (shared.failure) std::rethrow_exception(shared.failure);
 }
 
-int64_t tile_width(int64_t channels) {
-  const int64_t fitting = (512 << 10) / (10 * 2 * channels * int64_t(sizeof(float)));
-  return std::max<int64_t>(32, fitting / BLOCK * BLOCK);
-}
-
-// Runs `work(i)` for i from 0 to count - 1, in any order; false if a matrix product is missing.
-template <class T, class Work>
-bool run(int64_t count, const Work& work) {
-  std::atomic<int64_t> next{0};
-  std::atomic<bool> sound{true};
-  const int64_t threads = std::min<int64_t>(at::get_num_threads(), count);
-  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (; begin < end; ++begin)
-      try {
-        for (int64_t i; (i = next++) < count;) work(i);
-        at::native::cpublas::brgemm_release(std::is_same_v<T, bf16>);
-      } catch (...) {
-        sound = false;
-      }
-  });
-  return sound;
+// Calls `work(begin, end)` for pieces of 0 … count - 1 of at least `grain`, one a thread at most.
+template <class Work>
+void parallel_for(int64_t count, int64_t grain, const Work& work) {
+  const int64_t pieces = std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), count / grain));
+  run(pieces, [&](int64_t i) { work(count * i / pieces, count * (i + 1) / pieces); }, [] {});
 }
 
 // Y is often fresh memory: a page fault each 4096 bytes would cost as much as computing them.

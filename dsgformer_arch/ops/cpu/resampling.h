@@ -1,10 +1,11 @@
-// The steps outside the levels: head, downsampling, upsampling with the skip connection, and tail.
+// Steps outside the levels: downsampling, upsampling with the skip connection, and the tail.
 #pragma once
 
 #include <algorithm>
 #include <cstring>
 
 #include "arguments.h"
+#include "block.h"
 #include "gemm.h"
 #include "parallel.h"
 #include "simd.h"
@@ -24,42 +25,13 @@ void store_biased(T* y, const float* sums, const float* bias, int64_t pixels, in
     for (int64_t c = 0; c < N; c += LANES) store(y + p * N + c, load(sums + p * N + c) + load(bias + c));
 }
 
-// A 3×3 convolution of few channels, as a product of the neighbourhoods of a row's pixels.
-template <class T>
-bool head(const Step& s) {
-  const int64_t K = neighbourhood(s.fine), N = s.coarse, row_values = s.width * s.fine;
-  const auto B = packed<T>(s.weight, N, K);
-  const auto* x = static_cast<const T*>(s.x);
-  use_large_pages(s.y, s.height * s.width * N * sizeof(T));
-  return run<T>(s.height, [&](int64_t row) {
-    auto sums = buffer<float>(ROW_PIXELS * N);
-    auto A = buffer<T>(ROW_PIXELS * K);
-    auto rows = buffer<T>(3 * (row_values + 2 * s.fine));  // with a pixel of zeros on either side
-    const int64_t stride = row_values + 2 * s.fine;
-    std::memset(static_cast<void*>(A.get()), 0, ROW_PIXELS * K * sizeof(T));
-    std::memset(static_cast<void*>(rows.get()), 0, 3 * stride * sizeof(T));
-    for (int64_t i = 0; i < 3; ++i)
-      if (const int64_t from = row + i - 1; 0 <= from && from < s.height)
-        std::memcpy(static_cast<void*>(rows.get() + i * stride + s.fine), x + from * row_values, row_values * sizeof(T));
-    for (int64_t j = 0; j < s.width; j += ROW_PIXELS) {
-      const int64_t pixels = std::min(ROW_PIXELS, s.width - j);
-      for (int64_t p = 0; p < pixels; ++p)
-        for (int64_t i = 0; i < 3; ++i)
-          std::memcpy(static_cast<void*>(A.get() + p * K + i * 3 * s.fine), rows.get() + i * stride + (j + p) * s.fine,
-                      3 * s.fine * sizeof(T));
-      product<T>(pixels, N, K, A.get(), K, B.get(), N, sums.get(), N);
-      store_biased(static_cast<T*>(s.y) + (row * s.width + j) * N, sums.get(), s.bias, pixels, N);
-    }
-  });
-}
-
 // A row of the finer image is a matrix of pairs of pixels, (width, 2 fine).
 template <class T>
-bool downsample(const Step& s) {
+void downsample(const Step& s) {
   const int64_t K = 2 * s.fine, N = s.coarse;
   const Buffer<T> B[2] = {packed<T>(s.weight, N, K), packed<T>(s.weight + N * K, N, K)};
   use_large_pages(s.y, s.height * s.width * N * sizeof(T));
-  return run<T>(s.height, [&](int64_t row) {
+  run_products<T>(s.height, [&](int64_t row) {
     auto sums = buffer<float>(ROW_PIXELS * N);
     const auto* upper = static_cast<const T*>(s.x) + 2 * row * s.width * K;
     auto* y = static_cast<T*>(s.y) + row * s.width * N;
@@ -73,11 +45,11 @@ bool downsample(const Step& s) {
 }
 
 template <class T>
-bool upsample(const Step& s) {
+void upsample(const Step& s) {
   const int64_t K = s.coarse, N = 2 * s.fine;
   const Buffer<T> B[2] = {packed<T>(s.weight, N, K), packed<T>(s.weight + N * K, N, K)};
   use_large_pages(s.y, 2 * s.height * s.width * N * sizeof(T));
-  return run<T>(s.height, [&](int64_t row) {
+  run_products<T>(s.height, [&](int64_t row) {
     auto sums = buffer<float>(ROW_PIXELS * N);
     const auto* x = static_cast<const T*>(s.x) + row * s.width * K;
     for (int64_t j = 0; j < s.width; j += ROW_PIXELS) {
@@ -100,12 +72,12 @@ constexpr int64_t TAIL_ROWS = 16;  // of a task: each repeats the products of tw
 
 // A 3×3 convolution to 3 channels: what a pixel gives to each of its 9 neighbours is one product, then they are summed.
 template <class T>
-bool tail(const Step& s) {
+void tail(const Step& s) {
   const int64_t K = s.fine, N = neighbourhood(3), stride = (s.width + 2) * N;
   const auto B = packed<T>(s.weight, N, K);
   const auto* x = static_cast<const T*>(s.x);
   const auto* skip = static_cast<const float*>(s.skip);
-  return run<T>((s.height + TAIL_ROWS - 1) / TAIL_ROWS, [&](int64_t index) {
+  run_products<T>((s.height + TAIL_ROWS - 1) / TAIL_ROWS, [&](int64_t index) {
     const int64_t top = index * TAIL_ROWS, bottom = std::min(top + TAIL_ROWS, s.height);
     auto given = buffer<float>(3 * stride);  // rows by turns, with a pixel of zeros on either side
     std::memset(given.get(), 0, 3 * stride * sizeof(float));

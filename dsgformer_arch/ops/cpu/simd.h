@@ -1,11 +1,17 @@
 // Vectors of 16 channels, loads and stores of float32 and bfloat16, and aligned buffers.
+//
+// No header of PyTorch is included: those of a release need its newest compilers.  What is used of PyTorch is
+// declared in gemm.h and parallel.h.  GCC 9 to 14 and clang compile this as C++17.
 #pragma once
 
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
+#include <new>
 
-#include <c10/util/BFloat16.h>
+#include "bfloat16.h"
+
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
@@ -13,7 +19,7 @@
 namespace dsgformer {
 namespace {
 
-using bf16 = at::BFloat16;
+using bf16 = c10::BFloat16;
 constexpr int64_t LANES = 16;
 
 typedef float vec __attribute__((vector_size(64), aligned(4), may_alias));
@@ -44,18 +50,27 @@ inline vec splat(float a) { return a - (vec){}; }
 
 typedef float vec4 __attribute__((vector_size(16), aligned(4), may_alias));
 
+// The elements of x (0 … 15) and y (16 … 31) at 16 indices.
+#if defined(__clang__) || __GNUC__ >= 12
+#define DSGFORMER_SHUFFLE(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
+#else
+#define DSGFORMER_SHUFFLE(x, y, ...) __builtin_shuffle(x, y, (vec_i){__VA_ARGS__})
+#endif
+
 // The sums of four vectors.
 inline vec4 sums(vec a, vec b, vec c, vec d) {
   auto fold = [](vec x, vec y) {  // of each quarter: x0+x2, y0+y2, x1+x3, y1+y3
-    return __builtin_shufflevector(x, y, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
-           __builtin_shufflevector(x, y, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+    return DSGFORMER_SHUFFLE(x, y, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
+           DSGFORMER_SHUFFLE(x, y, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
   };
   const vec ab = fold(a, b), cd = fold(c, d);
-  const vec all = __builtin_shufflevector(ab, cd, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-                  __builtin_shufflevector(ab, cd, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-  const auto half = __builtin_shufflevector(all, all, 0, 1, 2, 3, 4, 5, 6, 7) +
-                    __builtin_shufflevector(all, all, 8, 9, 10, 11, 12, 13, 14, 15);
-  return __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
+  vec all = DSGFORMER_SHUFFLE(ab, cd, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+            DSGFORMER_SHUFFLE(ab, cd, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  all += DSGFORMER_SHUFFLE(all, all, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+  all += DSGFORMER_SHUFFLE(all, all, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+  vec4 first;
+  std::memcpy(&first, &all, sizeof(first));
+  return first;
 }
 
 // 1/v to float32's precision for v in 1 … 2^100.
@@ -75,10 +90,13 @@ struct Free {
 template <class T>
 using Buffer = std::unique_ptr<T[], Free>;
 
+// Room for `count` values, aligned to 64 bytes and padded by a vector; throws std::bad_alloc.
 template <class T>
 Buffer<T> buffer(int64_t count) {
   const size_t bytes = (count * sizeof(T) + 127) / 64 * 64;
-  return Buffer<T>(static_cast<T*>(std::aligned_alloc(64, bytes)));
+  void* memory = std::aligned_alloc(64, bytes);
+  if (!memory) throw std::bad_alloc();
+  return Buffer<T>(static_cast<T*>(memory));
 }
 
 }  // namespace

@@ -8,10 +8,7 @@ in the caches.  There is no second derivative.
 from __future__ import annotations
 
 import ctypes
-import logging
-import subprocess
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -37,8 +34,6 @@ PARAMETERS = (
 )
 """The tensors of `Weights`, in the order of `_Training`."""
 
-_LOG = logging.getLogger(__name__)
-
 
 class _Training(ctypes.Structure):
     """`struct Training` of the kernel."""
@@ -57,7 +52,7 @@ class _Training(ctypes.Structure):
 
 def takes(dtype: torch.dtype, channels: int, heads: int) -> bool:
     """Whether the kernel trains a block of C = `channels` on X of type `dtype`."""
-    return channels // heads % LANES == 0 and dtype in TYPES and works(dtype)
+    return channels // heads % LANES == 0 and dtype in TYPES and works(dtype).passed
 
 
 def differentiable(x: Tensor, weights: Weights, recompute: bool = False) -> Tensor:
@@ -141,12 +136,24 @@ def enter(entry: str, dtype: torch.dtype, call: ctypes.Structure) -> None:
         raise MemoryError('the memory for a training step of DSGA ran out')
 
 
-@lru_cache(maxsize=len(TYPES))
-def works(dtype: torch.dtype) -> bool:
-    """Whether the kernel can be had, and gives on a small image what the eager form gives."""
-    try:
-        build.library('backward.cpp')
-    except (OSError, RuntimeError, subprocess.SubprocessError) as reason:
-        _LOG.info('DSGA trains in its eager form, as there is no kernel here: %s', reason)
-        return False
-    return selftest.trains(differentiable, 2 * LANES, 2, dtype)
+_VERDICTS: dict[torch.dtype, selftest.Verdict] = {}
+
+
+@torch.compiler.assume_constant_result
+def works(dtype: torch.dtype) -> selftest.Verdict:
+    """Whether the kernel can be had, and gives on a small image what the eager implementation gives.
+
+    A failure that may not come again is not remembered.
+    """
+    verdict = _VERDICTS.get(dtype)
+    if verdict is None:
+        try:
+            build.library('backward.cpp')
+            verdict = selftest.trains(differentiable, 2 * LANES, 2, dtype)
+        except build.BuildError as reason:
+            verdict = selftest.Verdict(False, str(reason))
+        if verdict.final:
+            _VERDICTS[dtype] = verdict
+        if not verdict.passed:
+            selftest.warn_once(f'training on a CPU in {dtype}', verdict.reason)
+    return verdict

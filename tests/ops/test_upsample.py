@@ -1,8 +1,9 @@
-"""The kernel's head, downsampling, upsampling and tail against the modules."""
+"""The kernel for upsampling against the modules."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import pytest
 import torch
@@ -11,10 +12,8 @@ from torch import Tensor, nn
 from dsgformer_arch import ops
 from dsgformer_arch.archs.dsgformer_arch import DSGformer
 from dsgformer_arch.ops import memory
-from dsgformer_arch.ops import resampling as steps
-from dsgformer_arch.ops.cpu import binding, build
-
-Step = Callable[..., Tensor]
+from dsgformer_arch.ops.cpu import binding
+from tests.ops import kernel
 
 with torch.random.fork_rng():
     torch.manual_seed(0)
@@ -25,16 +24,12 @@ def _random(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-CASES: dict[str, tuple[Step, nn.Module, Callable[[int, int, int], tuple[Tensor | None, ...]]]] = {
-    'head': (steps.head, NETWORK.head, lambda n, h, w: (_random(n, 3, h, w),)),
-    'down': (steps.down, NETWORK.down[1], lambda n, h, w: (_random(n, 32, 2 * h, 2 * w),)),
-    'up': (steps.up, NETWORK.up[2], lambda n, h, w: (_random(n, 32, h, w), None)),
-    'up with skip': (
-        steps.up,
-        NETWORK.up[1],
+CASES: dict[str, tuple[nn.Sequential, Callable[[int, int, int], tuple[Tensor, Tensor | None]]]] = {
+    'no skip': (cast(nn.Sequential, NETWORK.up[2]), lambda n, h, w: (_random(n, 32, h, w), None)),
+    'skip': (
+        cast(nn.Sequential, NETWORK.up[1]),
         lambda n, h, w: (_random(n, 64, h, w), _random(n, 32, 2 * h, 2 * w)),
     ),
-    'tail': (steps.tail, NETWORK.tail, lambda n, h, w: (_random(n, 32, h, w), _random(n, 3, h, w))),
 }
 SIZES = [(1, 8, 8), (2, 5, 3), (1, 17, 131), (1, 1, 1), (1, 40, 64)]
 """N, H and W: odd ones, one pixel, more pixels in a row than one product takes, more rows than one task."""
@@ -42,21 +37,18 @@ SIZES = [(1, 8, 8), (2, 5, 3), (1, 17, 131), (1, 1, 1), (1, 40, 64)]
 
 @pytest.fixture(autouse=True)
 def _kernel() -> None:
-    try:
-        build.library()
-    except (OSError, RuntimeError) as reason:
-        pytest.skip(f'no kernel here: {reason}')
+    kernel.require()
 
 
 @pytest.mark.parametrize('size', SIZES)
 @pytest.mark.parametrize('case', CASES)
 def test_float32_equals_the_modules(case: str, size: tuple[int, int, int]) -> None:
-    step, module, inputs = CASES[case]
+    module, inputs = CASES[case]
     tensors = inputs(*size)
     with torch.inference_mode():
-        ours = step(module, *tensors)
+        ours = ops.resampling.up(module, *tensors)
         with ops.use('plain'):
-            literal = step(module, *tensors)
+            literal = ops.resampling.up(module, *tensors)
     assert ours.is_contiguous(memory_format=torch.channels_last)
     assert ours.shape == literal.shape
     torch.testing.assert_close(ours, literal, rtol=1e-5, atol=1e-5)
@@ -65,24 +57,24 @@ def test_float32_equals_the_modules(case: str, size: tuple[int, int, int]) -> No
 @pytest.mark.parametrize('size', [size for size in SIZES if size != (1, 1, 1)])  # too few to compare errors
 @pytest.mark.parametrize('case', CASES)
 def test_autocast_is_no_worse_than_the_modules(case: str, size: tuple[int, int, int]) -> None:
-    step, module, inputs = CASES[case]
+    module, inputs = CASES[case]
     tensors = inputs(*size)
-    if case == 'up with skip':
-        tensors = tuple(tensor.bfloat16() for tensor in tensors if tensor is not None)
+    x, skip = tensors
+    if skip is not None:
+        tensors = (x.bfloat16(), skip.bfloat16())
     with torch.inference_mode():
         with torch.autocast('cpu', torch.bfloat16):
-            ours = step(module, *tensors)
+            ours = ops.resampling.up(module, *tensors)
             with ops.use('plain'):
-                literal = step(module, *tensors)
-        exact = step(module, *(None if tensor is None else tensor.float() for tensor in tensors))
+                literal = ops.resampling.up(module, *tensors)
+        exact = ops.resampling.up(module, x, skip)
     assert ours.dtype == literal.dtype
     error, theirs = ((x.float() - exact).norm() for x in (ours, literal))
     assert error <= 1.2 * theirs
 
 
 def test_gradients_and_other_types_go_through_the_modules(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ('convolved', 'downsampled', 'upsampled', 'summed'):
-        monkeypatch.delattr(binding, name)
+    monkeypatch.delattr(binding, 'upsample')
     image = _random(1, 3, 16, 16)
     NETWORK(image).sum().backward()
     with torch.inference_mode():

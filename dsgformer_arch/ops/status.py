@@ -1,0 +1,57 @@
+"""What of the compiled implementations works on this machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dsgformer_arch.ops import library
+from dsgformer_arch.ops.cpu import binding, build
+
+
+@dataclass(frozen=True)
+class Status:
+    """The state of the compiled kernels."""
+
+    compiler: str | None
+    """What the C++ compiler calls itself; None where there is none."""
+    built: bool
+    """Whether the kernel for CPUs is compiled and loaded."""
+    self_tests: dict[str, str]
+    """By type, `'passed'` or why the kernel for CPUs is not used."""
+    cache_folder: Path | None
+    """Where compiled kernels are kept; None where each process compiles its own."""
+    triton: bool
+    """Whether Triton, which the kernels for GPUs need, is installed."""
+    reason: str
+    """Why the kernel for float32 is not used; empty where it is."""
+
+
+def status() -> Status:
+    """Compile and test the kernels where that has not happened yet, and say what works.
+
+    Takes about 10 seconds the first time on a machine.
+    """
+    verdicts = {dtype: binding.works(dtype) for dtype in binding.TYPES}
+    tests = {
+        str(dtype).removeprefix('torch.'): 'passed' if verdict.passed else verdict.reason
+        for dtype, verdict in verdicts.items()
+    }
+    compiler = None
+    for command in build.compilers():
+        try:
+            compiler = build.version(command).splitlines()[0]
+            break
+        except (build.BuildError, IndexError):
+            continue
+    try:
+        build.library()
+        built = True
+    except build.BuildError:
+        built = False
+    try:
+        folder: Path | None = build.cache_folder()
+    except OSError:
+        folder = None
+    reason = verdicts[binding.TYPES[0]].reason
+    return Status(compiler, built, tests, folder, library.triton_kernels() is not None, reason)
