@@ -167,7 +167,7 @@ def complete(settings: dict[str, Any], arguments: argparse.Namespace, root: str)
             dataset['scale'] = opt['scale']
         for key in ('dataroot_gt', 'dataroot_lq'):
             if dataset.get(key) is not None:
-                dataset[key] = os.path.abspath(os.path.expanduser(dataset[key]))
+                dataset[key] = os.path.realpath(os.path.expanduser(dataset[key]))
     path = opt['path']
     for key in ('pretrain_network_g', 'resume_state'):
         if path.get(key) is not None:

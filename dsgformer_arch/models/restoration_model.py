@@ -33,7 +33,7 @@ from basicsr.models import lr_scheduler as basicsr_schedulers
 from basicsr.models.sr_model import SRModel
 from basicsr.utils import get_root_logger, tensor2img
 from basicsr.utils.dist_util import master_only
-from basicsr.utils.registry import MODEL_REGISTRY
+from basicsr.utils.registry import ARCH_REGISTRY, MODEL_REGISTRY
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -187,7 +187,8 @@ class RestorationModel(SRModel):
             if param_key is not None and param_key == self.opt['path'].get('param_key_g'):
                 raise
             checkpoint = read_checkpoint(load_path)
-        check_weights(self.get_bare_model(net), checkpoint)
+        if strict:
+            check_settings(self.opt['network_g'], checkpoint)
         faults = load_into(self.get_bare_model(net), checkpoint, strict)
         logger = get_root_logger()
         logger.info(f'Loading {type(self.get_bare_model(net)).__name__} from {load_path}')
@@ -595,22 +596,35 @@ class RestorationModel(SRModel):
         return changes
 
 
-def check_weights(network: nn.Module, checkpoint: Checkpoint) -> None:
-    """Check that a checkpoint holds finite numbers of the kinds that the network has.
+NOT_THE_FUNCTION = ('recompute', 'alpha_init', 'weights_init', 'output_init')
+"""Settings of a network that change its memory or its initial weights, not what it computes from weights."""
+
+
+def check_settings(settings: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+    """Check that a checkpoint was trained with the settings that the option file gives the network.
+
+    Some of them, such as DSGformer's `score`, leave no trace in the shapes of the weights.
+
+    Args:
+        settings: the option file's `network_g`.
+        checkpoint: those that training wrote say with which settings.
 
     Raises:
-        UserError: it holds NaN, infinite, complex or quantized weights.
+        UserError: they contradict each other.
     """
-    kinds = {name: tensor.is_floating_point() for name, tensor in network.state_dict().items()}
-    for name, tensor in checkpoint.state.items():
-        if kinds.get(name, tensor.is_floating_point()) != tensor.is_floating_point():
+    trained = checkpoint.network
+    if trained is None:
+        return
+    defaults: dict[str, Any] = {}
+    if settings['type'] in ARCH_REGISTRY:
+        parameters = inspect.signature(ARCH_REGISTRY.get(settings['type'])).parameters.values()
+        defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    ours, theirs = _plain({**defaults, **settings}), _plain({**defaults, **trained})
+    for key in sorted(set(ours) | set(theirs)):
+        if key not in NOT_THE_FUNCTION and ours.get(key) != theirs.get(key):
             raise UserError(
-                f'{checkpoint.path}: {name} holds {str(tensor.dtype).removeprefix("torch.")} numbers; give a '
-                'checkpoint of floating-point weights'
-            )
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise UserError(
-                f'{checkpoint.path}: {name} is not finite; give an earlier checkpoint of that run'
+                f'{checkpoint.path} was trained with {key}: {theirs.get(key)}, but network_g: {key} is '
+                f'{ours.get(key)}; set it to the former, or strict_load_g to false'
             )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -157,6 +158,7 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(workers: int, tmp_path: Pa
     basicsr_run = tmp_path / 'experiments' / 'tiny'
     assert basicsr.main(['train', '-opt', str(file), '--auto_resume']) == 0
     assert_same_end(tmp_path / 'experiments' / 'whole', basicsr_run, 7)
+    assert not multiprocessing.active_children()
     best = torch.load(basicsr_run / 'training_states' / '7.state', weights_only=True)['best']
     assert set(best['sample']) == {'psnr', 'ssim'}
 
@@ -258,6 +260,7 @@ def test_a_corrupt_image_ends_the_run_or_is_replaced(
     make_corrupt(tmp_path / 'datasets' / 'sample' / 'train_lq.lmdb', 'train-1')
     message = stopped(['train', '-opt', str(file)], capsys)
     assert 'train-1' in message
+    assert not multiprocessing.active_children()
     train['corrupt_images'] = 'replace'
     write_project(tmp_path, options)
     assert basicsr.main(['train', '-opt', str(file)]) == 0
@@ -268,7 +271,7 @@ def test_a_corrupt_image_ends_the_run_or_is_replaced(
 
 @pytest.mark.parametrize(('weights', 'reason'), [
     (None, 'pretrain_network_g is missing'),
-    (lambda value: value * float('nan'), 'is not finite'),
+    (lambda value: value * float('nan'), 'NaN'),
     (lambda value: value.to(torch.int8), 'int8'),
     (lambda value: value * 1j, 'complex'),
 ])  # fmt: skip
@@ -288,6 +291,19 @@ def test_weights_that_cannot_be_tested(
     file = write_project(tmp_path, options)
     assert reason in stopped(['test', '-opt', str(file)], capsys)
     assert not (tmp_path / 'results').exists()
+
+
+def test_a_network_of_other_settings_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing in the shapes says which score a network was trained with."""
+    assert basicsr.main(['train', '-opt', str(write_project(tmp_path, tiny_options(iterations=2)))]) == 0
+    options = options_to_test()
+    options['network_g'] |= {'score': 'softmax', 'recompute': True}
+    file = write_project(tmp_path, options, 'options/test.yml')
+    message = stopped(['test', '-opt', str(file)], capsys)
+    assert 'was trained with score: relu2, but network_g: score is softmax' in message
+    del options['network_g']['score']  # the default, which is what it was trained with
+    write_project(tmp_path, options, 'options/test.yml')
+    assert basicsr.main(['test', '-opt', str(file)]) == 0
 
 
 def test_a_mistyped_param_key_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
