@@ -260,7 +260,7 @@ def _hang_guard() -> Iterator[None]:
     """End the test where reading never ends, so that the suite does not hang."""
     import signal
 
-    signal.alarm(60)
+    signal.alarm(300)
     yield
     signal.alarm(0)
 
