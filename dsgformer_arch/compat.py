@@ -1,6 +1,6 @@
-"""What BasicSR 1.4.2 needs on today's PyTorch, one function a repair.
+"""What BasicSR 1.4.2 needs on today's PyTorch, one function per fix.
 
-BasicSR is used unchanged from its release of 2022.  Each function below mends
+BasicSR is used unchanged from its release of 2022.  Each function below fixes
 one thing that has broken since, or that never worked on a machine without a
 GPU, names the upstream report, and does nothing where upstream is sound.
 `import dsgformer_arch` calls `apply()`; after that `import basicsr` works.
@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 
-def missing_torchvision_operators() -> None:
+def fix_torchvision_operators() -> None:
     """Declare `torchvision::nms` and `qnms` where torchvision's library does not load.
 
     A CPU build of torch beside the ordinary (CUDA) torchvision wheel cannot
@@ -55,7 +55,7 @@ _keep_alive: list[torch.library.Library] = []
 """A `Library` withdraws what it defined when it is collected."""
 
 
-def removed_functional_tensor() -> None:
+def fix_functional_tensor() -> None:
     """Give back `torchvision.transforms.functional_tensor`, removed in torchvision 0.17.
 
     BasicSR's `data/degradations.py` imports `rgb_to_grayscale` from it
@@ -70,7 +70,7 @@ def removed_functional_tensor() -> None:
     sys.modules[name] = module
 
 
-def option_files_that_run_code() -> None:
+def fix_unsafe_yaml() -> None:
     """Read option files with YAML's safe loader.
 
     BasicSR builds its loader on `yaml.Loader`, for which a line such as
@@ -103,7 +103,7 @@ def option_files_that_run_code() -> None:
     options._postprocess_yml_value = forced_value
 
 
-def distributed_without_gpus() -> None:
+def fix_distributed_on_cpu() -> None:
     """Let distributed training start where there are no GPUs, over gloo.
 
     `init_dist` divides by the number of GPUs, always asks for nccl, and
@@ -148,7 +148,7 @@ def distributed_without_gpus() -> None:
     base_model.BaseModel.model_to_device = model_to_device
 
 
-def workers_that_repeat_themselves() -> None:
+def fix_worker_seeding() -> None:
     """Seed data-loader workers from torch's seed, which differs from epoch to epoch.
 
     BasicSR seeds worker i with the same number each time an epoch starts, so
@@ -168,7 +168,7 @@ def worker_init_fn(worker_id: int, num_workers: int, rank: int, seed: int) -> No
     random.seed(int(state[1]))
 
 
-def epochs_that_data_sets_do_not_know() -> None:
+def fix_dataset_epoch() -> None:
     """Tell a data set which epoch begins, where it has a method `set_epoch`.
 
     BasicSR tells its sampler only, so a data set whose items follow from seed, epoch and index, whichever
@@ -187,7 +187,7 @@ def epochs_that_data_sets_do_not_know() -> None:
     sampler.set_epoch = set_epoch
 
 
-def damaged_images_without_a_name() -> None:
+def fix_unnamed_damaged_images() -> None:
     """Name the image where a pair cannot be read; see `data.paired_images`.
 
     BasicSR ends with `'NoneType' object has no attribute 'astype'`
@@ -210,18 +210,18 @@ def get_pair(dataset: Any, index: int) -> dict[str, Any]:
     return paired_images.get_pair(dataset, index)
 
 
-REPAIRS: tuple[Callable[[], None], ...] = (
-    missing_torchvision_operators,
-    removed_functional_tensor,
-    option_files_that_run_code,
-    distributed_without_gpus,
-    workers_that_repeat_themselves,
-    damaged_images_without_a_name,
-    epochs_that_data_sets_do_not_know,
+FIXES: tuple[Callable[[], None], ...] = (
+    fix_torchvision_operators,
+    fix_functional_tensor,
+    fix_unsafe_yaml,
+    fix_distributed_on_cpu,
+    fix_worker_seeding,
+    fix_unnamed_damaged_images,
+    fix_dataset_epoch,
 )
 
 
 def apply() -> None:
-    """Make every repair, in order; a second call changes nothing."""
-    for repair in REPAIRS:
-        repair()
+    """Apply every fix, in order; a second call changes nothing."""
+    for fix in FIXES:
+        fix()

@@ -1,4 +1,4 @@
-"""What every test needs: repaired imports, and one thread a process."""
+"""What every test needs: fixed imports, and one thread a process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ.setdefault('TRITON_INTERPRET', '1')
 
-import dsgformer_arch  # noqa: F401  (repairs BasicSR before any test imports it)
+import dsgformer_arch  # noqa: F401  (fixes BasicSR before any test imports it)
 
 torch.set_num_threads(1)
 

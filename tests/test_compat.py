@@ -1,4 +1,4 @@
-"""Each repair of BasicSR: the fault is there without it and gone with it."""
+"""Each fix of BasicSR: the fault is there without it and gone with it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dsgformer_arch import compat
 from tests.trees import ROOT
 
 CHECKS = {
-    'damaged_images_without_a_name': """
+    'fix_unnamed_damaged_images': """
         import os, cv2, numpy
         from basicsr.data.paired_image_dataset import PairedImageDataset
         for side in ('gt', 'lq'):
@@ -31,7 +31,7 @@ CHECKS = {
         else:
             raise AssertionError('a damaged image was read')
     """,
-    'epochs_that_data_sets_do_not_know': """
+    'fix_dataset_epoch': """
         import types
         from basicsr.data.data_sampler import EnlargedSampler
         told = []
@@ -43,14 +43,14 @@ CHECKS = {
             assert sampler.epoch == 7
         assert told == [7]
     """,
-    'missing_torchvision_operators': 'import torchvision.transforms',
-    'removed_functional_tensor': """
+    'fix_torchvision_operators': 'import torchvision.transforms',
+    'fix_functional_tensor': """
         import basicsr.data.degradations
         import torch
         grey = basicsr.data.degradations.rgb_to_grayscale(torch.ones(1, 3, 2, 2))
         assert grey.shape == (1, 1, 2, 2)
     """,
-    'option_files_that_run_code': """
+    'fix_unsafe_yaml': """
         import yaml
         from basicsr.utils.options import _postprocess_yml_value, ordered_yaml
         assert list(yaml.load('b: 1\\na: {d: 2, c: 3}', Loader=ordered_yaml()[0])['a']) == ['d', 'c']
@@ -63,7 +63,7 @@ CHECKS = {
         else:
             raise AssertionError('the option file ran code')
     """,
-    'distributed_without_gpus': """
+    'fix_distributed_on_cpu': """
         import os, socket, torch
         from basicsr.models.base_model import BaseModel
         from basicsr.utils.dist_util import init_dist
@@ -79,7 +79,7 @@ CHECKS = {
         assert isinstance(net, torch.nn.parallel.DistributedDataParallel)
         torch.distributed.destroy_process_group()
     """,
-    'workers_that_repeat_themselves': """
+    'fix_worker_seeding': """
         import random, numpy as np, torch
         from basicsr.data import build_dataloader
 
@@ -103,7 +103,7 @@ CHECKS = {
 
 
 def run(check: str, without: str | None, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run `check` in a new process with every repair but `without`."""
+    """Run `check` in a new process with every fix but `without`."""
     program = f"""
 import importlib.util, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -111,9 +111,9 @@ spec = importlib.util.spec_from_file_location('compat', {compat.__file__!r})
 compat = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(compat)
 if __name__ == '__main__':
-    for repair in compat.REPAIRS:
-        if repair.__name__ != {without!r}:
-            repair()
+    for fix in compat.FIXES:
+        if fix.__name__ != {without!r}:
+            fix()
 """
     program += textwrap.indent(textwrap.dedent(check), '    ')
     script = folder / 'script.py'
@@ -124,33 +124,33 @@ if __name__ == '__main__':
 
 
 def test_every_repair_has_a_check() -> None:
-    assert set(CHECKS) == {repair.__name__ for repair in compat.REPAIRS}
+    assert set(CHECKS) == {fix.__name__ for fix in compat.FIXES}
 
 
-@pytest.mark.parametrize('repair', CHECKS)
-def test_repair_mends_what_is_broken(repair: str, tmp_path: Path) -> None:
-    if repair == 'distributed_without_gpus' and torch.cuda.is_available():
+@pytest.mark.parametrize('fix', CHECKS)
+def test_fix_fixes_what_is_broken(fix: str, tmp_path: Path) -> None:
+    if fix == 'fix_distributed_on_cpu' and torch.cuda.is_available():
         pytest.skip('upstream works on a machine with a GPU')
     (tmp_path / 'with').mkdir()
-    mended = run(CHECKS[repair], None, tmp_path / 'with')
-    assert mended.returncode == 0, mended.stderr
+    fixed = run(CHECKS[fix], None, tmp_path / 'with')
+    assert fixed.returncode == 0, fixed.stderr
     (tmp_path / 'without').mkdir()
-    broken = run(CHECKS[repair], repair, tmp_path / 'without')
-    if repair == 'missing_torchvision_operators' and broken.returncode == 0:
+    broken = run(CHECKS[fix], fix, tmp_path / 'without')
+    if fix == 'fix_torchvision_operators' and broken.returncode == 0:
         pytest.skip("torchvision's operators load here")
-    assert broken.returncode != 0, f'{repair} changes nothing here'
+    assert broken.returncode != 0, f'{fix} changes nothing here'
 
 
 def test_repairs_do_nothing_twice_or_where_upstream_is_sound(tmp_path: Path) -> None:
     check = """
         import basicsr.data, basicsr.utils.options, basicsr.utils.dist_util as dist_util
-        def mended():
+        def fixed():
             return (basicsr.utils.options.ordered_yaml, dist_util._init_dist_pytorch,
                     basicsr.data.worker_init_fn, sys.modules['torchvision'])
-        before = mended()
-        for repair in compat.REPAIRS:
-            repair()
-        assert mended() == before
+        before = fixed()
+        for fix in compat.FIXES:
+            fix()
+        assert fixed() == before
     """
     done = run(check, None, tmp_path)
     assert done.returncode == 0, done.stderr

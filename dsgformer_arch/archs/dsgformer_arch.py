@@ -394,22 +394,22 @@ class DSGformer(RestorationNetwork):
 
 
 def dsgformer(**overrides: Any) -> DSGformer:
-    """The paper's network: 15.57 M parameters, 55.5 G multiply-adds at 256×256."""
+    """The paper's network: 15.57 M parameters, 55.5 G MACs at 256×256."""
     return DSGformer(**{'width': 48, 'num_blocks': (2, 6, 12, 12), **overrides})
 
 
 def dsgformer_s(**overrides: Any) -> DSGformer:
-    """Small: 2.38 M parameters, 175 G multiply-adds at 1920×1200."""
+    """Small: 2.38 M parameters, 175 G MACs at 1920×1200."""
     return DSGformer(**{'width': 16, 'num_blocks': (1, 2, 8, 20), **overrides})
 
 
 def dsgformer_t(**overrides: Any) -> DSGformer:
-    """Tiny: 0.70 M parameters, 2.7 G multiply-adds at 256×256; trains on a CPU."""
+    """Tiny: 0.70 M parameters, 2.7 G MACs at 256×256; trains on a CPU."""
     return DSGformer(**{'width': 16, 'num_blocks': (1, 2, 4, 4), **overrides})
 
 
 def dsgformer_h(**overrides: Any) -> DSGformer:
-    """Half resolution: 0.89 M parameters, 0.8 G multiply-adds at 256×256; the package ships its weights."""
+    """Half resolution: 0.89 M parameters, 0.8 G MACs at 256×256; the package ships its weights."""
     return DSGformer(
         **{
             'width': 16,

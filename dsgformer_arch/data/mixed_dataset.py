@@ -157,7 +157,7 @@ def read_sources(sections: Any, where: str) -> tuple[list[str], list[Source], li
 
 
 def augmented(image: NDArray[np.uint8], hflip: bool, vflip: bool, transpose: bool) -> NDArray[np.uint8]:
-    """Mirror an image and exchange its axes; all eight combinations are its flips and quarter turns."""
+    """Mirror an image and exchange its axes; all eight combinations are its flips and 90° rotations."""
     image = image[:, ::-1] if hflip else image
     image = image[::-1] if vflip else image
     return image.transpose(1, 0, 2) if transpose else image

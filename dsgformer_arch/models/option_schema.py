@@ -160,7 +160,7 @@ class Dataset(Section):
     use_hflip: bool | None = None
     """Random horizontal flips."""
     use_rot: bool | None = None
-    """Random vertical flips and quarter turns."""
+    """Random vertical flips and 90° rotations."""
     mean: Annotated[list[float], Field(min_length=3, max_length=3)] | None = None
     """Subtracted from each channel."""
     std: Annotated[list[Positive], Field(min_length=3, max_length=3)] | None = None

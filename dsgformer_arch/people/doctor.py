@@ -91,7 +91,7 @@ def _version(name: str) -> tuple[str, str]:
 def _fixes() -> list[tuple[str, str, str]]:
     """Whether every fix of BasicSR can be applied; they are, since the package was imported."""
     found = []
-    for fix in compat.REPAIRS:
+    for fix in compat.FIXES:
         error = _error_of(fix)
         found.append((f'fix {fix.__name__}', FAULT if error else GOOD, error or 'applied or not needed'))
     try:

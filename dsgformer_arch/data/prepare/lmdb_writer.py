@@ -244,7 +244,7 @@ def _raise_problems(problems: Sequence[str]) -> None:
         count = f'{len(problems)} problems' if len(problems) > 1 else '1 problem'
         listed = '\n  '.join(problems)
         raise UserError(
-            f'{count} with the images, so no LMDB was written; mend or remove what is named here:\n  {listed}'
+            f'{count} with the images, so no LMDB was written; fix or remove what is named here:\n  {listed}'
         )
 
 

@@ -81,8 +81,8 @@ def create_sample_set(out: Path, seed: int = 0, say: Callable[[str], None] = pri
             os.replace(folder / RECORD, out / RECORD)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        mend = 'free some space or give another folder' if full else 'give another folder'
-        raise UserError(f'cannot write the sample set to {out} ({error.strerror}); {mend}') from error
+        advice = 'free some space or give another folder' if full else 'give another folder'
+        raise UserError(f'cannot write the sample set to {out} ({error.strerror}); {advice}') from error
 
 
 def is_complete(out: Path, seed: int) -> bool:

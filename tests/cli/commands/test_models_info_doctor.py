@@ -104,7 +104,7 @@ def test_doctor_reports_and_finds_faults(
     def broken() -> None:
         raise RuntimeError('upstream has changed')
 
-    monkeypatch.setattr(doctor.compat, 'REPAIRS', (broken,))
+    monkeypatch.setattr(doctor.compat, 'FIXES', (broken,))
     assert dsgformer.main(['doctor']) == 1
     assert 'fault:   fix broken' in capsys.readouterr().out
 

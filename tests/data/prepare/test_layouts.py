@@ -126,7 +126,7 @@ def test_hide_problems(hide: Path) -> None:
     test = read_splits('hide', hide, ['test'])[0]
     assert test.pairs == []
     assert test.problems == [
-        f"{hide}/test.txt, line 3: '../../etc/passwd.png' leads out of the data set; mend the list",
+        f"{hide}/test.txt, line 3: '../../etc/passwd.png' leads out of the data set; fix the list",
         f'{hide}/test: lacks 4lost.png, which stands in {hide}/test.txt, line 2',
         f'{hide}/test/test-long-shot/3fromGOPR1087.png: has no partner in {hide}/GT',
     ]
@@ -191,7 +191,7 @@ def test_realblur_problems(realblur: tuple[str, str, str, Path]) -> None:
     listing.write_text('\n'.join(lines))
     split = read_splits(preset, root, ['train'])[0]
     refused = [
-        f'{listing}, line {number}: {path!r} leads out of {folder}; mend it'
+        f'{listing}, line {number}: {path!r} leads out of {folder}; fix it'
         for number, path in enumerate(outside, 1)
     ]
     blurred = root / folder / 'scene001/blur'

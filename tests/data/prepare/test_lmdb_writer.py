@@ -250,7 +250,7 @@ def test_all_problems_are_listed_and_nothing_is_written(root: Path, crop: CropGr
     assert len(problems) == len(expected)
     for start in expected:
         assert sum(problem.startswith(start) for problem in problems) == 1, start
-    assert message.startswith(f'{len(expected)} problems with the images, so no LMDB was written; mend')
+    assert message.startswith(f'{len(expected)} problems with the images, so no LMDB was written; fix')
     assert everything(root) == before
 
 
