@@ -26,6 +26,21 @@ import numpy as np
 import torch
 
 
+def load_registries() -> None:
+    """Load `basicsr.utils.registry` without the rest of BasicSR, whose import takes seconds.
+
+    A later `import basicsr` finds the module, and with it the same registries.
+    """
+    name = 'basicsr.utils.registry'
+    package = importlib.util.find_spec('basicsr')
+    if name in sys.modules or package is None or package.origin is None:
+        return
+    file = os.path.join(os.path.dirname(package.origin), 'utils', 'registry.py')
+    spec: Any = importlib.util.spec_from_file_location(name, file)
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+
 def fix_torchvision_operators() -> None:
     """Declare `torchvision::nms` and `qnms` where torchvision's library does not load.
 

@@ -325,8 +325,17 @@ def automatic_tile(network: nn.Module, device: torch.device, batch: int = 1) -> 
 def memory_per_pixel(network: nn.Module, side: int = 256) -> float:
     """Bytes that restoring takes for each pixel of an image, in float32; an upper bound for autocast.
 
-    The network runs on an image whose tensors have shapes but no data, while the tensors alive are counted.
-    Half is added for what libraries allocate inside their operators.
+    The network declares it (`bytes_per_pixel`), or it is counted.
+    """
+    declared: float = getattr(network, 'bytes_per_pixel', 0.0)
+    return declared or counted_memory(network, side)
+
+
+def counted_memory(network: nn.Module, side: int = 256) -> float:
+    """`memory_per_pixel` of any network, by counting.
+
+    The network runs on an image whose tensors have shapes but no data, while the bytes of the tensors that
+    are alive at the same time are added up.  Half is added for what libraries allocate in their operators.
     """
     try:
         shapes = meta_copy(network)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dsgformer_arch import cuda_graphs
+from dsgformer_arch import cuda_graphs, zoo
 from dsgformer_arch import restore as restoring
 from dsgformer_arch.archs.layers.network import RestorationNetwork
 from dsgformer_arch.cuda_graphs import CudaGraphs
@@ -184,6 +184,12 @@ def test_memory_is_counted_by_what_is_alive_at_once() -> None:
     assert memory_per_pixel(Wide()) == pytest.approx(1.5 * 4 * (32 + 32), rel=0.1)
 
 
+@pytest.mark.parametrize('name', ['dsgformer', 'dsgformer_t', 'dsgformer_h'])
+def test_declared_memory_is_what_is_counted(name: str) -> None:
+    network = zoo.create(name)
+    assert memory_per_pixel(network) == pytest.approx(restoring.counted_memory(network), rel=0.1)
+
+
 def test_automatic_tiles_follow_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device('cpu')
     network = Blur()
@@ -299,8 +305,6 @@ class TestCudaGraphs:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU here')
 def test_cuda_graphs_equal_restoring() -> None:
-    from dsgformer_arch import zoo
-
     network = zoo.create('dsgformer_t').cuda()
     graphs = CudaGraphs(network, 'bf16')
     for size in ((64, 48), (41, 56), (64, 48)):

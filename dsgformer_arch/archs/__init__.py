@@ -3,6 +3,9 @@
 import importlib
 import pkgutil
 
-for module in pkgutil.iter_modules(__path__):
-    if module.name.endswith('_arch'):
-        importlib.import_module(f'{__name__}.{module.name}')
+
+def register_all() -> None:
+    """Import every network.  Importing `dsgformer_arch` calls this."""
+    for module in pkgutil.iter_modules(__path__):
+        if module.name.endswith('_arch'):
+            importlib.import_module(f'{__name__}.{module.name}')

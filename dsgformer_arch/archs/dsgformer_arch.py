@@ -302,6 +302,7 @@ class DSGformer(RestorationNetwork):
         }
         self.patch = patch
         self.pad_multiple = self.min_size = BLOCK * patch
+        self.bytes_per_pixel = 130 * width / patch**2  # as counted, for these blocks in their reference form
         C, n = width, num_blocks
         block_settings = (attention, score, gate, recompute, k, alpha_init, weights_init, output_init)
 

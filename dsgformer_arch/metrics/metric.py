@@ -67,9 +67,7 @@ def metric(function: Callable[..., float]) -> Callable[..., float]:
         try:
             signature.bind(img, img2, **options)
         except TypeError as error:
-            raise UserError(
-                f'metric {function.__name__}: {error}; fix its entry in the options'
-            ) from None
+            raise UserError(f'metric {function.__name__}: {error}; fix its entry in the options') from None
         check_pair(img, img2)
         return float(function(img, img2, **options))
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from dsgformer_arch import zoo
-from dsgformer_arch.people import official_weights
 from dsgformer_arch.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from dsgformer_arch.people import official_weights
 
 DEFAULT_MODEL = 'dsgformer_h'
 """The system whose weights come with the package."""
@@ -43,6 +45,8 @@ def network(
         zoo.get(name)
         if ships(name):
             return zoo.create(name, pretrained=True, tlc=tlc), name
+    from dsgformer_arch.people import official_weights  # and with it requests, which takes its time
+
     official = official_weights.find(name) if '/' in name or has_official(name) else None
     if official is None:
         raise UserError(
@@ -56,6 +60,8 @@ def network(
 
 def has_official(name: str) -> bool:
     """Whether the authors of a system publish weights."""
+    from dsgformer_arch.people import official_weights
+
     return any(weights.system == name for weights in official_weights.TABLE)
 
 
@@ -65,6 +71,8 @@ def offer(official: official_weights.OfficialWeights) -> None:
     Raises:
         UserError: nobody is asked, or the answer is no; the message has the command.
     """
+    from dsgformer_arch.people import official_weights
+
     if official.url and sys.stdin.isatty() and sys.stderr.isatty():
         question = (
             f'{official.key} ({official.licence}) is not here; download it from {official.page}? [y/N] '
@@ -79,6 +87,4 @@ def offer(official: official_weights.OfficialWeights) -> None:
 
 def ships(name: str) -> bool:
     """Whether weights of a system come with the package."""
-    if 'pretrained' not in inspect.signature(zoo.create).parameters:
-        return False
-    return bool(getattr(zoo.get(name), 'weights', None))
+    return zoo.get(name).weights is not None

@@ -144,6 +144,23 @@ def test_strength_blends() -> None:
     assert np.abs(half - (full + image) / 2).max() <= 1
 
 
+@pytest.mark.long
+def test_tiles_and_local_pooling_give_what_the_whole_image_gives() -> None:
+    """On a real image, with the weights that come with the package."""
+    file = Path(__file__).parents[3] / 'shared' / 'data' / 'gopro_blurred' / 'seq_id-1_frame-8.png'
+    if not file.is_file():
+        pytest.skip(f'the real image is not at {file}')
+    if not weights.ships(weights.DEFAULT_MODEL):
+        pytest.skip('no weights come with this version')
+    image = np.asarray(Image.open(file)).astype(np.float32) / 255
+    whole = Deblurrer(tlc=True, tile=None, precision='fp32').restore(image)
+    tiled = Deblurrer(tlc=True, tile=640, precision='fp32').restore(image)
+    assert np.abs(whole - image).mean() > 0.5 / 255  # the network does something
+    difference = np.abs(whole - tiled)
+    assert 0 < difference.mean() < 1 / 255
+    assert difference.max() < 4 / 255
+
+
 def test_bands_of_an_image_that_is_read_row_by_row() -> None:
     image = pixels(300, 150, 3)
     deblurrer = Deblurrer(Darker(), tile=64)

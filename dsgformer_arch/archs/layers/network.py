@@ -8,14 +8,16 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from spandrel import Architecture
 from torch import Tensor, nn
 
 from dsgformer_arch.archs.layers.padding import crop_padding, pad_to_multiple
 from dsgformer_arch.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from spandrel import Architecture
 
 Outputs = Tensor | list[Tensor] | tuple[Tensor, ...]
 """What a network returns: an image, or several of which one is the result."""
@@ -35,6 +37,8 @@ class RestorationNetwork(nn.Module):
         min_size: and at least this.
         input_offset: what has to be subtracted from an image in [0, 1] before, and added after.
         final_output: index of the restored image, where the network returns several.
+        bytes_per_pixel: memory that restoring takes for each pixel in float32, where it is known without
+            counting (`restore.memory_per_pixel`); 0 where not.
         sees_whole_image: whether a pixel of the result depends on the whole image, so that tiles change it.
         channel_settings: names of the settings for channels of images, the input's first; 3 is the default.
         width_settings: names of the settings for numbers of features, which are scaled together.
@@ -47,6 +51,7 @@ class RestorationNetwork(nn.Module):
     min_size: int = 1
     input_offset: float = 0.0
     final_output: int = -1
+    bytes_per_pixel: float = 0.0
     sees_whole_image: ClassVar[bool] = False
     channel_settings: ClassVar[tuple[str, ...]] = ()
     width_settings: ClassVar[tuple[str, ...]] = ()

@@ -86,7 +86,10 @@ def restorer(arguments: argparse.Namespace) -> Deblurrer:
     """
     import dsgformer_arch
 
-    dsgformer_arch.register()
+    if arguments.model is None and arguments.weights is None:
+        dsgformer_arch.register_dsgformer()
+    else:
+        dsgformer_arch.register()
     from dsgformer_arch.people.deblurrer import Deblurrer
 
     return Deblurrer(

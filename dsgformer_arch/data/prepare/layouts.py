@@ -289,9 +289,7 @@ def _read_names(listing: Path, problems: list[str]) -> dict[str, int]:
     for number, fields in _read_lines(listing):
         entry = ' '.join(fields)
         if _leaves(entry):
-            problems.append(
-                f'{listing}, line {number}: {entry!r} leads out of the data set; fix the list'
-            )
+            problems.append(f'{listing}, line {number}: {entry!r} leads out of the data set; fix the list')
         else:
             names[PurePosixPath(entry).name] = number
     return names
@@ -330,9 +328,7 @@ def _listed(
                 continue
             refused = [entry for entry in fields if _leaves(entry) or not entry.startswith(f'{folder}/')]
             if refused:
-                split.problems += [
-                    f'{where}: {entry!r} leads out of {folder}; fix it' for entry in refused
-                ]
+                split.problems += [f'{where}: {entry!r} leads out of {folder}; fix it' for entry in refused]
                 continue
             gt, lq = (PurePosixPath(entry).relative_to(folder) for entry in fields)
             absent = [top / path for path in (gt, lq) if not (top / path).is_file()]

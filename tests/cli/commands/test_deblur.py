@@ -271,6 +271,18 @@ def test_help_loads_nothing_heavy(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+def test_the_default_network_needs_no_more_than_torch(tmp_path: Path) -> None:
+    Image.fromarray(scene()).save(tmp_path / 'a.png')
+    done = as_installed(tmp_path, 'deblur', str(tmp_path / 'a.png'))
+    assert done.returncode == 0, done.stderr[-500:]
+    imported = {line.rpartition('|')[2].strip() for line in done.stderr.splitlines()}
+    assert 'torch' in imported
+    assert not imported & {'torchvision', 'basicsr', 'scipy', 'spandrel', 'requests', 'torch._dynamo', 'cv2'}
+    restored = np.asarray(Image.open(tmp_path / 'a_deblurred.png'))
+    assert np.abs(restored - Deblurrer().restore(scene()).astype(int)).max() <= 1
+
+
+@pytest.mark.long
 def test_the_installed_command_registers_when_it_needs_a_network(tmp_path: Path, weights: Path) -> None:
     Image.fromarray(scene()).save(tmp_path / 'a.png')
     done = as_installed(tmp_path, 'deblur', str(tmp_path / 'a.png'), '--weights', str(weights))
