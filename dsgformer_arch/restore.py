@@ -30,7 +30,7 @@ TILE_OVERLAP = 64
 SMALLEST_TILE = 64
 """Tiles are not halved below this side, in pixels."""
 
-MOST_MEMORY = 2e9
+MOST_MEMORY = 1.2e9
 """Bytes that an automatic tile may take, however much is free: larger tiles save next to nothing."""
 
 UNKNOWN_MEMORY = 20_000

@@ -38,7 +38,7 @@ from dsgformer_arch.utils.errors import UserError
 Pixels = NDArray[Any]
 """An image or a batch: (H, W), (H, W, C) or (N, H, W, C) with C of 1 to 4; the second or fourth is alpha."""
 
-BAND_BYTES = 600_000_000
+BAND_BYTES = 300_000_000
 """What a row of tiles may take beside the tile that is being restored."""
 
 BYTES_OF_A_BAND = 40
