@@ -390,6 +390,13 @@ with torch.inference_mode():
 torch.testing.assert_close(block(X), block.literal(X), rtol=1e-4, atol=1e-4)
 block(X).sum().backward()
 assert block.gate.mask.grad.abs().sum() > 0
+from dsgformer_arch.archs.dsgformer_arch import DSGformer
+network = DSGformer(16, (1, 1, 1, 1), (1, 1, 1, 1)).to_empty(device='cpu').float()
+with torch.no_grad():
+    for parameter in network.parameters():
+        parameter.fill_(0.01)
+network(torch.zeros(1, 3, 16, 16, dtype=torch.float32, device='cpu')).sum().backward()
+assert all(parameter.grad.isfinite().all() for parameter in network.parameters())
 from tests.ops import kernel
 print(ops.status().self_tests['float32'], kernel.expected())
 """

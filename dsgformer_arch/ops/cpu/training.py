@@ -90,7 +90,7 @@ class _Block(torch.autograd.Function):
         y = memory.kept.empty(x.shape, x.dtype)
         planes = (n, 2, height + 2, width + 2, 2 * channels)
         p = None if recompute else memory.kept.empty(planes, x.dtype)
-        gram = torch.empty(n, channels * (channels // settings.heads + 2), dtype=_wide(x))
+        gram = x.new_empty(n, channels * (channels // settings.heads + 2), dtype=_wide(x))
         _run('forward', settings, {'x': x, 'y': y, 'p': p, 'gram': gram, **_named(held)})
         ctx.settings = settings
         ctx.save_for_backward(x, p, gram, *held)

@@ -146,7 +146,7 @@ class _Upsampled(torch.autograd.Function):
         dx = None
         if ctx.needs_input_grad[0]:
             split = weight.view(-1, 2, 2, x.shape[-1]).permute(1, 3, 2, 0).contiguous()
-            dx = binding.downsampled(dy, split, torch.zeros(x.shape[-1]))
+            dx = binding.downsampled(dy, split, weight.new_zeros(x.shape[-1]))
         products, _ = _correlate_fine(x, dy)  # (row, C', column, C)
         d_weight = products.permute(3, 0, 2, 1).reshape(weight.shape)
         return dx, d_weight, dy if ctx.needs_input_grad[2] else None
@@ -199,7 +199,8 @@ def _correlate(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     n, height, width, channels = a.shape
     few = b.shape[-1]
     filled = -(-9 * few // training.LANES) * training.LANES
-    products, sums = torch.empty(channels, filled), torch.empty(channels)
+    # Of the device and the type that the kernel writes, whatever the defaults are.
+    products, sums = (a.new_empty(size, dtype=torch.float32) for size in ((channels, filled), (channels,)))
     call = _Step(n * height, width, channels, 0, height, few, width * channels)
     call.a, call.b, call.y, call.sums = a.data_ptr(), b.data_ptr(), products.data_ptr(), sums.data_ptr()
     training.enter('correlate', a.dtype, call)
@@ -218,7 +219,8 @@ def _correlate_fine(coarse: Tensor, fine: Tensor) -> tuple[Tensor, Tensor]:
     """
     n, height, width, channels = coarse.shape
     pair = 2 * fine.shape[-1]
-    products, sums = torch.empty(2, channels, pair), torch.empty(channels)
+    sizes = ((2, channels, pair), (channels,))
+    products, sums = (coarse.new_empty(size, dtype=torch.float32) for size in sizes)
     for i in range(2):
         call = _Step(n * height, width, channels, pair, 0, 0, width * channels, 2 * width * pair)
         call.a, call.y, call.sums = coarse.data_ptr(), products[i].data_ptr(), sums.data_ptr()
