@@ -18,8 +18,12 @@ from dsgformer_arch.export.verify import Run
 TRACING_OPSET = 17
 """Version of ONNX's operators that the TorchScript exporter writes: the first with LayerNormalization."""
 
-FLOAT32_OPERATORS = ('ReduceL2', 'ReduceSum', 'ReduceSumSquare', 'ReduceMean', 'GlobalAveragePool', 'Pow')
-"""Operators that stay in float32 in a float16 graph: sums over an image's pixels leave float16's range."""
+SUMS = ('ReduceL2', 'ReduceSum', 'ReduceSumSquare', 'ReduceMean', 'GlobalAveragePool', 'Pow', 'MatMul')
+SELECTION = ('Div', 'LessOrEqual', 'Where', 'Relu')
+FLOAT32_OPERATORS = (*SUMS, *SELECTION)
+"""Operators that stay in float32 in a float16 graph: sums over an image's pixels leave float16's range, and
+DTSAS selects other scores where it compares rounded ones (dsgformer_h then differs three times as much).
+"""
 
 AXES = {0: 'batch', 2: 'height', 3: 'width'}
 
