@@ -362,7 +362,7 @@ SYSTEMS: tuple[System, ...] = (
         parameters=889_478,
         reported=(),
         weights=Weights(
-            'dsgformer_h.safetensors', '787b5a382307a0da02674ae5e9a8662adacf467b07c5f1f7794c379f25405f32'
+            'dsgformer_h.safetensors', 'f06058a9be7aba2b9bcf858e1cf77623ad5ba8d35b2b3514849aea101d6f32bf'
         ),
     ),
     MHNET,
