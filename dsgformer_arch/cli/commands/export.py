@@ -1,0 +1,60 @@
+"""`dsgformer export MODEL -o FILE`: a network as a file for another runtime."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, cast
+
+if TYPE_CHECKING:
+    from dsgformer_arch.archs.layers.network import RestorationNetwork
+
+SUMMARY = 'write a network as ONNX, OpenVINO or torch.export'
+
+DESCRIPTION = """\
+Write a network with its weights as a file for other tools, and verify it there.
+
+  dsgformer export dsgformer_h -o dsgformer_h.onnx
+  dsgformer export restormer/motion -o restormer.onnx --precision fp16
+  dsgformer export dsgformer_t -o mine.onnx --weights net_g_latest.pth
+  dsgformer export dsgformer_h -o dsgformer_h.xml            OpenVINO
+  dsgformer export dsgformer_h -o dsgformer_h.pt2            torch.export
+
+The file takes an RGB image in [0, 1], float32, (N, 3, H, W), of any height and width that are multiples of
+its padding multiple; the metadata in the file say which.  It is compared with PyTorch at two sizes that it
+was not exported with, and written only if it computes the same.
+
+Exit status: 0 written, 2 not written.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line of `dsgformer export`."""
+    parser.description = DESCRIPTION
+    parser.add_argument('model', metavar='MODEL', help='system; `dsgformer models` lists them')
+    parser.add_argument('-o', '--out', required=True, metavar='FILE', help='.onnx, .xml or .pt2')
+    parser.add_argument('--weights', metavar='FILE', help='checkpoint of the system MODEL')
+    parser.add_argument(
+        '--precision', choices=['fp32', 'fp16'], default='fp32', help='of the weights; default: %(default)s'
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Export; returns the exit status."""
+    import dsgformer_arch
+
+    dsgformer_arch.register()
+    from dsgformer_arch import zoo
+    from dsgformer_arch.export.formats import check_target, export
+    from dsgformer_arch.people import weights
+
+    system = arguments.model.partition('/')[0]
+    zoo.get(system)
+    check_target(arguments.out, arguments.precision)
+    network = cast('RestorationNetwork', weights.network(arguments.model, arguments.weights)[0])
+    done = export(network, arguments.out, system, arguments.precision)
+    print(
+        f'{done.path}: {system}, {done.interface.precision}, exported with {done.exporter}; height and width '
+        f'are multiples of {done.interface.pad_multiple} and at least {done.interface.min_size}; verified, '
+        f'at most {done.difference:.1g} from PyTorch'
+    )
+    return 0

@@ -1,0 +1,106 @@
+"""What an exported file computes, and what it says about itself: one interface for all systems."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from dsgformer_arch import ops
+from dsgformer_arch.archs.layers.network import RGB, RestorationNetwork
+from dsgformer_arch.archs.layers.padding import padded_size
+from dsgformer_arch.export.substitutes import substitute
+from dsgformer_arch.utils.errors import UserError
+
+Precision = Literal['fp32', 'fp16']
+
+INPUT, OUTPUT = 'image', 'restored'
+"""Names of the graph's input and output."""
+
+SIDE = 48
+"""About the least side in pixels of the images that a file is exported and verified with."""
+
+
+@dataclass(frozen=True)
+class Interface:
+    """How an exported file is called; it is stored in the file's metadata.
+
+    The input is an RGB image, (N, 3, H, W), float32 in [0, 1]; the output has the same shape, type and
+    range but is not clipped.  H and W are multiples of `pad_multiple` and at least `min_size`.
+    """
+
+    system: str
+    """Name of the system, see `zoo.names`, or of the architecture"""
+    settings: dict[str, Any]
+    """Keyword arguments of the architecture"""
+    precision: Precision
+    """Type of the weights and of the arithmetic; input and output are float32 in any case"""
+    pad_multiple: int
+    min_size: int
+
+    @classmethod
+    def of(cls, network: RestorationNetwork, system: str, precision: Precision) -> Interface:
+        """The interface of a network."""
+        return cls(system, network.settings, precision, network.pad_multiple, network.min_size)
+
+    def metadata(self) -> dict[str, str]:
+        """Keys and values of a file's metadata, as text."""
+        from dsgformer_arch import __version__
+
+        return {
+            'system': self.system,
+            'settings': json.dumps(self.settings, sort_keys=True),
+            'precision': self.precision,
+            'pad_multiple': str(self.pad_multiple),
+            'min_size': str(self.min_size),
+            'color_order': 'RGB',
+            'layout': 'NCHW',
+            'input_range': '[0, 1]',
+            'output_range': '[0, 1], not clipped',
+            'dsgformer_version': __version__,
+        }
+
+    def side(self, steps: int = 0) -> int:
+        """A side in pixels that the file takes, `steps` multiples above the least one of about `SIDE`."""
+        return padded_size(SIDE, self.pad_multiple, self.min_size) + steps * self.pad_multiple
+
+    def export_shape(self) -> tuple[int, int, int, int]:
+        """(N, 3, H, W) of the image that the network is traced with."""
+        return 2, RGB, self.side(), self.side(1)
+
+    def verification_shapes(self) -> tuple[tuple[int, int, int, int], ...]:
+        """(N, 3, H, W) of the images that a file is verified with; none has a side of `export_shape`'s."""
+        return (1, RGB, self.side(3), self.side(2)), (2, RGB, self.side(2), self.side(4))
+
+
+class ImageToImage(nn.Module):
+    """A network behind the interface of `Interface`.
+
+    Padding stays outside the graph: a tool that cuts images into tiles pads them anyway.  A copy of the
+    network is kept, whose modules have their forms for export where `exported` is set.
+
+    Raises:
+        UserError: the network takes no RGB images.
+    """
+
+    def __init__(self, network: RestorationNetwork, exported: bool) -> None:
+        super().__init__()
+        if network.image_channels != RGB:
+            raise UserError(
+                f'{type(network).__name__} takes images of {network.image_channels} channels; '
+                f'only networks of RGB images can be exported'
+            )
+        self.network = copy.deepcopy(network).eval().requires_grad_(False)
+        if exported:
+            substitute(self.network)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(N, 3, H, W) to the same; PyTorch's operators only, no compiled kernels."""
+        offset = self.network.input_offset
+        with ops.use('plain'):
+            outputs = self.network.forward_padded(image - offset if offset else image)
+        restored = outputs if isinstance(outputs, Tensor) else outputs[self.network.final_output]
+        return restored + offset if offset else restored

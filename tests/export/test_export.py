@@ -1,0 +1,276 @@
+"""Exported files compute what the networks compute, and nothing is left of those that do not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dsgformer_arch import export as package
+from dsgformer_arch import zoo
+from dsgformer_arch.archs.dsgformer_arch import DFGB, LayerNorm
+from dsgformer_arch.archs.layers.network import RestorationNetwork
+from dsgformer_arch.cli import dsgformer
+from dsgformer_arch.export import Interface, export, formats, onnx_file
+from dsgformer_arch.export.image_to_image import ImageToImage
+from dsgformer_arch.export.substitutes import ExportDFGB, ExportLayerNorm
+from dsgformer_arch.export.verify import TOLERANCES, VerificationError, verify
+from tests.conformance.check import fill_state_dict
+from tests.small_systems import small
+
+needs_runtime = pytest.mark.skipif(
+    not all(map(formats.importlib.util.find_spec, formats.FORMATS['.onnx'].requires)),
+    reason='the packages of the extra `export` are not installed',
+)
+
+
+def network(name: str) -> RestorationNetwork:
+    """A small network of a system; `dsgformer_h` for one of DSGformer with patches."""
+    if name != 'dsgformer_h':
+        return cast(RestorationNetwork, small(name))
+    torch.manual_seed(0)
+    smallest = zoo.create(name, num_blocks=(1, 1, 1, 1)).eval()
+    return cast(RestorationNetwork, fill_state_dict(smallest, seed=3, gain=0.7))
+
+
+@pytest.fixture
+def tracing_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail at once where the first exporter fails."""
+    monkeypatch.delitem(onnx_file.EXPORTERS, 'torch.export')
+
+
+def test_dfgb_for_export_equals_the_fourier_transform_at_any_size() -> None:
+    torch.manual_seed(0)
+    gate = DFGB(6)
+    nn.init.normal_(gate.mask)
+    for height, width in ((8, 16), (13, 9), (3, 40)):
+        U = torch.randn(2, 6, height, width)
+        torch.testing.assert_close(ExportDFGB(gate)(U), gate(U), rtol=1e-5, atol=1e-5)
+
+
+def test_layer_norm_for_export_equals_the_reference() -> None:
+    norm = cast(LayerNorm, fill_state_dict(LayerNorm(5), seed=1, gain=1))
+    x = torch.randn(2, 5, 3, 4)
+    torch.testing.assert_close(ExportLayerNorm(norm)(x), norm(x))
+
+
+def test_the_network_that_is_exported_is_a_copy() -> None:
+    original = network('dsgformer')
+    before = [type(module) for module in original.modules()]
+    module = ImageToImage(original, exported=True)
+    assert [type(entry) for entry in original.modules()] == before
+    assert not any(isinstance(entry, DFGB) for entry in module.modules())
+    assert all(parameter.requires_grad for parameter in original.parameters())
+
+
+@pytest.mark.parametrize('name', ['mprnet', 'stripformer'])
+def test_the_interface_hides_how_a_network_returns_and_takes_images(name: str) -> None:
+    """MPRNet returns three images, Stripformer takes them less 0.5."""
+    found = network(name)
+    image = torch.rand(1, 3, found.min_size, found.min_size)
+    with torch.no_grad():
+        outputs: Any = found(image - found.input_offset)
+        expected = outputs if isinstance(outputs, torch.Tensor) else outputs[found.final_output]
+        restored = ImageToImage(found, exported=True)(image)
+    torch.testing.assert_close(restored, expected + found.input_offset, rtol=1e-4, atol=1e-5)
+
+
+def test_sizes_of_the_verification_differ_from_those_of_the_export_and_suit_the_network() -> None:
+    for multiple, least in ((1, 1), (8, 8), (16, 64), (128, 256)):
+        interface = Interface('system', {}, 'fp32', multiple, least)
+        exported = interface.export_shape()
+        assert len(interface.verification_shapes()) == 2
+        for shape in interface.verification_shapes():
+            assert not set(shape[2:]) & set(exported[2:])
+            assert all(side % multiple == 0 and side >= least for side in shape[2:])
+
+
+def test_verification_finds_a_wrong_size_a_wrong_value_nan_and_a_runtime_that_fails() -> None:
+    found = network('nafnet32')
+    interface = Interface.of(found, 'nafnet32', 'fp32')
+    right = ImageToImage(found, exported=False)
+
+    def run(image: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            return cast(np.ndarray, right(torch.from_numpy(image)).numpy())
+
+    def at_one_pixel(image: np.ndarray, error: float) -> np.ndarray:
+        restored = run(image)
+        restored[0, 1, 2, 3] += error
+        return restored
+
+    def refuses(image: np.ndarray) -> np.ndarray:
+        raise RuntimeError('no such operator')
+
+    assert verify(run, found, interface, 'it') == 0
+    assert 0 < verify(lambda image: at_one_pixel(image, 5e-5), found, interface, 'it') < 1e-4
+    with pytest.raises(VerificationError, match=r'differs from PyTorch by 0[.]0002'):
+        verify(lambda image: at_one_pixel(image, 2e-4), found, interface, 'it')
+    with pytest.raises(VerificationError, match='nan'):
+        verify(lambda image: at_one_pixel(image, np.nan), found, interface, 'it')
+    with pytest.raises(VerificationError, match=r'returns \(1, 3'):
+        verify(lambda image: run(image)[..., 1:], found, interface, 'it')
+    with pytest.raises(VerificationError, match='no such operator'):
+        verify(refuses, found, interface, 'it')
+
+
+@needs_runtime
+@pytest.mark.usefixtures('tracing_only')
+@pytest.mark.parametrize('name', ['nafnet32', pytest.param('dsgformer_h', marks=pytest.mark.long)])
+def test_onnx_of_any_size_with_metadata(name: str, tmp_path: Path) -> None:
+    import onnx
+
+    found = network(name)
+    path = tmp_path / 'network.onnx'
+    done = export(found, path, name)
+    assert done.difference <= 1e-4
+    model = onnx.load(path)
+    shape = model.graph.input[0].type.tensor_type.shape.dim
+    assert [axis.dim_param or axis.dim_value for axis in shape] == ['batch', 3, 'height', 'width']
+    assert not [node.op_type for node in model.graph.node if 'DFT' in node.op_type]
+    assert {node.domain for node in model.graph.node} <= {'', 'ai.onnx'}
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    assert metadata['system'] == name
+    assert (metadata['color_order'], metadata['layout']) == ('RGB', 'NCHW')
+    assert metadata['pad_multiple'] == str(found.pad_multiple)
+    again = zoo.create(name, **json.loads(metadata['settings']))
+    assert {key: value.shape for key, value in again.state_dict().items()} == {
+        key: value.shape for key, value in found.state_dict().items()
+    }
+    size = 3 * found.pad_multiple
+    image = np.random.default_rng(1).random((1, 3, size, 2 * size), np.float32)
+    with torch.no_grad():
+        expected = found(torch.from_numpy(image)).numpy()
+    np.testing.assert_allclose(onnx_file.runtime(str(path))(image), expected, rtol=0, atol=1e-4)
+
+
+@needs_runtime
+@pytest.mark.usefixtures('tracing_only')
+def test_float16_halves_the_file_and_keeps_the_interface(tmp_path: Path) -> None:
+    import onnx
+
+    found = network('nafnet32')
+    export(found, tmp_path / 'wide.onnx', 'nafnet32')
+    done = export(found, tmp_path / 'half.onnx', 'nafnet32', 'fp16')
+    assert 0 < done.difference <= TOLERANCES['fp16']
+    wide, half = (onnx.load(tmp_path / f'{name}.onnx') for name in ('wide', 'half'))
+
+    def weights(model: Any) -> int:
+        return sum(len(entry.raw_data) for entry in model.graph.initializer)
+
+    assert weights(half) < 0.55 * weights(wide)
+    kinds = {entry.type.tensor_type.elem_type for entry in [*half.graph.input, *half.graph.output]}
+    assert kinds == {onnx.TensorProto.FLOAT}
+
+
+@needs_runtime
+def test_the_second_exporter_is_tried_and_a_file_that_fails_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = network('nafnet32')
+    tracing = onnx_file.EXPORTERS['torchscript']
+    path = tmp_path / 'network.onnx'
+
+    def of_another_network(module: ImageToImage, interface: Interface, file: str) -> None:
+        other = ImageToImage(fill_state_dict(network('nafnet32'), seed=4, gain=0.7), exported=True).eval()
+        tracing(other, interface, file)
+
+    def raises(module: ImageToImage, interface: Interface, file: str) -> None:
+        raise RuntimeError('this operator has no form in ONNX\nand much more')
+
+    monkeypatch.setitem(onnx_file.EXPORTERS, 'torchscript', of_another_network)
+    monkeypatch.setitem(onnx_file.EXPORTERS, 'torch.export', tracing)
+    assert export(found, path, 'nafnet32').exporter == 'torch.export'
+    path.write_bytes(b'of before')
+    monkeypatch.setitem(onnx_file.EXPORTERS, 'torch.export', raises)
+    with pytest.raises(VerificationError, match=r'differs from PyTorch.*no form in ONNX\)$'):
+        export(found, path, 'nafnet32')
+    assert path.read_bytes() == b'of before'
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.long
+@needs_runtime
+@pytest.mark.parametrize('precision', ['fp32', 'fp16'])
+@pytest.mark.parametrize('name', ['dsgformer', 'dsgformer_h', 'nafnet32', 'restormer', 'mprnet'])
+def test_small_networks_of_every_supported_system(name: str, precision: Any, tmp_path: Path) -> None:
+    if precision == 'fp16' and name.startswith('dsgformer'):
+        pytest.skip('T_k of random weights turns roundings into other selections; see the shipped weights')
+    done = export(network(name), tmp_path / 'network.onnx', name, precision)
+    assert done.difference <= TOLERANCES[done.interface.precision]
+
+
+@pytest.mark.long
+@needs_runtime
+@pytest.mark.parametrize(
+    'name', ['dsgformer', 'dsgformer_s', 'dsgformer_t', 'nafnet32', 'nafnet64', 'restormer', 'mprnet']
+)
+def test_systems_at_their_own_size(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    assert export(zoo.create(name).eval(), tmp_path / 'network.onnx', name).difference <= 1e-4
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('name', ['nafnet32', 'dsgformer_h'])
+def test_torch_export_programs(name: str, tmp_path: Path) -> None:
+    path = tmp_path / 'network.pt2'
+    done = export(network(name), path, name)
+    assert done.difference <= 1e-4
+    extra = {'dsgformer.json': ''}
+    torch.export.load(path, extra_files=extra)
+    assert json.loads(extra['dsgformer.json'])['system'] == name
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    with pytest.raises(SystemExit) as status:
+        dsgformer.main(['export', *map(str, arguments)])
+    assert status.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    return lines[0]
+
+
+@needs_runtime
+def test_wrong_usage_is_one_sentence_and_status_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / 'a.onnx'
+    assert "no system 'dsgformer_x'" in refused(capsys, 'dsgformer_x', '-o', target)
+    assert 'no folder' in refused(capsys, 'dsgformer_h', '-o', tmp_path / 'none' / 'a.onnx')
+    assert '.onnx or .xml or .pt2' in refused(capsys, 'dsgformer_h', '-o', tmp_path / 'a.engine')
+    assert '--weights FILE' in refused(capsys, 'dsgformer_t', '-o', target)
+    assert 'no such file' in refused(capsys, 'dsgformer_h', '-o', target, '--weights', tmp_path / 'w.pth')
+    assert 'fp32 only' in refused(capsys, 'dsgformer_h', '-o', tmp_path / 'a.pt2', '--precision', 'fp16')
+    (tmp_path / 'b.onnx').mkdir()
+    assert 'cannot be written' in refused(capsys, 'dsgformer_h', '-o', tmp_path / 'b.onnx')
+    find = formats.importlib.util.find_spec
+    monkeypatch.setattr(
+        formats.importlib.util, 'find_spec', lambda name: None if name == 'onnxruntime' else find(name)
+    )
+    assert "pip install 'dsgformer[export]'" in refused(capsys, 'dsgformer_h', '-o', target)
+    assert not target.exists()
+
+
+@needs_runtime
+@pytest.mark.usefixtures('tracing_only')
+def test_the_command_exports_the_weights_of_the_package(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / 'network.onnx'
+    assert dsgformer.main(['export', 'dsgformer_h', '-o', str(path)]) == 0
+    assert 'multiples of 16' in capsys.readouterr().out
+    found = zoo.create('dsgformer_h', pretrained=True).eval()
+    image = np.random.default_rng(1).random((1, 3, 32, 64), np.float32)
+    with torch.no_grad():
+        expected = found(torch.from_numpy(image)).numpy()
+    assert np.abs(expected - image).max() > 1e-3
+    np.testing.assert_allclose(onnx_file.runtime(str(path))(image), expected, rtol=0, atol=1e-4)
+
+
+def test_the_public_names_exist() -> None:
+    assert all(hasattr(package, name) for name in package.__all__)
