@@ -6,14 +6,18 @@ import hashlib
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from dsgformer_arch import zoo
+from dsgformer_arch.data.prepare.blur.photographs import read_image
+from dsgformer_arch.restore import restore
 from dsgformer_arch.utils.errors import UserError
 from dsgformer_arch.zoo import registry
 from dsgformer_arch.zoo.checkpoint import CheckpointError
 from dsgformer_arch.zoo.systems import DSGFORMER, Weights
+from tests.trees import SHARED
 
 LARGEST = 6_000_000
 """Bytes of a file."""
@@ -86,3 +90,23 @@ def test_shipped_weights_are_small_whole_and_keep_a_flat_image(name: str) -> Non
     with torch.no_grad():
         assert (network(grey) - grey).abs().max() < 0.01
     assert zoo.load(path).settings == network.settings
+
+
+@pytest.mark.skipif(not (SHARED / 'data' / 'gopro_pair').is_dir(), reason='the GoPro pair is not here')
+def test_shipped_weights_sharpen_a_real_pair_and_leave_its_sharp_frame_alone() -> None:
+    """At least 0.5 dB on a real GoPro frame, and 40 dB of the sharp frame against itself (issue 11)."""
+    network = zoo.create('dsgformer_h', pretrained=True).eval()
+    blurred, sharp = (
+        read_image(SHARED / 'data' / 'gopro_pair' / kind / 'istanbul.png') for kind in ('blur', 'sharp')
+    )
+
+    def restored(image: np.ndarray) -> np.ndarray:
+        tensor = torch.from_numpy(image).permute(2, 0, 1)[None] / 255
+        return (restore(network, tensor)[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+
+    assert psnr(restored(blurred), sharp) >= psnr(blurred, sharp) + 0.5
+    assert psnr(restored(sharp), sharp) >= 40
+
+
+def psnr(image: np.ndarray, sharp: np.ndarray) -> float:
+    return float(-10 * np.log10(np.mean(((image.astype(float) - sharp) / 255) ** 2) + 1e-12))
