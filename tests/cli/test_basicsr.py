@@ -270,7 +270,7 @@ def test_a_corrupt_image_ends_the_run_or_is_replaced(
 
 
 @pytest.mark.parametrize(('weights', 'reason'), [
-    (None, 'pretrain_network_g is missing'),
+    (None, 'name the checkpoint that is to be tested'),
     (lambda value: value * float('nan'), 'NaN'),
     (lambda value: value.to(torch.int8), 'int8'),
     (lambda value: value * 1j, 'complex'),

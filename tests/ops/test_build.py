@@ -86,7 +86,7 @@ def test_compiles_with(compiler: str, tmp_path: Path) -> None:
         build._compile('kernel.cpp', [command], target)
         compiled = ctypes.CDLL(str(target))
         assert compiled.dsga_float32
-        assert compiled.upsample_bfloat16
+        assert compiled.up_bfloat16
 
 
 @pytest.mark.long

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -80,6 +81,11 @@ def test_every_switch(interpreted: ModuleType, switches: tuple[str, str, str]) -
 
 
 def test_ties_are_kept(interpreted: ModuleType) -> None:
+    # The interpreter's products are NumPy's, whose kernels for some processors sum equal columns differently.
+    rows = np.random.RandomState(0).randn(32, 256).astype(np.float32)
+    product = rows @ np.tile(rows[:8], (4, 1)).T
+    if not (product == np.tile(product[:, :8], 4)).all():
+        pytest.skip("NumPy's product gives equal columns different sums on this processor: no ties to keep")
     _compare(interpreted, _block_with_ties(), _image(1, 32, 16, 16))
 
 
@@ -160,6 +166,9 @@ def test_training_keeps_nothing_but_x() -> None:
     assert x.nbytes <= sum(sizes.values()) < 1.4 * x.nbytes
 
 
+@pytest.mark.skipif(
+    not torch.backends.cuda.is_built(), reason='PyTorch is built without CUDA and has no fake tensors of it'
+)
 def test_fake_tensors_take_no_kernel(interpreted: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interpreted, 'takes', lambda *_: True)
     monkeypatch.delattr(interpreted, 'restored')

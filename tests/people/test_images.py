@@ -222,7 +222,7 @@ def test_tiffs_of_many_strips(
 ) -> None:
     from dsgformer_arch.people import images
 
-    monkeypatch.setattr(images, 'STRIP', 3000)
+    monkeypatch.setattr(images, 'STRIP', 1000)
     pixels = scene(channels=channels, dtype=dtype)
     tifffile.imwrite(
         tmp_path / 'in.tif', pixels, photometric='rgb' if channels > 2 else 'minisblack',
