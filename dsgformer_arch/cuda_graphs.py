@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -32,9 +33,15 @@ class CudaGraphs:
     def __init__(self, network: nn.Module, precision: str = 'fp32', sizes: int = 2) -> None:
         self.network, self.precision, self.sizes = network, precision, sizes
         self._recorded: dict[tuple[Any, ...], tuple[Tensor, Callable[[], None], Tensor]] = {}
+        # A recording reads and writes tensors of its own: threads take turns.
+        self._lock = threading.Lock()
 
     def __call__(self, image: Tensor) -> Tensor:
         """(N, 3, H, W) to the same, as `restore` without tiles."""
+        with self._lock:
+            return self._restored(image)
+
+    def _restored(self, image: Tensor) -> Tensor:
         key = (image.shape, image.stride(), image.dtype, image.device)
         if key not in self._recorded:
             while len(self._recorded) >= max(1, self.sizes):

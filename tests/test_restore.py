@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -286,6 +288,24 @@ class TestCudaGraphs:
             assert torch.equal(result, restore(network, image))
         assert self.recorded == 1
         assert network.training
+
+    def test_threads_take_turns(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        network = Blur()
+        graphs = CudaGraphs(network)
+        images = [torch.full((1, 3, 16, 16), i / 8) for i in range(8)]
+        graphs(images[0])
+        copy = Tensor.copy_
+
+        def slow_copy(self: Tensor, *arguments: object) -> Tensor:
+            done = copy(self, *arguments)
+            time.sleep(0.01)  # another thread would write its image into the same tensor meanwhile
+            return done
+
+        monkeypatch.setattr(Tensor, 'copy_', slow_copy)
+        with ThreadPoolExecutor(4) as pool:
+            results = list(pool.map(graphs, images))
+        for image, result in zip(images, results, strict=True):
+            assert torch.equal(result, restore(network, image))
 
     def test_records_each_size_and_order_once(self) -> None:
         graphs = CudaGraphs(Blur(), sizes=2)
