@@ -21,7 +21,7 @@ apart by pixel-unshuffle before the head and put together by pixel-shuffle
 behind the tail, so that H, E1, …, D have 1/p of the sizes above.  That is this
 project's addition; p = 1 is the paper's network.
 
-The modules here hold the parameters and compute the formulas literally.  What
+The modules here hold the parameters and compute the formulas as the paper writes them.  What
 runs by default is a faster form of the same numbers (`dsgformer_arch.ops`);
 `DSGFORMER_PLAIN=1` forces what stands below.
 """
@@ -115,7 +115,7 @@ class DTSAS(nn.Module):
             self.weights = nn.Parameter(torch.full((len(ratios),), weight))
 
     def attend(self, A: Tensor) -> Tensor:
-        """The sparse map Σ W_n φ(T_{k_n}(A)) of the scores A = Q Kᵀ / α, literally.  (N, heads, c, c)."""
+        """The sparse map Σ W_n φ(T_{k_n}(A)) of the scores A = Q Kᵀ / α; (N, heads, c, c)."""
         if not self.top_k:
             return self.phi(A, torch.ones_like(A, dtype=torch.bool))
         total = torch.zeros_like(A)
@@ -157,7 +157,7 @@ class DFGB(nn.Module):
         n, c, h, w = U.shape
         x = F.pad(U, (0, -w % BLOCK, 0, -h % BLOCK), mode='replicate')
         blocks = x.reshape(n, c, x.shape[2] // BLOCK, BLOCK, x.shape[3] // BLOCK, BLOCK).transpose(3, 4)
-        # No FFT runs in half precision on every device: this is the literal form, so it takes float32.
+        # No FFT runs in half precision on every device: the reference takes float32.
         spectrum = torch.fft.rfft2(blocks if blocks.dtype == torch.float64 else blocks.float())
         spectrum = self.mask[:, None, None] * spectrum
         blocks = torch.fft.irfft2(spectrum, s=(BLOCK, BLOCK)).to(U.dtype)
@@ -219,7 +219,7 @@ class DSGA(nn.Module):
     def forward(self, X: Tensor) -> Tensor:
         return ops.block.forward(self, X)
 
-    def literal(self, X: Tensor) -> Tensor:
+    def reference(self, X: Tensor) -> Tensor:
         """The block as the paper writes it; what every faster form must equal."""
         Q, K, V, U = self.depthwise(self.project_in(self.norm(X))).chunk(4, dim=1)
         return X + self.project_out(self.gate(U) * self.attention(Q, K, V))
@@ -358,7 +358,7 @@ class DSGformer(RestorationNetwork):
         for name, block in self.named_modules():
             if isinstance(block, DSGA):
                 # The fast implementations sum over the whole map; the reference calls its attention.
-                block.forward = block.literal  # type: ignore[method-assign]
+                block.forward = block.reference  # type: ignore[method-assign]
                 yield name, window_method(block.attention, 'forward')
 
     @classmethod

@@ -96,8 +96,8 @@ def forward(block: DSGA, X: Tensor) -> Tensor:
     """
     if not fast(X) or not _as_built(block, X):
         if block.recompute and torch.is_grad_enabled():
-            return cast(Tensor, checkpoint(block.literal, X, use_reentrant=False))
-        return block.literal(X)
+            return cast(Tensor, checkpoint(block.reference, X, use_reentrant=False))
+        return block.reference(X)
     dtype = computing_dtype(X)
     residual = X.permute(0, 2, 3, 1).contiguous()
     if _operator_takes(block, X, dtype):

@@ -1,6 +1,6 @@
 """DFGB's filter as two products with a real matrix.
 
-Literal form: `dsgformer_arch.archs.dsgformer_arch.DFGB`.  With B the 64×64
+Reference implementation: `dsgformer_arch.archs.dsgformer_arch.DFGB`.  With B the 64×64
 orthonormal matrix whose rows are the cosines and sines of an 8×8 block,
 
     irfft2( M ⊙ rfft2(x) ) = Bᵀ diag(m) B x

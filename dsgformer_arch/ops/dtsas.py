@@ -1,6 +1,6 @@
 """DTSAS from the Gram matrix of the unnormalised Q and K, with one selection for every threshold.
 
-Literal form: `dsgformer_arch.archs.dsgformer_arch.DTSAS`.  Two identities make
+Reference implementation: `dsgformer_arch.archs.dsgformer_arch.DTSAS`.  Two identities make
 this one cheaper:
 
     (Q/‖Q‖)(K/‖K‖)ᵀ = (Q Kᵀ) / (‖Q‖ ‖K‖ᵀ)      so Q and K are read once and never written normalised

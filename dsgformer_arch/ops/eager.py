@@ -1,6 +1,6 @@
 """The block DSGA in PyTorch's operations, channels last, in the order that moves the least memory.
 
-Reference implementation: `dsgformer_arch.archs.dsgformer_arch.DSGA.literal`.
+Reference implementation: `dsgformer_arch.archs.dsgformer_arch.DSGA.reference`.
 Two implementations of the same arithmetic:
 
 * `whole` takes whole tensors and is differentiable: for training, for

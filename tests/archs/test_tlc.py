@@ -213,7 +213,7 @@ def training_window(name: str, base: tuple[int, int]) -> tuple[int, int]:
 
 
 def reference_local(network: nn.Module, base: tuple[int, int]) -> nn.Module:
-    """A Restormer or DRSformer whose statistics are local, by the literal forms above."""
+    """A Restormer or DRSformer whose statistics are local, by the reference implementations above."""
     for name, module in list(network.named_modules()):
         window = training_window(name, base)
         if isinstance(module, nn.AdaptiveAvgPool2d):

@@ -74,10 +74,10 @@ def _error(ours: Tensor, exact: Tensor) -> float:
 
 
 def _compare(block: DSGA, X: Tensor, tolerance: float, recompute: bool = False) -> None:
-    """The kernel in the type of X against the literal form in float64."""
+    """The kernel in the type of X against the reference implementation in float64."""
     exact_X = X.double().detach().requires_grad_()
     exact_block = copy.deepcopy(block).double()
-    exact = _gradients(exact_block.literal(exact_X), exact_X, exact_block)
+    exact = _gradients(exact_block.reference(exact_X), exact_X, exact_block)
     X = X.detach().requires_grad_()
     ours = _gradients(_compiled(block, X, recompute), X, block)
     for name, value in exact.items():
@@ -87,7 +87,7 @@ def _compare(block: DSGA, X: Tensor, tolerance: float, recompute: bool = False) 
 
 @pytest.mark.parametrize('size', SIZES)
 @pytest.mark.parametrize('switches', SWITCHES)
-def test_float64_equals_the_literal_form(switches: tuple[str, str, str], size: tuple[int, int, int]) -> None:
+def test_float64_equals_the_reference(switches: tuple[str, str, str], size: tuple[int, int, int]) -> None:
     _compare(_block(switches=switches), _image(size[0], 16, *size[1:]), 1e-12)
 
 
@@ -183,7 +183,7 @@ def test_gradcheck() -> None:
 def test_bfloat16_is_no_worse_than_the_eager_form(channels: int, heads: int) -> None:
     block, X = _block(channels, heads), _image(2, channels, 24, 20)
     exact_X = X.bfloat16().double().requires_grad_()
-    exact = _gradients(block.literal(exact_X), exact_X, block)
+    exact = _gradients(block.reference(exact_X), exact_X, block)
     block = block.float()
     errors: dict[str, dict[str, float]] = {}
     path: ops.Path
@@ -222,7 +222,7 @@ def test_parameters_keep_their_type() -> None:
 def test_frozen_parameters_get_no_gradient(frozen: str) -> None:
     block, X = _block(16, 1).float(), _image(1, 16, 8, 8).float()
     exact_block, exact_X = copy.deepcopy(block).double(), X.double().requires_grad_()
-    exact = _gradients(exact_block.literal(exact_X), exact_X, exact_block)
+    exact = _gradients(exact_block.reference(exact_X), exact_X, exact_block)
     X.requires_grad_(frozen not in ('X', 'everything else'))
     for name, parameter in block.named_parameters():
         asked = name == 'project_out.weight' if frozen == 'everything else' else not name.startswith(frozen)

@@ -1,4 +1,4 @@
-"""The fast forms of the block against the literal one: whole, in strips, compiled, and in training."""
+"""The fast implementations of the block against the reference: whole, in strips, compiled, in training."""
 
 from __future__ import annotations
 
@@ -71,25 +71,25 @@ def strips(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize('switches', SWITCHES)
 @pytest.mark.parametrize('size', SIZES)
-def test_whole_equals_the_literal_form(switches: tuple[str, str, str], size: tuple[int, int, int]) -> None:
+def test_whole_equals_the_reference(switches: tuple[str, str, str], size: tuple[int, int, int]) -> None:
     block, X = _block(switches=switches), _image(size[0], 16, *size[1:])
     with torch.inference_mode():
-        torch.testing.assert_close(block(X), block.literal(X), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(block(X), block.reference(X), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.usefixtures('strips')
 @pytest.mark.parametrize('switches', SWITCHES)
 @pytest.mark.parametrize('size', SIZES)
-def test_strips_equal_the_literal_form(switches: tuple[str, str, str], size: tuple[int, int, int]) -> None:
+def test_strips_equal_the_reference(switches: tuple[str, str, str], size: tuple[int, int, int]) -> None:
     block, X = _block(switches=switches), _image(size[0], 16, *size[1:])
     with torch.inference_mode():
         assert eager.strip_rows(X.permute(0, 2, 3, 1)) == 8
-        torch.testing.assert_close(block(X), block.literal(X), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(block(X), block.reference(X), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize('kept', ['everything', 'some', 'X'])
 @pytest.mark.parametrize('switches', SWITCHES)
-def test_gradients_equal_the_literal_ones(
+def test_gradients_equal_the_reference_implementations(
     switches: tuple[str, str, str], kept: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     block, X = _block(switches=switches), _image(2, 16, 12, 9).requires_grad_()
@@ -97,7 +97,7 @@ def test_gradients_equal_the_literal_ones(
     if kept == 'some':
         monkeypatch.setitem(eager.KEPT_BYTES, 'cpu', 0)
     inputs = [X, *block.parameters()]
-    literal, fast = block.literal(X), block(X)
+    literal, fast = block.reference(X), block(X)
     torch.testing.assert_close(fast, literal, rtol=1e-12, atol=1e-12)
     seed = torch.randn_like(literal)
     for ours, theirs in zip(
@@ -116,7 +116,7 @@ def test_gradcheck() -> None:
     torch.autograd.gradcheck(run, (X, *parameters.values()))
 
 
-def test_training_keeps_less_than_the_literal_form(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_keeps_less_than_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     def kept(block: DSGA, X: Tensor, literal: bool) -> int:
         """Bytes that the graph holds on to beyond the parameters and X."""
         sizes: dict[int, int] = {}
@@ -127,7 +127,7 @@ def test_training_keeps_less_than_the_literal_form(monkeypatch: pytest.MonkeyPat
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            output = (block.literal if literal else block)(X)
+            output = (block.reference if literal else block)(X)
         return sum(sizes.values()) + output.nbytes
 
     block, X = _block(), _image(1, 16, 64, 64).requires_grad_()
@@ -143,27 +143,27 @@ def test_training_keeps_less_than_the_literal_form(monkeypatch: pytest.MonkeyPat
 def test_float32(channels: int) -> None:
     block, X = _block(channels), _image(2, channels, 24, 17)
     with torch.inference_mode():
-        exact = block.literal(X)
+        exact = block.reference(X)
         assert _error(block.float()(X.float()), exact) < 1e-6
 
 
 @pytest.mark.parametrize('path', ['fast', 'eager'])
 @pytest.mark.parametrize('heads', [1, 2])
-def test_bfloat16_is_no_worse_than_the_literal_form(path: ops.Path, heads: int) -> None:
+def test_bfloat16_is_no_worse_than_the_reference(path: ops.Path, heads: int) -> None:
     block, X = _block(32, heads).bfloat16(), _image(1, 32, 40, 24).bfloat16()
     with torch.inference_mode(), ops.use(path):
-        ours, literal = block(X), block.literal(X)
-        exact = block.double().literal(X.double())
+        ours, literal = block(X), block.reference(X)
+        exact = block.double().reference(X.double())
     assert ours.dtype == torch.bfloat16
     assert _error(ours, exact) < 1.2 * _error(literal, exact)
 
 
 @pytest.mark.parametrize('grad', [False, True])
-def test_autocast_is_no_worse_than_the_literal_form(grad: bool) -> None:
+def test_autocast_is_no_worse_than_the_reference(grad: bool) -> None:
     block, X = _block(32).float(), _image(1, 32, 16, 24).float()
-    exact = copy.deepcopy(block).double().literal(X.double())
+    exact = copy.deepcopy(block).double().reference(X.double())
     with torch.set_grad_enabled(grad), torch.autocast('cpu', torch.bfloat16):
-        ours, literal = block(X), block.literal(X)
+        ours, literal = block(X), block.reference(X)
     assert ours.dtype == literal.dtype
     assert _error(ours, exact) < 1.2 * _error(literal, exact)
 
@@ -171,7 +171,7 @@ def test_autocast_is_no_worse_than_the_literal_form(grad: bool) -> None:
 def test_gradients_under_autocast() -> None:
     block, X = _block(32).float(), _image(2, 32, 16, 24).float()
     exact = copy.deepcopy(block).double()
-    exact.literal(X.double()).square().mean().backward()
+    exact.reference(X.double()).square().mean().backward()
     with torch.autocast('cpu', torch.bfloat16):
         block(X).float().square().mean().backward()
     for (name, ours), theirs in zip(block.named_parameters(), exact.parameters(), strict=True):
@@ -208,7 +208,7 @@ def test_edited_weights_count_at_once() -> None:
         block(X)
         for edit in edits:
             edit()
-            torch.testing.assert_close(block(X), block.literal(X), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(block(X), block.reference(X), rtol=1e-4, atol=1e-5)
 
 
 def test_copies_and_pickles() -> None:
@@ -283,7 +283,7 @@ class TestKernel:
     @pytest.mark.parametrize('threads', [1, 3])
     @pytest.mark.parametrize('size', [*SIZES, (1, 70, 140), (1, 8, 300)])
     @pytest.mark.parametrize(('channels', 'heads'), [(16, 1), (96, 2), (80, 1)])
-    def test_equals_the_literal_form(
+    def test_equals_the_reference(
         self, channels: int, heads: int, size: tuple[int, int, int], threads: int
     ) -> None:
         before = torch.get_num_threads()
@@ -299,7 +299,7 @@ class TestKernel:
     @staticmethod
     def _compare(block: DSGA, X: Tensor) -> None:
         with torch.inference_mode():
-            exact = block.literal(X)
+            exact = block.reference(X)
             weights = eager.Weights.of(block, torch.float64)
             theirs = eager.whole_with_scores(*2 * (X.permute(0, 2, 3, 1),), weights)[1]
             y, scores = binding.block(X.float().permute(0, 2, 3, 1).contiguous(), weights)
@@ -355,9 +355,9 @@ def test_compiles_without_a_break(grad: bool) -> None:
     block, X = _block(), _image(2, 16, 12, 9).requires_grad_(grad)
     with torch.set_grad_enabled(grad):
         compiled = torch.compile(block, backend='aot_eager', fullgraph=True)(X)
-    torch.testing.assert_close(compiled, block.literal(X), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(compiled, block.reference(X), rtol=1e-12, atol=1e-12)
     if grad:
-        ours, theirs = (torch.autograd.grad(Y.square().sum(), X)[0] for Y in (compiled, block.literal(X)))
+        ours, theirs = (torch.autograd.grad(Y.square().sum(), X)[0] for Y in (compiled, block.reference(X)))
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
 
 
@@ -368,7 +368,7 @@ from dsgformer_arch.archs.dsgformer_arch import DSGA
 from dsgformer_arch.ops.cpu import binding
 block, X = DSGA(16, 1), torch.rand(1, 16, 16, 16)
 with torch.inference_mode():
-    torch.testing.assert_close(block(X), block.literal(X), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(block(X), block.reference(X), rtol=1e-4, atol=1e-5)
 assert not binding.works(torch.float32).passed
 """
     environment = os.environ | {'CXX': 'no-such-compiler', 'XDG_CACHE_HOME': str(tmp_path)}

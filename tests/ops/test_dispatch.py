@@ -386,8 +386,8 @@ with torch.no_grad():
         parameter.copy_(torch.randn(parameter.shape, generator=generator, device='cpu') / 4)
     block.attention.temperature.fill_(1)
 with torch.inference_mode():
-    torch.testing.assert_close(block(X), block.literal(X), rtol=1e-4, atol=1e-4)
-torch.testing.assert_close(block(X), block.literal(X), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(block(X), block.reference(X), rtol=1e-4, atol=1e-4)
+torch.testing.assert_close(block(X), block.reference(X), rtol=1e-4, atol=1e-4)
 block(X).sum().backward()
 assert block.gate.mask.grad.abs().sum() > 0
 from dsgformer_arch.archs.dsgformer_arch import DSGformer

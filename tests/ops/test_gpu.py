@@ -54,16 +54,16 @@ def _restored(module: ModuleType, block: DSGA, X: Tensor, dtype: torch.dtype) ->
 
 
 def _compare(interpreted: ModuleType, block: DSGA, X: Tensor) -> None:
-    """The kernels in float32 against the literal form in float64."""
+    """The kernels in float32 against the reference implementation in float64."""
     with torch.inference_mode():
-        exact = block.literal(X)
+        exact = block.reference(X)
     assert _error(_restored(interpreted, block.float(), X.float(), torch.float32), exact) < 1e-6
 
 
 @pytest.mark.parametrize('strip', [1, 1 << 30])
 @pytest.mark.parametrize('size', SIZES)
 @pytest.mark.parametrize(('channels', 'heads'), [(48, 1), (32, 2), (144, 3)])
-def test_equals_the_literal_form(
+def test_equals_the_reference(
     interpreted: ModuleType,
     channels: int,
     heads: int,
@@ -90,21 +90,19 @@ def test_ties_are_kept(interpreted: ModuleType) -> None:
 
 
 @pytest.mark.parametrize(('channels', 'heads'), [(48, 1), (144, 3)])
-def test_float16_is_no_worse_than_the_literal_form(
-    interpreted: ModuleType, channels: int, heads: int
-) -> None:
+def test_float16_is_no_worse_than_the_reference(interpreted: ModuleType, channels: int, heads: int) -> None:
     """The rounding is where bfloat16's is, of whose products the interpreter (Triton 3.7) knows nothing."""
     block, X = _block(channels, heads), _image(1, channels, 24, 19)
     with torch.inference_mode():
-        exact = block.literal(X)
-        half = copy.deepcopy(block).half().literal(X.half())
+        exact = block.reference(X)
+        half = copy.deepcopy(block).half().reference(X.half())
     assert _error(_restored(interpreted, block.float(), X.half(), torch.float16), exact) < _error(half, exact)
 
 
 def test_the_residual_keeps_its_type(interpreted: ModuleType) -> None:
     block, X = _block(48, 1), _image(1, 48, 8, 8)
     with torch.inference_mode():
-        exact = block.literal(X)
+        exact = block.reference(X)
     y = _restored(interpreted, block.float(), X.float(), torch.float16)
     assert y.dtype == torch.float32
     assert _error(y, exact) < 1e-3
@@ -137,7 +135,7 @@ def test_gradients_equal_those_of_the_reference(frozen: bool) -> None:
     block, X = _block(48, 1), _image(2, 48, 12, 9)
     inputs = [X.requires_grad_(not frozen), *block.parameters()]
     block.depthwise.requires_grad_(not frozen)
-    literal = block.literal(X)
+    literal = block.reference(X)
     seed = torch.randn_like(literal)
     theirs = torch.autograd.grad(literal, [value for value in inputs if value.requires_grad], seed)
 
@@ -260,23 +258,23 @@ class TestOnAGpu:
     @pytest.mark.parametrize('grad', [False, True])
     @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize(('channels', 'heads'), [*LEVELS, (16, 1)])
-    def test_is_no_worse_than_the_literal_form(
+    def test_is_no_worse_than_the_reference(
         self, channels: int, heads: int, dtype: torch.dtype, grad: bool
     ) -> None:
         from dsgformer_arch.ops import gpu
 
         block, X = _block(channels, heads).cuda(), _image(2, channels, 45, 70).cuda()
-        exact = block.literal(X)
+        exact = block.reference(X)
         block.float()
         assert gpu.takes(X.device, dtype, channels, heads)
         with torch.set_grad_enabled(grad), torch.autocast('cuda', dtype):
-            ours, literal = block(X.to(dtype)), block.literal(X.to(dtype))
+            ours, literal = block(X.to(dtype)), block.reference(X.to(dtype))
         assert ours.dtype == literal.dtype
         assert _error(ours, exact) < 1.2 * _error(literal, exact)
 
     def test_gradients(self) -> None:
         block, X = _block(48, 1).cuda(), _image(2, 48, 24, 32).cuda()
-        theirs = torch.autograd.grad(block.literal(X).square().mean(), list(block.parameters()))
+        theirs = torch.autograd.grad(block.reference(X).square().mean(), list(block.parameters()))
         block.float()
         with torch.autocast('cuda', torch.bfloat16):
             loss = block(X.float()).float().square().mean()

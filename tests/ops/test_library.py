@@ -137,7 +137,7 @@ def test_a_compiled_block_runs_the_kernel() -> None:
     with torch.no_grad():
         compiled = torch.compile(block, backend=backend, fullgraph=True)(X)
         assert 'dsgformer.block.default' in targets
-        torch.testing.assert_close(compiled, block.literal(X), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(compiled, block.reference(X), rtol=1e-4, atol=1e-5)
 
 
 class TestRefusals:
@@ -216,7 +216,7 @@ class TestFailures:
             assert not binding.works(torch.float32).passed
         block, X = DSGA(16, 1), torch.rand(1, 16, 8, 8)
         with torch.inference_mode():
-            torch.testing.assert_close(block(X), block.literal(X), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(block(X), block.reference(X), rtol=1e-4, atol=1e-5)
 
     def test_a_kernel_that_keeps_too_much_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Without T_k everything else would be right."""
@@ -264,7 +264,7 @@ class TestFailures:
         with torch.inference_mode():
             with pytest.warns(UserWarning, match='no such product'):
                 y = block(X)
-            torch.testing.assert_close(y, block.literal(X), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(y, block.reference(X), rtol=1e-4, atol=1e-5)
             with ops.use('plain'):
                 expected = network(image)
             torch.testing.assert_close(network(image), expected, rtol=1e-4, atol=1e-5)

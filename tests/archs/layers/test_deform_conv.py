@@ -1,4 +1,4 @@
-"""Deformable convolution in plain PyTorch against a literal loop, and against torchvision where it loads."""
+"""Deformable convolution in plain PyTorch against a loop over its definition, and against torchvision."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def sample(image: Tensor, y: float, x: float) -> float:
     return total
 
 
-def literal(
+def reference(
     image: Tensor,
     offset: Tensor,
     weight: Tensor,
@@ -102,8 +102,8 @@ def arguments(
 @pytest.mark.parametrize('case', CASES, ids=str)
 def test_equals_the_definition(case: dict[str, Any]) -> None:
     values = arguments(**case)
-    torch.testing.assert_close(deform_conv2d_gathered(*values), literal(*values), rtol=1e-10, atol=1e-11)
-    torch.testing.assert_close(deform_conv2d(*values), literal(*values), rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(deform_conv2d_gathered(*values), reference(*values), rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(deform_conv2d(*values), reference(*values), rtol=1e-10, atol=1e-11)
 
 
 @pytest.mark.parametrize('case', [{'groups': 2, 'masked': True}, {'groups': 4}], ids=str)
