@@ -93,10 +93,11 @@ def run(inputs: Sequence[str], out: Path = Path('results/benchmark/report')) -> 
     Raises:
         UserError: an input is missing or no result, or there is none at all.
     """
-    results = [result for result in gather(inputs) if readable(result)]
+    own = [(result, part) for result in gather(inputs) if (part := own_section(result)) is not None]
+    results = [result for result, _ in own]
     if not results:
         raise UserError(f'there are no results in {", ".join(inputs)}; make some, such as with speed')
-    page = Page('DSGformer: benchmarks', lead(results), sections(results))
+    page = Page('DSGformer: benchmarks', lead(results), sections(own))
     for end, text in (('.html', page.html()), ('.md', page.markdown())):
         records.write_text(records.beside(out, end), text)
     print(f'wrote {records.beside(out, ".html")} and {records.beside(out, ".md")}', file=sys.stderr)
@@ -133,19 +134,21 @@ def _in_folder(file: Path) -> Result | None:
         return None
 
 
-def readable(result: Result) -> bool:
-    """Whether a result has the contents that its kind has; if not, standard error says so."""
+def own_section(result: Result) -> Section | None:
+    """The section of one result; None, and a line on standard error, if its contents are not of its kind."""
     try:
         lead([result])
-        for part in own_sections(result):
-            part.html('')
-        return True
+        if result.record.kind not in KINDS:
+            raise UserError(f'its kind is {result.record.kind!r}; there are {", ".join(KINDS)}')
+        part = KINDS[result.record.kind](result)
+        part.html('')  # drawings keep what they have drawn
+        return part
     except UserError as error:
         reason = str(error)
     except Exception as error:  # a file may hold anything, and must not stop the others
         reason = f'{type(error).__name__}: {error}'
     print(f'{result.path} is left out, as it is no result of this version ({reason})', file=sys.stderr)
-    return False
+    return None
 
 
 def of_kind(results: Sequence[Result], kind: str) -> list[Result]:
@@ -163,12 +166,13 @@ def lead(results: Sequence[Result]) -> list[Text]:
     return [Text(LEAD), Text(made)]
 
 
-def sections(results: Sequence[Result]) -> list[Section]:
+def sections(own: Sequence[tuple[Result, Section]]) -> list[Section]:
     """The page, from what matters most down."""
+    results = [result for result, _ in own]
     parts = [
         table_one(results),
         *pareto_sections(of_kind(results, 'speed'), results),
-        *(part for kind in KINDS for result in of_kind(results, kind) for part in own_sections(result)),
+        *(part for kind in KINDS for result, part in own if result.record.kind == kind),
     ]
     return [replace(part, title=title) for part, title in zip(parts, distinct(parts), strict=True)]
 
@@ -506,14 +510,3 @@ KINDS: dict[str, Callable[[Result], Section]] = {
     'loader': loader_section,
 }
 """What makes the section of a result, by kind, in the order of the page."""
-
-
-def own_sections(result: Result) -> list[Section]:
-    """The section of one result.
-
-    Raises:
-        UserError: no section is known for its kind.
-    """
-    if result.record.kind not in KINDS:
-        raise UserError(f'its kind is {result.record.kind!r}; there are {", ".join(KINDS)}')
-    return [KINDS[result.record.kind](result)]
