@@ -29,7 +29,6 @@ import torch
 from basicsr.archs import build_network
 from basicsr.losses import build_loss
 from basicsr.metrics import calculate_metric
-from basicsr.models import lr_scheduler as basicsr_schedulers
 from basicsr.models.sr_model import SRModel
 from basicsr.utils import get_root_logger, tensor2img
 from basicsr.utils.dist_util import master_only
@@ -38,7 +37,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dsgformer_arch.data.sampler import ITERATION, derived_seed, seed_streams
-from dsgformer_arch.models import checkpointing, lr_scheduler
+from dsgformer_arch.models import checkpointing, options
 from dsgformer_arch.restore import final_output, order_memory, predict, restore
 from dsgformer_arch.utils.errors import UserError
 from dsgformer_arch.utils.files import write_atomically
@@ -141,9 +140,7 @@ class RestorationModel(SRModel):
         self.call = torch.compile(self.net_g) if train.get('compile') else self.net_g
 
     def get_optimizer(self, optim_type: str, params: Iterable[Tensor], lr: float, **kwargs: Any) -> Any:
-        optimiser: Any = getattr(torch.optim, optim_type, None)
-        if not _is_optimizer(optimiser):
-            raise UserError(f'train: optim_g: type: torch.optim has no {optim_type!r}; take AdamW, say')
+        optimiser: Any = options.optimizer_class(optim_type)
         if not {'fused', 'foreach'} & set(kwargs) and 'fused' in inspect.signature(optimiser).parameters:
             kwargs['fused'] = True  # one pass over the parameters; CPUs and GPUs have it
         try:
@@ -154,14 +151,7 @@ class RestorationModel(SRModel):
     def setup_schedulers(self) -> None:
         settings = dict(self.opt['train']['scheduler'])
         name: str = settings.pop('type')
-        # BasicSR's own class under torch's name; it also restarts.
-        name = 'MultiStepRestartLR' if name == 'MultiStepLR' else name
-        for module in (lr_scheduler, basicsr_schedulers, torch.optim.lr_scheduler):
-            scheduler = getattr(module, name, None)
-            if scheduler is not None:
-                break
-        else:
-            raise UserError(f'train: scheduler: type: {name!r} is unknown; take WarmupCosineLR, say')
+        scheduler = options.scheduler_class(name)
         try:
             self.schedulers = [scheduler(optimizer, **settings) for optimizer in self.optimizers]
         except (TypeError, ValueError) as error:
@@ -663,10 +653,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(entry) for entry in value]
     return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def _is_optimizer(value: object) -> bool:
-    return isinstance(value, type) and issubclass(value, torch.optim.Optimizer)
 
 
 @MODEL_REGISTRY.register()
