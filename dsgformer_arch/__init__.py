@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dsgformer_arch import archs, compat, data, losses, metrics, models, zoo
-    from dsgformer_arch.people.deblurrer import Deblurrer
+    from dsgformer_arch.inference.deblurrer import Deblurrer
 
 __all__ = [
     'Deblurrer',
@@ -32,7 +32,7 @@ __all__ = [
 ]
 __version__ = '0.1.0'
 
-_LAZY = {'Deblurrer': 'dsgformer_arch.people.deblurrer'}
+_LAZY = {'Deblurrer': 'dsgformer_arch.inference.deblurrer'}
 """What is imported when it is first used, and the module that has it."""
 
 

@@ -10,8 +10,8 @@ import torch
 
 from dsgformer_arch import zoo
 from dsgformer_arch.cli import dsgformer
-from dsgformer_arch.people import official_weights, weights
-from dsgformer_arch.people.official_weights import OfficialWeights
+from dsgformer_arch.inference import official_weights, weights
+from dsgformer_arch.inference.official_weights import OfficialWeights
 from dsgformer_arch.utils.errors import UserError
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from dsgformer_arch.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from dsgformer_arch.people.deblurrer import Deblurrer
+    from dsgformer_arch.inference.deblurrer import Deblurrer
 
 SUMMARY = 'restore images, folders and videos'
 
@@ -90,7 +90,7 @@ def restorer(arguments: argparse.Namespace) -> Deblurrer:
         dsgformer_arch.register_dsgformer()
     else:
         dsgformer_arch.register()
-    from dsgformer_arch.people.deblurrer import Deblurrer
+    from dsgformer_arch.inference.deblurrer import Deblurrer
 
     return Deblurrer(
         arguments.model,
@@ -105,9 +105,9 @@ def restorer(arguments: argparse.Namespace) -> Deblurrer:
 
 def run(arguments: argparse.Namespace) -> int:
     """Restore; returns the exit status."""
-    from dsgformer_arch.people.deblur import deblur, summary
-    from dsgformer_arch.people.images import FORMATS
-    from dsgformer_arch.people.jobs import STREAM, plan
+    from dsgformer_arch.inference.deblur import deblur, summary
+    from dsgformer_arch.inference.images import FORMATS
+    from dsgformer_arch.inference.jobs import STREAM, plan
 
     suffix = None
     if arguments.format:

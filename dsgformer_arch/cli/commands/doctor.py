@@ -20,7 +20,7 @@ def run(arguments: argparse.Namespace) -> int:
     import dsgformer_arch
 
     dsgformer_arch.register()
-    from dsgformer_arch.people import doctor
+    from dsgformer_arch.inference import doctor
 
     findings = doctor.examine()
     print(doctor.as_text(findings))

@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     dsgformer_arch.register()
     from dsgformer_arch import zoo
     from dsgformer_arch.export.formats import check_target, export
-    from dsgformer_arch.people import weights
+    from dsgformer_arch.inference import weights
 
     system = arguments.model.partition('/')[0]
     zoo.get(system)

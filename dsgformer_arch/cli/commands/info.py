@@ -20,7 +20,7 @@ def run(arguments: argparse.Namespace) -> int:
     import dsgformer_arch
 
     dsgformer_arch.register()
-    from dsgformer_arch.people.models import describe
+    from dsgformer_arch.inference.models import describe
 
     for file in arguments.files:
         found = describe(file)

@@ -19,7 +19,7 @@ def run(arguments: argparse.Namespace) -> int:
     import dsgformer_arch
 
     dsgformer_arch.register()
-    from dsgformer_arch.people import models
+    from dsgformer_arch.inference import models
 
     rows = models.table()
     print(json.dumps(rows, indent=1, ensure_ascii=False) if arguments.json else models.as_text(rows))

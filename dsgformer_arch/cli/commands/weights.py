@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     import dsgformer_arch
 
     dsgformer_arch.register()
-    from dsgformer_arch.people import official_weights
+    from dsgformer_arch.inference import official_weights
 
     if arguments.action == 'list':
         return _list(arguments.json)
@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _list(as_json: bool) -> int:
     import json
 
-    from dsgformer_arch.people import official_weights
+    from dsgformer_arch.inference import official_weights
 
     rows = [official_weights.describe(weights) for weights in official_weights.TABLE]
     if as_json:

@@ -219,7 +219,7 @@ def test_reading_restoring_and_writing_overlap(
     """The next image is read before this one is restored, on another thread; writing has one of its own."""
     import threading
 
-    from dsgformer_arch.people import deblur
+    from dsgformer_arch.inference import deblur
 
     threads: dict[str, set[int]] = {'read': set(), 'write': set()}
     order: list[str] = []

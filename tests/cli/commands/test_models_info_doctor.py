@@ -13,7 +13,7 @@ from PIL import Image
 from dsgformer_arch import zoo
 from dsgformer_arch.benchmark.measure.complexity import count
 from dsgformer_arch.cli import dsgformer
-from dsgformer_arch.people import doctor, models, official_weights
+from dsgformer_arch.inference import doctor, models, official_weights
 
 
 def printed(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from dsgformer_arch import zoo
-from dsgformer_arch.people import official_weights
-from dsgformer_arch.people.official_weights import BLOCK, OfficialWeights
+from dsgformer_arch.inference import official_weights
+from dsgformer_arch.inference.official_weights import BLOCK, OfficialWeights
 from dsgformer_arch.utils.errors import UserError
 
 

@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 from dsgformer_arch import zoo
-from dsgformer_arch.people import official_weights, weights
+from dsgformer_arch.inference import official_weights, weights
 from dsgformer_arch.utils.errors import UserError
 from dsgformer_arch.zoo.checkpoint import read_checkpoint
 
@@ -111,8 +111,8 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         UserError: it is missing, or none of these.
     """
-    from dsgformer_arch.people.images import open_image, sniff
-    from dsgformer_arch.people.jobs import VIDEOS
+    from dsgformer_arch.inference.images import open_image, sniff
+    from dsgformer_arch.inference.jobs import VIDEOS
 
     file = os.fspath(path)
     if not os.path.isfile(file):
@@ -136,7 +136,7 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
             'notes': picture.notes,
         }
     if os.path.splitext(file)[1].lower() in VIDEOS:
-        from dsgformer_arch.people.video import describe_video
+        from dsgformer_arch.inference.video import describe_video
 
         return found | describe_video(file)
     checkpoint = read_checkpoint(file)

@@ -12,7 +12,7 @@ from dsgformer_arch import zoo
 from dsgformer_arch.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from dsgformer_arch.people import official_weights
+    from dsgformer_arch.inference import official_weights
 
 DEFAULT_MODEL = 'dsgformer_h'
 """The system whose weights come with the package."""
@@ -45,7 +45,7 @@ def network(
         zoo.get(name)
         if ships(name):
             return zoo.create(name, pretrained=True, tlc=tlc), name
-    from dsgformer_arch.people import official_weights  # and with it requests, which takes its time
+    from dsgformer_arch.inference import official_weights  # and with it requests, which takes its time
 
     official = official_weights.find(name) if '/' in name or has_official(name) else None
     if official is None:
@@ -60,7 +60,7 @@ def network(
 
 def has_official(name: str) -> bool:
     """Whether the authors of a system publish weights."""
-    from dsgformer_arch.people import official_weights
+    from dsgformer_arch.inference import official_weights
 
     return any(weights.system == name for weights in official_weights.TABLE)
 
@@ -71,7 +71,7 @@ def offer(official: official_weights.OfficialWeights) -> None:
     Raises:
         UserError: nobody is asked, or the answer is no; the message has the command.
     """
-    from dsgformer_arch.people import official_weights
+    from dsgformer_arch.inference import official_weights
 
     if official.url and sys.stdin.isatty() and sys.stderr.isatty():
         question = (

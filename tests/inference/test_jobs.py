@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dsgformer_arch.people.jobs import STREAM, Job, plan
+from dsgformer_arch.inference.jobs import STREAM, Job, plan
 from dsgformer_arch.utils.errors import UserError
 
 

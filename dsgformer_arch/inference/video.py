@@ -30,8 +30,8 @@ from dsgformer_arch.utils.files import write_atomically
 from dsgformer_arch.utils.progress import track
 
 if TYPE_CHECKING:
-    from dsgformer_arch.people.deblur import Result
-    from dsgformer_arch.people.deblurrer import Deblurrer
+    from dsgformer_arch.inference.deblur import Result
+    from dsgformer_arch.inference.deblurrer import Deblurrer
 
 T = TypeVar('T')
 

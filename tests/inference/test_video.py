@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dsgformer_arch import Deblurrer
-from dsgformer_arch.people import video
-from dsgformer_arch.people.deblur import Result
+from dsgformer_arch.inference import video
+from dsgformer_arch.inference.deblur import Result
 from dsgformer_arch.utils.errors import UserError
 
 av = pytest.importorskip('av')

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dsgformer_arch.people.images import FORMATS, Output, Picture, Pixels, open_image
-from dsgformer_arch.people.jobs import STREAM, Job
+from dsgformer_arch.inference.images import FORMATS, Output, Picture, Pixels, open_image
+from dsgformer_arch.inference.jobs import STREAM, Job
 from dsgformer_arch.utils.errors import UserError
 from dsgformer_arch.utils.progress import Stages
 
 if TYPE_CHECKING:
-    from dsgformer_arch.people.deblurrer import Deblurrer
+    from dsgformer_arch.inference.deblurrer import Deblurrer
 
 COMPARISON = '_compare.jpg'
 """What replaces the suffix of a result in the name of its side-by-side image."""
@@ -175,7 +175,7 @@ def _restored(
     picture = reading.result()
     restorer.report.notes.clear()
     if picture is None:
-        from dsgformer_arch.people.video import deblur_video
+        from dsgformer_arch.inference.video import deblur_video
 
         deblur_video(restorer, job.source, job.target, result, progress.tick)
         result.notes += restorer.report.notes

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms
 from PIL.TiffImagePlugin import IFDRational
 
-from dsgformer_arch.people.images import ImageError, Output, Picture, open_image, upright
+from dsgformer_arch.inference.images import ImageError, Output, Picture, open_image, upright
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes()
 
@@ -220,7 +220,7 @@ def test_other_format_and_depth(tmp_path: Path) -> None:
 def test_tiffs_of_many_strips(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, channels: int, dtype: Any, compressed: bool
 ) -> None:
-    from dsgformer_arch.people import images
+    from dsgformer_arch.inference import images
 
     monkeypatch.setattr(images, 'STRIP', 1000)
     pixels = scene(channels=channels, dtype=dtype)
@@ -251,7 +251,7 @@ def test_compression_of_tiff_is_kept_or_lossless(tmp_path: Path) -> None:
 
 
 def test_large_files_pass_through_a_temporary_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dsgformer_arch.people import images
+    from dsgformer_arch.inference import images
 
     monkeypatch.setattr(images, 'IN_MEMORY', 1000)
     monkeypatch.setattr(images, 'STRIP', 7 * 500 * 3 * 2)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from dsgformer_arch import Deblurrer, zoo
 from dsgformer_arch.archs.layers.network import RestorationNetwork
-from dsgformer_arch.people import deblurrer as module
-from dsgformer_arch.people import official_weights, weights
+from dsgformer_arch.inference import deblurrer as module
+from dsgformer_arch.inference import official_weights, weights
 from dsgformer_arch.restore import restore
 from dsgformer_arch.utils.errors import UserError
 from tests.small_systems import SMALL, small

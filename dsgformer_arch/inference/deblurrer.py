@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dsgformer_arch.cuda_graphs import CudaGraphs
-from dsgformer_arch.people import guard, weights
+from dsgformer_arch.inference import guard, weights
 from dsgformer_arch.restore import (
     PRECISIONS,
     SMALLEST_TILE,

@@ -17,8 +17,8 @@ import torch
 
 import dsgformer_arch
 from dsgformer_arch import compat, zoo
-from dsgformer_arch.people import weights
-from dsgformer_arch.people.deblurrer import has_bf16
+from dsgformer_arch.inference import weights
+from dsgformer_arch.inference.deblurrer import has_bf16
 from dsgformer_arch.restore import restore
 from dsgformer_arch.utils.memory import free_memory
 

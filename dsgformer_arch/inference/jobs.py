@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsgformer_arch.people.images import FORMATS
+from dsgformer_arch.inference.images import FORMATS
 from dsgformer_arch.utils.errors import UserError
 
 SUFFIX = '_deblurred'

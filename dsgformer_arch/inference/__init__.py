@@ -1,0 +1,1 @@
+"""Restoring images and videos: what `Deblurrer` and the command `dsgformer` run."""
