@@ -130,7 +130,10 @@ def training(command: argparse.ArgumentParser) -> None:
     budget = command.add_mutually_exclusive_group(required=True)
     budget.add_argument('--iterations', type=positive, help='iterations for each system')
     budget.add_argument('--seconds', type=positive, help='seconds of training for each system')
-    learning(command)
+    learning(command, several_rates=True)
+    command.add_argument(
+        '--precision', choices=('fp32', 'bf16'), default='fp32', help='autocast type (default: %(default)s)'
+    )
     common(command, 'training')
 
 
@@ -170,14 +173,20 @@ def loader(command: argparse.ArgumentParser) -> None:
     common(command, 'loader')
 
 
-def learning(command: argparse.ArgumentParser) -> None:
+def learning(command: argparse.ArgumentParser, several_rates: bool = False) -> None:
     command.add_argument('--data', required=True, metavar='DIR', help='folder of {train,test}_{lq,gt}.lmdb')
     command.add_argument('--seeds', type=positive, default=2, help='repetitions (default: %(default)s)')
     command.add_argument('--batch', type=positive, default=8, help='crops in a step (default: %(default)s)')
     command.add_argument(
         '--patch', type=positive, default=64, help='side of the crops (default: %(default)s)'
     )
-    command.add_argument('--lr', type=rate, default=1e-3, help='peak learning rate (default: %(default)s)')
+    if several_rates:
+        help_text = 'peak learning rate; with several, every system uses the best of them (default: 0.001)'
+        command.add_argument('--lr', type=rates, default=[1e-3], metavar='LR[,LR…]', help=help_text)
+    else:
+        command.add_argument(
+            '--lr', type=rate, default=1e-3, help='peak learning rate (default: %(default)s)'
+        )
     command.add_argument('--validations', type=positive, default=4, help='how often to validate in a run')
 
 
@@ -250,6 +259,10 @@ def rate(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f'{text} is no positive number')
     return value
+
+
+def rates(text: str) -> list[float]:
+    return list(dict.fromkeys(map(rate, words(text) or [text])))
 
 
 def cores(text: str) -> int:

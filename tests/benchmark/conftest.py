@@ -147,7 +147,8 @@ def _training() -> tuple[Any, Any, Any]:
     settings = {'models': ['tiny'], 'data': 'x', 'seeds': 2, 'iterations': 8, 'seconds': None}
     rows: list[dict[str, Any]] = [
         {
-            'model': 'tiny', 'seed': seed, 'scaled': {}, 'parameters': 5000, 'multiply_adds': 10**8,
+            'model': 'tiny', 'seed': seed, 'lr': 0.001, 'scaled': {}, 'parameters': 5000,
+            'multiply_adds': 10**8,
             'psnr': 26.0 + seed, 'ssim': 0.8, 'iterations': 8, 'seconds': 2.0,
             'curve': [
                 {'iteration': i, 'seconds': i / 4, 'psnr': 25 + seed + i / 8, 'ssim': 0.8, 'loss': 0.1}

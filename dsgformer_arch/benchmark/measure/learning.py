@@ -28,10 +28,10 @@ from dsgformer_arch.utils.errors import UserError
 PROTOCOL = """\
 The same data, order, crops, flips and 90° rotations for every system of a seed; {loss} loss on the final \
 output; AdamW (betas {betas[0]:g} and {betas[1]:g}, weight decay 1e-4), gradient norms clipped at {clip}, \
-{warmup:.0%} of the budget linear warm-up to {lr:g}, then a cosine to 1e-6; crops of {patch}×{patch}, batch \
+{warmup:.0%} of the budget linear warm-up to {rate}, then a cosine to 1e-6; crops of {patch}×{patch}, batch \
 {batch}, {numbers}. PSNR and SSIM are the means over the held-out images under the protocol `gopro` (8-bit \
 RGB; MATLAB's SSIM of the volume), of the weights as they are, without averaging. Validation and set-up \
-count as no training time."""
+count as no training time; {clock}."""
 
 WARMUP = 0.05
 CLIP = 0.1
@@ -66,11 +66,31 @@ class Recipe:
     frequency: float = 0.0
     precision: str = 'fp32'
 
-    def describe(self) -> str:
-        """The protocol in words."""
+    def describe(self, rate: str = '') -> str:
+        """The protocol in sentences.
+
+        Args:
+            rate: what to call the peak learning rate; `lr` itself if empty.
+        """
         loss = f'L1 + {self.frequency:g}·FFT' if self.frequency else 'L1'
         numbers = {'fp32': 'float32', 'bf16': 'bfloat16 autocast'}[self.precision]
-        return PROTOCOL.format(clip=CLIP, warmup=WARMUP, loss=loss, numbers=numbers, **vars(self))
+        return PROTOCOL.format(
+            clip=CLIP,
+            warmup=WARMUP,
+            loss=loss,
+            numbers=numbers,
+            rate=rate or f'{self.lr:g}',
+            clock='time is CPU time of one thread' if single_thread() else 'time is wall-clock time',
+            **vars(self),
+        )
+
+
+def single_thread() -> bool:
+    """Whether PyTorch computes on one thread of the CPU.
+
+    CPU time is then what a run costs, and other work on the machine does not change it.
+    """
+    return torch.get_num_threads() == 1
 
 
 @dataclass(frozen=True)
@@ -171,9 +191,10 @@ def train(
     curve: list[dict[str, float]] = []
     losses: list[Tensor] = []
     seconds, iteration, fraction, due = 0.0, 0, 0.0, 1
+    clock = time.process_time if device.type == 'cpu' and single_thread() else time.perf_counter
     while fraction < 1:
         gt, lq = (t.to(device).contiguous(memory_format=torch.channels_last) for t in next(stream))
-        started = time.perf_counter()
+        started = clock()
         for group in optimizer.param_groups:
             group['lr'] = learning_rate(fraction, recipe.lr)
         optimizer.zero_grad(set_to_none=True)
@@ -187,7 +208,7 @@ def train(
         optimizer.step()
         if device.type == 'cuda':
             torch.cuda.synchronize(device)
-        seconds += time.perf_counter() - started
+        seconds += clock() - started
         iteration += 1
         losses.append(loss.detach())
         fraction = iteration / recipe.iterations if recipe.iterations else seconds / (recipe.seconds or 1)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 
 from dsgformer_arch.benchmark import record as records
+from dsgformer_arch.benchmark.measure.training import best_rate
 from dsgformer_arch.benchmark.render import output
 
 COLUMNS = {
     'model': 'system', 'width': 'width', 'parameters': 'parameters', 'macs': 'MACs at 256×256',
-    'psnr': 'PSNR', 'gain': 'gain', 'ssim': 'SSIM', 'iterations': 'iterations', 'seconds': 'seconds',
+    'lr': 'learning rate', 'psnr': 'PSNR', 'gain': 'gain', 'ssim': 'SSIM', 'iterations': 'iterations',
+    'seconds': 'seconds',
 }  # fmt: skip
 
 
@@ -22,15 +25,17 @@ def cells(record: records.Record) -> list[dict[str, str | None]]:
     blurred = record.extra['blurred']
     lines = []
     for name in record.settings['models']:
-        runs = [row for row in record.rows if row['model'] == name]
+        runs = runs_of(record, name)
         if not runs:
             continue
         first = runs[0]
+        rate = first['lr'] if 'lr' in first else record.settings['lr']  # older results name it there
         line = {
             'model': name,
             'width': ', '.join(f'{k} {width_text(v)}' for k, v in first['scaled'].items()) or 'as published',
             'parameters': f'{first["parameters"] / 1e6:.2f} M',
             'macs': f'{first["multiply_adds"] / 1e9:.2f} G',
+            'lr': f'{rate:g}',
         }
         done = [row for row in runs if 'psnr' in row]
         if done:
@@ -47,6 +52,13 @@ def cells(record: records.Record) -> list[dict[str, str | None]]:
         lines.append(line)
     nothing = {'model': '(blurred)', 'psnr': f'{blurred["psnr"]:.2f}', 'ssim': f'{blurred["ssim"]:.4f}'}
     return [nothing, *lines]
+
+
+def runs_of(record: records.Record, model: str) -> list[dict[str, Any]]:
+    """The rows of a system; of several learning rates, those of the best in seed 0."""
+    rows = [row for row in record.rows if row['model'] == model]
+    rates = {row.get('lr') for row in rows}
+    return [row for row in rows if row['lr'] == best_rate(record, model)] if len(rates) > 1 else rows
 
 
 def table(record: records.Record) -> str:
@@ -86,7 +98,7 @@ AXES = {'iteration': 'iterations', 'seconds': 'seconds of training'}
 def plot(axis: Axes, record: records.Record, key: str) -> None:
     """PSNR against `key` of `AXES`, the mean over seeds; the band is from the lowest to the highest."""
     for name in record.settings['models']:
-        curves = [row['curve'] for row in record.rows if row['model'] == name and 'curve' in row]
+        curves = [row['curve'] for row in runs_of(record, name) if 'curve' in row]
         points = list(zip(*curves, strict=False))
         if not points:
             continue

@@ -106,8 +106,9 @@ def test_equal_seeds_give_equal_results(data: learning.Data) -> None:
     assert psnr(5) != psnr(6)
 
 
+@pytest.mark.parametrize(('threads', 'clock'), [(1, 'process_time'), (2, 'perf_counter')])
 def test_a_budget_in_seconds_counts_training_only(
-    data: learning.Data, monkeypatch: pytest.MonkeyPatch
+    threads: int, clock: str, data: learning.Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [0.0]
 
@@ -116,7 +117,8 @@ def test_a_budget_in_seconds_counts_training_only(
             now[0] += 1.0 if self.training else 100.0
             return super().forward(x)
 
-    monkeypatch.setattr(learning.time, 'perf_counter', lambda: now[0])
+    monkeypatch.setattr(learning.time, clock, lambda: now[0])
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: threads)
     recipe = learning.Recipe(None, seconds=3.0, batch=1, patch=16, lr=1e-3, validations=3)
     result = learning.train(Slow, data, recipe, 0, CPU)
     assert (result['iterations'], result['seconds']) == (3, 3.0)

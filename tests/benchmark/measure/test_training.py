@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,31 @@ def test_resume_trains_what_is_missing_only(
     monkeypatch.setattr(learning, 'train', lambda *_: pytest.fail('trained again'))
     assert commands.run('training', ['tiny'], str(sample), seeds=1, out=out, resume=True, **QUICK) == 0
     assert rows_of(out) == first
+
+
+def test_every_system_uses_the_best_of_several_learning_rates(
+    sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    best = {'tiny': 1e-2, 'tiny_nafnet': 1e-4}
+    settings: dict[str, Any] = dict(seeds=2, lr=[1e-2, 1e-4], out=tmp_path / 'training', **QUICK)
+
+    def attempt(build: Any, data: Any, recipe: learning.Recipe, *_: Any) -> dict[str, Any]:
+        name = 'tiny_nafnet' if type(build()).__name__ == 'NAFNet' else 'tiny'
+        psnr = 30.0 if recipe.lr == best[name] else 20.0
+        return {'psnr': psnr, 'ssim': 0.5, 'iterations': 2, 'seconds': 1.0, 'curve': []}
+
+    monkeypatch.setattr(training, 'attempt', attempt)
+    assert commands.run('training', ['tiny', 'tiny_nafnet'], str(sample), **settings) == 0
+    found = [(row['model'], row['seed'], row['lr']) for row in rows_of(settings['out'])]
+    assert found == [
+        ('tiny', 0, 1e-2), ('tiny', 0, 1e-4), ('tiny_nafnet', 0, 1e-2), ('tiny_nafnet', 0, 1e-4),
+        ('tiny', 1, 1e-2), ('tiny_nafnet', 1, 1e-4),
+    ]  # fmt: skip
+    page = settings['out'].with_suffix('.md').read_text(encoding='utf-8')
+    assert re.search(r'\| tiny \|.*\| 0\.01 \| 30\.00 \(30\.00 to 30\.00\) \|', page)
+    assert re.search(r'\| tiny_nafnet \|.*\| 0\.0001 \| 30\.00', page)
+    monkeypatch.setattr(training, 'attempt', lambda *_: pytest.fail('trained again'))
+    assert commands.run('training', ['tiny', 'tiny_nafnet'], str(sample), resume=True, **settings) == 0
 
 
 def test_a_system_that_fails_is_reported_and_tried_again_on_resume(
