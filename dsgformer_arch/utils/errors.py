@@ -1,12 +1,13 @@
-"""The one way in which this package tells people that their input is wrong.
+"""`UserError`, the exception for wrong input, and what the command lines make of it.
 
-Everything a person can get wrong (a path, an option, a checkpoint, an image)
-raises `UserError` or a subclass of it.  Command lines print its one sentence
-and exit with status 2; a traceback is kept for faults of the program itself.
+Wrong input (a path, an option, a checkpoint, an image) raises `UserError` or a
+subclass of it.  Command lines print its one sentence and exit with status 2; a
+traceback means a fault of the program.
 """
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -31,12 +32,17 @@ def fail(message: str) -> NoReturn:
 def guarded(main: Callable[[], int | None]) -> int:
     """Run a command line's `main` and turn a `UserError` into status 2.
 
+    Characters that the terminal's encoding lacks are printed as escapes, as in `ReLU\\xb2` for GBK.
+
     Returns:
         The status that `main` returned, 0 if it returned nothing.
 
     Raises:
         SystemExit: with status 2 on `UserError`, 130 on an interrupt.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == 'strict':
+            stream.reconfigure(errors='backslashreplace')
     try:
         return main() or 0
     except UserError as error:

@@ -61,6 +61,20 @@ def _count_compilations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return compilations
 
 
+def test_a_missing_compiler_fails_the_tests_where_ci_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    try:
+        flags = Path('/proc/cpuinfo').read_text(encoding='utf-8', errors='replace')
+    except OSError:
+        flags = ''
+    if 'avx2' not in flags and 'avx512f' not in flags:
+        pytest.skip('neither AVX2 nor AVX-512')
+    monkeypatch.setattr(build, 'compilers', list)
+    monkeypatch.delenv('CI', raising=False)
+    assert not kernel.expected()
+    monkeypatch.setenv('CI', '1')
+    assert kernel.expected()
+
+
 def test_the_kernel_is_there_where_it_should_be() -> None:
     """Fails, not skips: this is the test that notices a kernel that no longer compiles."""
     if not kernel.expected():
@@ -218,23 +232,48 @@ def test_messages_in_another_language_do_not_matter(
         _answer()
 
 
-def test_a_locale_that_is_not_utf_8() -> None:
-    """The sources hold α and ⊙: no text may be read in the encoding of the locale.
+@pytest.mark.parametrize('whole', [False, pytest.param(True, marks=pytest.mark.long)])
+@pytest.mark.parametrize('name', ['C', 'zh_CN.GBK', 'ja_JP.EUC-JP'])
+def test_first_use_in_a_locale_that_is_not_utf_8(name: str, whole: bool, tmp_path: Path) -> None:
+    """The import, the first compilation and an option file: all of them text in UTF-8.
 
-    The locale C stands for GBK and EUC-JP, which are not installed everywhere.
+    Compiles a small source that holds α and ⊙ as the kernel's do; the kernel itself where `whole`.
     """
-    code = """
-import locale, sys, warnings
-from dsgformer_arch.ops.cpu import binding, build
-assert locale.getpreferredencoding(False).lower() not in ('utf-8', 'utf8'), locale.getpreferredencoding(False)
-warnings.simplefilter('error', EncodingWarning)  # where an encoding is missing
-assert len(build._key('kernel.cpp', build.compilers()[0])) == 16
-"""
     if not build.compilers():
         pytest.skip('no C++ compiler here')
-    environment = os.environ | {'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0'}
+    if name != 'C':
+        _define_locale(name, tmp_path)
+    source = tmp_path / 'kernel.cpp'
+    source.write_text(f'// α ⊙ x\n{SMALL}', encoding='utf-8')
+    code = f"""
+import sys, warnings
+assert sys.flags.utf8_mode == 0
+import locale
+assert locale.getpreferredencoding(False).lower() not in ('utf-8', 'utf8'), locale.getpreferredencoding(False)
+from pathlib import Path
+import torch
+import dsgformer_arch
+from dsgformer_arch.models import options
+from dsgformer_arch.ops.cpu import binding, build
+warnings.simplefilter('error', EncodingWarning)  # where an encoding is missing
+assert options.read('options/train_gopro.yml')['name']
+if {whole}:
+    assert binding.works(torch.float32).passed, binding.works(torch.float32).reason
+else:
+    source = Path({str(source)!r})
+    build.FOLDER, build.SOURCES = source.parent, [source]
+    assert build.library().answer() == 42
+"""
+    environment = os.environ | {
+        'LC_ALL': name,
+        'LOCPATH': str(tmp_path),
+        'XDG_CACHE_HOME': str(tmp_path),
+        'PYTHONUTF8': '0',
+        'PYTHONCOERCECLOCALE': '0',
+    }
     done = subprocess.run(
         [sys.executable, '-X', 'warn_default_encoding', '-c', code],
+        cwd=Path(__file__).parents[2],
         env=environment,
         capture_output=True,
         encoding='utf-8',
@@ -242,6 +281,17 @@ assert len(build._key('kernel.cpp', build.compilers()[0])) == 16
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+def _define_locale(name: str, folder: Path) -> None:
+    """Compile the definition of a locale into `folder`, or skip the test where there is none."""
+    language, _, charmap = name.partition('.')
+    if shutil.which('localedef') is None:
+        pytest.skip('localedef is not installed (Debian: package locales)')
+    command = ['localedef', '-i', language, '-f', charmap, str(folder / name)]
+    done = subprocess.run(command, capture_output=True, encoding='utf-8', errors='replace', check=False)
+    if not (folder / name).is_dir():
+        pytest.skip(f'localedef cannot define {name}: {done.stderr.strip()[-200:]}')
 
 
 def test_an_unavailable_kernel_is_announced_once(tmp_path: Path) -> None:

@@ -1,8 +1,11 @@
-"""Bars on a terminal, sparse lines elsewhere; mistakes with status 2."""
+"""Bars on a terminal, sparse lines elsewhere; the status of wrong input; terminals of other encodings."""
 
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -68,3 +71,13 @@ def test_a_fault_of_the_program_keeps_its_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
         guarded(lambda: 1 // 0)
     assert guarded(lambda: None) == 0
+
+
+def test_a_terminal_without_a_character_shows_its_escape() -> None:
+    code = "from dsgformer_arch.utils.errors import guarded; guarded(lambda: print('ReLU\\u00b2'))"
+    command = [sys.executable, '-X', 'utf8=0', '-c', code]
+    done = subprocess.run(
+        command, capture_output=True, env=os.environ | {'PYTHONIOENCODING': 'gbk'}, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == b'ReLU\\xb2'
