@@ -1,20 +1,20 @@
-"""The block for a GPU in four kernels, without gradients.
+"""Triton kernels of the block DSGA with the paper's switches, for GPUs, without gradients.
 
-In eager form some twenty tensors as wide as X pass through memory.  Here
-W_p LN(X) does, and nothing else between X and Y:
+In eager form some twenty tensors of the size of X pass through memory.  Here
+only W_p LN(X) does:
 
-* `_project` writes W_p LN(X); of more than 128 channels, where the product
-  takes longer than its tensors' way through memory, the library does;
-* `_gram` reads Q and K before W_d, and adds up Q Kᵀ and the rows' squares;
-* `_map` makes the sparse c×c maps of them;
-* `_output` reads V and U before W_d and the residual, and writes Y; of more
-  than 128 channels it writes the gated product, and the library multiplies it.
+* `_project` writes W_p LN(X).  With more than 128 channels the product
+  dominates the memory traffic, and PyTorch computes both.
+* `_gram` reads Q and K before W_d, and accumulates Q Kᵀ and the squared norms of the rows.
+* `_map` computes the sparse c×c maps from these.
+* `_output` reads V and U before W_d and the residual, and writes Y.  With more
+  than 128 channels it writes the gated product, and PyTorch multiplies it by W_p'.
 
-Each equals its eager form in `eager.py`, `dtsas.py` and `dfgb.py`, with sums in
-float32 that those round on the way.  Triton's interpreter runs them on a CPU
-(`TRITON_INTERPRET=1`), which is how they are tested without a GPU.
+Each equals its eager implementation in `eager.py`, `dtsas.py` and `dfgb.py`, but
+keeps sums in float32 that those round.  Without a GPU, Triton's interpreter runs
+the kernels on a CPU (`TRITON_INTERPRET=1`); the tests use it.
 
-Only imported where Triton is installed and a CUDA tensor asks for it.
+This module is imported only where Triton is installed and a CUDA tensor needs it.
 """
 
 from __future__ import annotations
@@ -36,39 +36,38 @@ if TYPE_CHECKING:
     from dsgformer_arch.ops.eager import Weights
 
 TYPES = (torch.bfloat16, torch.float16)
-"""Those of the matrix units.  Of float32 they would keep 10 bits."""
+"""Types of the matrix units.  Float32 is excluded, as they would round it to 10 bits."""
 
 WIDEST_HEAD = 128
-"""A head's c×c map has to fit into the registers of one program."""
+"""Channels of a head at most: its c×c map has to fit into the registers of one program."""
 
 WIDEST_FUSED = 128
-"""Channels up to which W_p and W_p' are multiplied here: their sums fit into a program's registers."""
+"""Channels up to which the kernels multiply by W_p and W_p': the sums fit into the registers of a program."""
 
 PIXELS = 128
-"""That `_project` takes at once."""
+"""Pixels that one program of `_project` computes."""
 
 SEGMENT = 16
-"""Pixels of a row that `_gram` takes at once."""
+"""Columns that one program of `_gram` reads."""
 
 CHUNK = 16
-"""Channels of U that `_output` takes at once; a head's width must be a multiple."""
+"""Channels of V and U that `_output` convolves at a time; the channels of a head must be a multiple."""
 
 PROGRAMS = 1024
-"""How many programs of `_gram` a large image is cut into: eight for each multiprocessor of an H200."""
+"""Programs of `_gram` that a large image is divided into: eight for each multiprocessor of an H200."""
 
 LEAST_ROWS = 8
-"""Rows of such a piece at least, as each reads two rows more."""
+"""Rows that one program of `_gram` sums at least, as each reads two rows more."""
 
 MAP_ROWS = 16
 """Rows of a c×c map that one program of `_map` ranks."""
-
 
 _VERDICTS: dict[tuple[torch.device, torch.dtype, int, int], Verdict] = {}
 _LOCK = threading.RLock()
 
 
 def takes(device: torch.device, dtype: torch.dtype, channels: int, heads: int) -> bool:
-    """Whether `restored` takes blocks of this kind, and passes its self-test on `device`."""
+    """Whether `restored` computes blocks of these sizes and types, and passes its self-test on `device`."""
     c = channels // heads
     if device.type != 'cuda' or dtype not in TYPES or c % CHUNK or c > WIDEST_HEAD:
         return False
@@ -76,9 +75,9 @@ def takes(device: torch.device, dtype: torch.dtype, channels: int, heads: int) -
 
 
 def works(device: torch.device, dtype: torch.dtype, channels: int, heads: int) -> Verdict:
-    """Whether the kernels compile, and give on a small image what the eager implementation gives.
+    """The outcome of the self-test: the kernels compile, and equal the eager implementation on a small image.
 
-    Found out once a process; a failure that may not come again is not remembered.
+    It runs once per process.  A failure that may be transient, such as a lack of memory, is not remembered.
     """
     key = (device, dtype, channels, heads)
     verdict = _VERDICTS.get(key)
@@ -97,12 +96,15 @@ def works(device: torch.device, dtype: torch.dtype, channels: int, heads: int) -
 
 
 def disable(device: torch.device, dtype: torch.dtype, channels: int, heads: int, reason: str) -> None:
-    """Have `takes` refuse such blocks from now on."""
+    """Make `takes` refuse blocks of these sizes and types for the rest of the process."""
     _VERDICTS[device, dtype, channels, heads] = Verdict(False, reason)
 
 
 def restored(x: Tensor, residual: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
-    """`eager.whole_with_scores` without gradients: a batch at once, or of large images strip by strip."""
+    """`eager.whole_with_scores` without gradients, for blocks with the paper's switches.
+
+    A batch is computed at once, or, where its images are large, image by image and strip by strip.
+    """
     x, residual, weights = x.contiguous(), residual.contiguous(), _contiguous(weights)
     y = torch.empty_like(residual)
     taps = weights.depthwise.flatten(1).t().contiguous()
@@ -129,7 +131,7 @@ def restored(x: Tensor, residual: Tensor, weights: Weights) -> tuple[Tensor, Ten
 
 
 def _contiguous(weights: Weights) -> Weights:
-    """The kernels count on it: a transposed W_p would be read in the wrong order."""
+    """The same with contiguous tensors, which the kernels require."""
     tensors: dict[str, Any] = {
         name: value for name, value in vars(weights).items() if isinstance(value, Tensor)
     }
@@ -146,7 +148,7 @@ def project(x: Tensor, weights: Weights, project_in: Tensor, P: Tensor) -> None:
         x, weights.norm_weight, weights.norm_bias, project_in, P,
         rows * width, project_in.shape[0], x.stride(0), P.stride(0),
         C=channels, CP=_power(channels), PIXELS=PIXELS, WIDE=64, EPSILON=eager.LN_EPSILON,
-        PRECISION=_precision(x), num_warps=8, num_stages=2,
+        num_warps=8, num_stages=2,
     )  # fmt: skip
 
 
@@ -154,9 +156,9 @@ def gram(strip: Tensor, taps: Tensor, heads: int) -> Tensor:
     """Q Kᵀ of each head and the rows' sums of squares.
 
     Args:
-        strip: W_p LN(X) of Q and K, (N, rows + 2, W, 2C): with the rows above and below, or zeros;
-            numbers of a pixel side by side.
-        taps: W_d of Q and K first, (9, 2C or more).
+        strip: W_p LN(X) of Q and K, (N, rows + 2, W, 2C), channels contiguous; the first and the last row are
+            the neighbouring rows of the image, or zeros at its border.
+        taps: W_d, (9, 2C or more), with those of Q and K first.
         heads: heads of c = C / heads channels.
 
     Returns:
@@ -170,21 +172,22 @@ def gram(strip: Tensor, taps: Tensor, heads: int) -> Tensor:
     sums = strip.new_empty((pieces * segments, n, heads, c + 2, c), dtype=torch.float32)
     _gram[(segments, pieces, n * heads)](
         strip, taps, sums, rows, width, piece, *strip.stride()[:3], channels, taps.stride(0),
-        c=c, HEADS=heads, CP=_power(c), SEGMENT=SEGMENT, PRECISION=_precision(strip),
+        c=c, HEADS=heads, CP=_power(c), SEGMENT=SEGMENT,
         num_warps=8 if c > 64 else 4, num_stages=3, maxnreg=255 if c > 64 else 168,
     )  # fmt: skip
-    # Added up in a fixed order: atomic additions would make T_k's choice differ between runs.
+    # In a fixed order: with atomic additions, rounding and so the choice of T_k would differ between runs.
     return sums.sum(0)
 
 
 def sparse_map(sums: Tensor, weights: Weights, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The map Σ_n W_n φ(T_{k_n}(A)), (N, heads, c, c) of `dtype`, from `gram`; and A, float32."""
     n, heads, _, c = sums.shape
+    assert weights.step is not None
     attention = sums.new_empty((n, heads, c, c), dtype=dtype)
     scores = torch.empty_like(attention, dtype=torch.float32)
     _map[(n * heads, triton.cdiv(c, MAP_ROWS))](
-        sums, weights.temperature, sums if weights.step is None else weights.step, attention, scores,
-        c=c, HEADS=heads, CP=_power(c), ROWS=MAP_ROWS, TOP_K=weights.top_k, SCORE=weights.score,
+        sums, weights.temperature, weights.step, attention, scores,
+        c=c, HEADS=heads, CP=_power(c), ROWS=MAP_ROWS, TOP_K=weights.top_k,
         EPSILON=dtsas.EPSILON**2, num_warps=4,
     )  # fmt: skip
     return attention, scores
@@ -206,17 +209,14 @@ def output(
     n, rows, width, channels = residual.shape
     heads, c = attention.shape[1:3]
     tiles = triton.cdiv(width, dfgb.BLOCK)
-    gate = 'dfgb' if weights.mask is not None else 'gelu' if weights.gelu else 'none'
-    basis, diagonal = strip, strip  # stand-ins that no other gate reads
-    if weights.mask is not None:
-        basis, diagonal = dfgb.basis(strip.dtype, strip.device), dfgb.diagonal(weights.mask).contiguous()
+    assert weights.mask is not None
+    basis, diagonal = dfgb.basis(strip.dtype, strip.device), dfgb.diagonal(weights.mask).contiguous()
     fused = channels <= WIDEST_FUSED
     target = y if fused else strip.new_empty(residual.shape)
     _output[(tiles * triton.cdiv(rows, dfgb.BLOCK), 1 if fused else heads, n)](
         strip, taps, attention, basis, diagonal, weights.project_out, residual, target,
         rows, width, tiles, *strip.stride()[:3], taps.stride(0), residual.stride(0), target.stride(0),
-        C=channels, c=c, CP=_power(c), CO=_power(channels) if fused else 0, CHUNK=CHUNK,
-        GATE=gate, BLOCK=dfgb.BLOCK, PRECISION=_precision(strip),
+        C=channels, c=c, CO=_power(channels) if fused else 0, CHUNK=CHUNK, BLOCK=dfgb.BLOCK,
         num_warps=8 if fused and channels > 64 else 4, num_stages=1, maxnreg=128,
     )  # fmt: skip
     if not fused:
@@ -224,20 +224,14 @@ def output(
 
 
 def _power(n: int) -> int:
-    """The tile that holds n channels: Triton's are powers of 2, and the matrix units take 16 at least."""
+    """The smallest tile that holds n channels: a power of 2, and at least 16 for the matrix units."""
     return max(16, triton.next_power_of_2(n))
-
-
-def _precision(x: Tensor) -> str:
-    """Of products of float32: whole, where Triton would round to 10 bits.  Of no meaning for other types."""
-    return 'ieee' if x.dtype == torch.float32 else 'tf32'
 
 
 @triton.jit
 def _project(
     x, norm_weight, norm_bias, project_in, P, count, outputs, x_image, P_image,
     C: tl.constexpr, CP: tl.constexpr, PIXELS: tl.constexpr, WIDE: tl.constexpr, EPSILON: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """W_p LN(x) of `PIXELS` of an image's `count` pixels."""
     image = tl.program_id(1).to(tl.int64)
@@ -260,7 +254,7 @@ def _project(
         W = tl.load(
             project_in + out[None, :] * C + channel[:, None], (channel < C)[:, None] & valid, other=0.0
         )
-        product = tl.dot(normal, W, input_precision=PRECISION)
+        product = tl.dot(normal, W)
         tl.store(P + pixel[:, None] * outputs + out[None, :], product.to(kind), inside & valid)
 
 
@@ -276,7 +270,7 @@ def _neighbours(P, x, width, pixel, channel, wanted):
 
 @triton.jit
 def _weighed(left, middle, right, taps, stride, channel, wanted):
-    """The three of `_neighbours` times a row of W_d, which starts at `taps`."""
+    """The sum of the three values of `_neighbours`, weighted by the row of W_d at `taps`."""
     w_left = tl.load(taps + channel, wanted, other=0.0).to(tl.float32)
     w_middle = tl.load(taps + stride + channel, wanted, other=0.0).to(tl.float32)
     w_right = tl.load(taps + 2 * stride + channel, wanted, other=0.0).to(tl.float32)
@@ -285,7 +279,7 @@ def _weighed(left, middle, right, taps, stride, channel, wanted):
 
 @triton.jit
 def _begun(at, row, x, width, pixel, taps, stride, channel, wanted):
-    """What the two rows from `at` add to W_d of the second and of the third, still open sums."""
+    """What the two rows from `at` contribute to the convolution at the second and at the third row."""
     left, middle, right = _neighbours(at, x, width, pixel, channel, wanted)
     opened = _weighed(left, middle, right, taps, stride, channel, wanted)
     left, middle, right = _neighbours(at + row, x, width, pixel, channel, wanted)
@@ -295,7 +289,7 @@ def _begun(at, row, x, width, pixel, taps, stride, channel, wanted):
 
 @triton.jit
 def _continued(at, opened, after, x, width, pixel, taps, stride, channel, wanted):
-    """Closes the first of two open sums with the row at `at`: that sum, and the two that are open then."""
+    """Complete the first of two partial sums with the row at `at`; return it and the next two."""
     left, middle, right = _neighbours(at, x, width, pixel, channel, wanted)
     closed = opened + _weighed(left, middle, right, taps + 6 * stride, stride, channel, wanted)
     opened = after + _weighed(left, middle, right, taps + 3 * stride, stride, channel, wanted)
@@ -305,19 +299,19 @@ def _continued(at, opened, after, x, width, pixel, taps, stride, channel, wanted
 @triton.jit
 def _gram(
     P, taps, sums, rows, width, piece, image, row, pixel, channels, stride,
-    c: tl.constexpr, HEADS: tl.constexpr, CP: tl.constexpr, SEGMENT: tl.constexpr, PRECISION: tl.constexpr,
+    c: tl.constexpr, HEADS: tl.constexpr, CP: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
     """Sums over one segment of the columns and one piece of the rows, for one head of an image.
 
-    The program walks down the rows, so that each is read once: a row adds to
-    the convolution of the row above it, of itself and of the row below.
+    The program reads the rows from top to bottom, each once: a row contributes to
+    the convolution at the row above it, at itself and at the row below.
     """
     segment, part = tl.program_id(0), tl.program_id(1)
     head = tl.program_id(2) % HEADS
     P += (tl.program_id(2) // HEADS).to(tl.int64) * image
     x = segment * SEGMENT + tl.arange(0, SEGMENT)
     inside = (x < width)[:, None]
-    # Two channels a thread, which keeps its share of W_d's 18 taps in registers; with 8 they spill.
+    # Two channels a thread: its 18 taps of W_d stay in registers.  With eight channels they spill.
     channel = tl.max_contiguous(tl.arange(0, CP), 2)
     wanted = channel < c
     top = part * piece
@@ -338,7 +332,7 @@ def _gram(
         )
         q = tl.where(inside, q, 0.0).to(P.dtype.element_ty)
         k = tl.where(inside, k, 0.0).to(P.dtype.element_ty)
-        products = tl.dot(tl.trans(q), k, products, input_precision=PRECISION)
+        products = tl.dot(tl.trans(q), k, products)
         q_squares += tl.sum(q.to(tl.float32) * q.to(tl.float32), 0)
         k_squares += tl.sum(k.to(tl.float32) * k.to(tl.float32), 0)
 
@@ -360,7 +354,7 @@ def _at_least(x, least):
 def _map(
     sums, temperature, step, attention, scores,
     c: tl.constexpr, HEADS: tl.constexpr, CP: tl.constexpr, ROWS: tl.constexpr, TOP_K: tl.constexpr,
-    SCORE: tl.constexpr, EPSILON: tl.constexpr,
+    EPSILON: tl.constexpr,
 ):  # fmt: skip
     """`ROWS` rows of the map of one head of an image.
 
@@ -376,40 +370,25 @@ def _map(
     alpha = tl.load(temperature + head % HEADS)
     products = tl.load(sums + i[:, None] * c + j[None, :], valid, other=0.0)
     A = products / q_norm[:, None] / k_norm[None, :] / alpha
-    if SCORE == 'softmax':
-        largest = tl.max(tl.where(valid, A, float('-inf')), 1)
-        positive = tl.where(valid, tl.exp(A - largest[:, None]), 0.0)
-    elif SCORE == 'relu2':
-        positive = _at_least(A, 0.0) * _at_least(A, 0.0)
-    else:
-        positive = _at_least(A, 0.0)
-    if len(TOP_K) == 0:
-        result = positive
-        if SCORE == 'softmax':
-            result = positive / tl.sum(positive, 1)[:, None]
-    else:
-        rank = tl.zeros((ROWS, CP), tl.int32)
-        for m in range(c):
-            one = tl.load(sums + i * c + m, i < c, other=0.0)
-            m_norm = tl.sqrt(_at_least(tl.load(sums + (c + 1) * c + m), EPSILON))
-            rank += ((one / q_norm / m_norm / alpha)[:, None] > A).to(tl.int32)
-        factor = tl.zeros((ROWS, CP), tl.float32)
-        for n in tl.static_range(len(TOP_K)):
-            kept = tl.where(rank < TOP_K[n], 1.0, 0.0)
-            if SCORE == 'softmax':
-                kept = kept / tl.sum(kept * positive, 1)[:, None]
-            factor += tl.load(step + n) * kept
-        result = positive * factor
+    rank = tl.zeros((ROWS, CP), tl.int32)
+    for m in range(c):
+        one = tl.load(sums + i * c + m, i < c, other=0.0)
+        m_norm = tl.sqrt(_at_least(tl.load(sums + (c + 1) * c + m), EPSILON))
+        rank += ((one / q_norm / m_norm / alpha)[:, None] > A).to(tl.int32)
+    factor = tl.zeros((ROWS, CP), tl.float32)
+    for n in tl.static_range(len(TOP_K)):
+        factor += tl.load(step + n) * tl.where(rank < TOP_K[n], 1.0, 0.0)
+    positive = _at_least(A, 0.0)
     at = (head * c + i[:, None]) * c + j[None, :]
     tl.store(scores + at, A, valid)
-    tl.store(attention + at, result.to(attention.dtype.element_ty), valid)
+    tl.store(attention + at, (positive * positive * factor).to(attention.dtype.element_ty), valid)
 
 
 @triton.jit
 def _convolved(P, taps, y, x, width, row, pixel, stride, channel, wanted):
     """W_d P at the pixels (y, x), (pixels, channels)."""
     total = tl.zeros((x.shape[0], channel.shape[0]), tl.float32)
-    for i in tl.static_range(3):
+    for i in tl.range(3, loop_unroll_factor=1):  # unrolled, the loads of all rows would spill registers
         at = P + ((y + i) * row)[:, None]
         left, middle, right = _neighbours(at, x, width, pixel, channel, wanted)
         total += _weighed(left, middle, right, taps + 3 * i * stride, stride, channel, wanted)
@@ -420,8 +399,8 @@ def _convolved(P, taps, y, x, width, row, pixel, stride, channel, wanted):
 def _output(
     P, taps, attention, basis, diagonal, project_out, residual, Y,
     rows, width, tiles, image, row, pixel, stride, x_image, y_image,
-    C: tl.constexpr, c: tl.constexpr, CP: tl.constexpr, CO: tl.constexpr, CHUNK: tl.constexpr,
-    GATE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr, c: tl.constexpr, CO: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One of DFGB's 8×8 blocks: Y, or one head's gated product where CO is 0."""
     tile, number = tl.program_id(0), tl.program_id(2).to(tl.int64)
@@ -436,35 +415,37 @@ def _output(
     pixels = (y.to(tl.int64) * width + x)[:, None] * C
     # DFGB repeats the border up to whole blocks.
     y, x = tl.minimum(y, rows - 1), tl.minimum(x, width - 1)
-    channel = tl.arange(0, CP)
-    wanted = channel < c
     few = tl.arange(0, CHUNK)
+    every = few < CHUNK
     kind = P.dtype.element_ty
-    if GATE == 'dfgb':
-        B = tl.load(basis + p[:, None] * (BLOCK * BLOCK) + p[None, :])
+    B = tl.load(basis + p[:, None] * (BLOCK * BLOCK) + p[None, :])
     if CO:
         out = tl.arange(0, CO)
         total = tl.zeros((BLOCK * BLOCK, CO), tl.float32)
     first = tl.program_id(1) * c
     last = first + c if not CO else C
     while first < last:
-        V = _convolved(P + first, taps + first, y, x, width, row, pixel, stride, channel, wanted).to(kind)
+        V = ()  # a tuple of chunks of channels: the convolution of all at once would spill
+        for done in tl.static_range(0, c, CHUNK):
+            some = first + done + few
+            chunk = _convolved(P, taps, y, x, width, row, pixel, stride, some, every).to(kind)
+            V = V + (chunk,)  # type: ignore[assignment]  # noqa: RUF005  Triton has no (*V, chunk)
         for done in range(0, c, CHUNK):
             some = first + done + few
-            # Aᵀ, (j, i)
-            A = tl.load(attention + some[None, :] * c + channel[:, None], wanted[:, None], other=0.0)
-            product = tl.dot(V, A, input_precision=PRECISION)
-            U = _convolved(P + C, taps + C, y, x, width, row, pixel, stride, some, few < CHUNK)
-            if GATE == 'dfgb':
-                spectrum = tl.dot(B, U.to(kind), input_precision=PRECISION)
-                m = tl.load(diagonal + p[:, None] * C + some[None, :])
-                U = tl.dot(tl.trans(B), (spectrum * m).to(kind), input_precision=PRECISION)
-            if GATE != 'none':
-                U = 0.5 * U * (1.0 + tl.erf(U * 0.7071067811865476))
+            product = tl.zeros((BLOCK * BLOCK, CHUNK), tl.float32)
+            for n in tl.static_range(c // CHUNK):
+                # Aᵀ, (j, i)
+                A = tl.load(attention + some[None, :] * c + (n * CHUNK + few)[:, None])
+                product = tl.dot(V[n], A, product)
+            U = _convolved(P + C, taps + C, y, x, width, row, pixel, stride, some, every)
+            spectrum = tl.dot(B, U.to(kind))
+            m = tl.load(diagonal + p[:, None] * C + some[None, :])
+            U = tl.dot(tl.trans(B), (spectrum * m).to(kind))
+            U = 0.5 * U * (1.0 + tl.erf(U * 0.7071067811865476))
             gated = (U * product).to(kind)
             if CO:
                 W = tl.load(project_out + out[None, :] * C + some[:, None], (out < C)[None, :], other=0.0)
-                total = tl.dot(gated, W, total, input_precision=PRECISION)
+                total = tl.dot(gated, W, total)
             else:
                 tl.store(Y + pixels + some[None, :], gated, inside)
         first += c
