@@ -1,7 +1,7 @@
-"""Reading image files that may be damaged, or made to exhaust the memory: PNG, JPEG and uncompressed PPM.
+"""Safe reading of image files that may be damaged or malicious: PNG, JPEG and uncompressed PPM.
 
-`check_image` tells from a file's structure, without decoding a pixel, whether it is whole; `decode` bounds
-the size that the header gives before it decodes.
+`check_image` verifies from a file's structure, without decoding pixels, that it is complete; `decode` checks
+the size in the header before it decodes.
 
 Sources: the PNG specification (W3C, 3rd edition, sections 5.2, 5.3 and 11.2) and ITU-T T.81, annex B; the
 position of the orientation in EXIF data: TIFF 6.0, section 2, and Exif 2.32, section 4.6.
@@ -20,6 +20,8 @@ from typing import Any
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+
+from dsgformer_arch.utils.errors import UserError
 
 PNG_SIGNATURE = b'\x89PNG\r\n\x1a\n'
 JPEG_START = b'\xff\xd8'
@@ -43,7 +45,7 @@ EOI, SOS, APP1 = 0xD9, 0xDA, 0xE1
 
 
 class BadImageError(Exception):
-    """The file is no whole image.  The message completes the sentence 'this file …'."""
+    """The file is not a complete image.  The message completes the sentence 'this file …'."""
 
 
 def read_file(path: str | os.PathLike[str]) -> bytes:
@@ -76,7 +78,7 @@ class Shape:
         return self.height, self.width
 
 
-def check_image(data: bytes | memoryview) -> Shape:
+def check_image(data: bytes | memoryview, upright: bool = True) -> Shape:
     """Check that a PNG, JPEG or raw file is complete and return its shape.
 
     A PNG must have its signature, a sound IHDR, at least one IDAT, an IEND, and the right CRC-32 in every
@@ -86,19 +88,19 @@ def check_image(data: bytes | memoryview) -> Shape:
 
     Args:
         data: the file's bytes.
+        upright: refuse an image that its EXIF data rotate or mirror.  OpenCV obeys them in some read modes
+            only, so a blurred and a sharp image could end up rotated differently.
 
     Raises:
-        BadImageError: it is none of them, truncated, damaged or of more than `MAX_PIXELS`, or its EXIF data
-            turn or mirror it (OpenCV obeys that in some read modes only, so blurred and sharp could end up
-            turned differently).
+        BadImageError: it is none of them, truncated, damaged, of more than `MAX_PIXELS`, or not `upright`.
     """
     start = bytes(data[: len(PNG_SIGNATURE)])
     if not start:
         raise BadImageError('is empty')
     if start == PNG_SIGNATURE:
-        return _bounded(_check_png(memoryview(data)))
+        return _bounded(_check_png(memoryview(data), upright))
     if start.startswith(JPEG_START):
-        return _bounded(_check_jpeg(bytes(data)))
+        return _bounded(_check_jpeg(bytes(data), upright))
     if start.startswith(RAW_START):
         return raw_pixels_of(data)[0]
     raise BadImageError('is neither PNG nor JPEG; convert it to PNG')
@@ -122,6 +124,33 @@ def decode(data: bytes | memoryview) -> NDArray[np.uint8]:
 def decode_bgr(data: bytes | memoryview, mode: int = cv2.IMREAD_COLOR) -> NDArray[Any]:
     """As `decode`, in OpenCV's order and with its `mode`: by default uint8 BGR (H, W, 3)."""
     check_image(data)
+    return _decoded(data, mode)
+
+
+def read_image(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
+    """Read one image file, of any format that OpenCV knows, and rotate it as its EXIF data say.
+
+    PNG and JPEG are checked first, as by `check_image`.  For pairs of images, which must not be rotated
+    differently, use `decode`.
+
+    Returns:
+        uint8 RGB (H, W, 3).
+
+    Raises:
+        UserError: there is no such file, or it cannot be read or decoded.
+    """
+    try:
+        data = read_file(path)
+        if data.startswith((PNG_SIGNATURE, JPEG_START)):
+            check_image(data, upright=False)
+        return np.asarray(cv2.cvtColor(_decoded(data, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB), np.uint8)
+    except BadImageError as error:
+        raise UserError(f'the image {path} {error}; remove or replace it') from None
+    except OSError as error:
+        raise UserError(f'the image {path} cannot be read ({error.strerror}); remove or replace it') from None
+
+
+def _decoded(data: bytes | memoryview, mode: int) -> NDArray[Any]:
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), mode)
     except cv2.error:
@@ -165,7 +194,7 @@ def _bounded(shape: Shape) -> Shape:
     return shape
 
 
-def _check_png(data: memoryview) -> Shape:
+def _check_png(data: memoryview, upright: bool) -> Shape:
     kinds: set[bytes] = set()
     start = len(PNG_SIGNATURE)
     height = width = colour = 0
@@ -182,7 +211,7 @@ def _check_png(data: memoryview) -> Shape:
             raise BadImageError(f'is damaged: the check sum of the chunk at byte {start} is wrong')
         if kind == b'IHDR':
             width, height, _, colour = struct.unpack_from('>IIBB', data, body)
-        elif kind == b'eXIf':
+        elif kind == b'eXIf' and upright:
             _require_upright(bytes(data[body : end - 4]))
         kinds.add(kind)
         start = end
@@ -192,17 +221,17 @@ def _check_png(data: memoryview) -> Shape:
     return Shape(height, width, PNG_CHANNELS[colour] + (transparent and PNG_CHANNELS[colour] == 3))
 
 
-def _check_jpeg(data: bytes) -> Shape:
-    shape, position = _jpeg_header(memoryview(data))
+def _check_jpeg(data: bytes, upright: bool) -> Shape:
+    shape, position = _jpeg_header(memoryview(data), upright)
     if shape is None:
         raise BadImageError('is damaged: its size is not given before its image data')
-    # Within entropy-coded data 0xFF stands only before 0x00 or a restart marker, so this is the real end.
+    # Within entropy-coded data 0xFF is followed by 0x00 or a restart marker only, so this is the real end.
     if data.rfind(JPEG_END, position) < 0:
         raise BadImageError('is truncated: it has no end-of-image marker')
     return shape
 
 
-def _jpeg_header(data: memoryview) -> tuple[Shape | None, int]:
+def _jpeg_header(data: memoryview, upright: bool = True) -> tuple[Shape | None, int]:
     """The size that a JPEG gives before its image data, if it does, and where these begin."""
     shape: Shape | None = None
     position = len(JPEG_START)
@@ -225,7 +254,7 @@ def _jpeg_header(data: memoryview) -> tuple[Shape | None, int]:
         segment = bytes(data[position + 2 : position + length])
         if marker in SOF_MARKERS:
             shape = _jpeg_shape(segment)
-        elif marker == APP1 and segment.startswith(EXIF_START):
+        elif upright and marker == APP1 and segment.startswith(EXIF_START):
             _require_upright(segment[len(EXIF_START) :])
         position += length
         if marker == SOS:

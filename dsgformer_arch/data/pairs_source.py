@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from dsgformer_arch.data.image_files import read_image
 from dsgformer_arch.data.paired_crop_dataset import PairedCropDataset
-from dsgformer_arch.data.prepare.blur.kept import Kept
-from dsgformer_arch.data.prepare.blur.photographs import read_image
+from dsgformer_arch.data.prepare.blur.array_cache import ArrayCache
 from dsgformer_arch.data.prepare.blur.sources import (
     Sample,
     Source,
@@ -57,11 +57,11 @@ class PairsSource(Source):
                 raise UserError(split.problems[0])
             self.pairs = {pair.key: pair for pair in split.pairs if fnmatch(pair.key, self.match)}
             self.keys = list(self.pairs)
-            self.kept: Kept[Path] = Kept(read_image, self.memory)
+            self.cache: ArrayCache[Path] = ArrayCache(read_image, self.memory)
         if not self.keys:
             raise UserError(f'{lq} holds no image that matches {self.match!r}; give another pattern')
         if self.lmdb is None and preload:
-            self.kept.fill((p for pair in self.pairs.values() for p in (pair.lq, pair.gt)), 'reading pairs')
+            self.cache.fill((p for pair in self.pairs.values() for p in (pair.lq, pair.gt)), 'reading pairs')
 
     def sample(self, rng: np.random.Generator, side: int | None = None, number: int | None = None) -> Sample:
         drawn = int(rng.integers(len(self.keys)))
@@ -75,7 +75,7 @@ class PairsSource(Source):
                 for folder in (self.lmdb.lq_folder, self.lmdb.gt_folder)
             )
             return Sample(lq, gt, key)
-        lq, gt = (self.kept[path] for path in (self.pairs[key].lq, self.pairs[key].gt))
+        lq, gt = (self.cache[path] for path in (self.pairs[key].lq, self.pairs[key].gt))
         if lq.shape != gt.shape:
             raise UserError(f'{self.pairs[key].lq} and {self.pairs[key].gt} differ in size; remove one')
         if side is None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dsgformer_arch import zoo
-from dsgformer_arch.data.prepare.blur.photographs import read_image
+from dsgformer_arch.data.image_files import read_image
 from dsgformer_arch.restore import restore
 from dsgformer_arch.utils.errors import UserError
 from dsgformer_arch.zoo import registry

@@ -1,4 +1,4 @@
-"""Which part of a photograph to show: where there are most edges, blur is seen best."""
+"""The part of an image with the most edges, where blur is most visible; figures show this crop."""
 
 from __future__ import annotations
 

@@ -19,18 +19,17 @@ from basicsr.data import build_dataset
 from basicsr.metrics import calculate_psnr, calculate_ssim
 from basicsr.utils import tensor2img
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 from torch import nn
 
 from dsgformer_arch import zoo
+from dsgformer_arch.benchmark.measure import crops
 from dsgformer_arch.benchmark.record import environment, write_text
 from dsgformer_arch.benchmark.render.output import save_figure
+from dsgformer_arch.metrics.metric import Image
 from dsgformer_arch.models import options
 from dsgformer_arch.restore import restore
 from dsgformer_arch.utils.errors import UserError
 from dsgformer_arch.utils.progress import track
-
-Image = NDArray[np.uint8]
 
 CROP_WIDTH, CROP_HEIGHT = 184, 138
 
@@ -180,7 +179,7 @@ def _draw(restorations: Sequence[Restoration], measured: Sequence[dict[str, floa
     figure = Figure(figsize=(9.2, 2.75 * len(restorations)), layout='constrained')
     grid = figure.subplots(len(restorations), 3, squeeze=False)
     for axes, restoration, values in zip(grid, restorations, measured, strict=True):
-        window = _detail(restoration.sharp)
+        window = crops.detail(restoration.sharp, CROP_HEIGHT, CROP_WIDTH)
         gain = values['psnr_restored'] - values['psnr_blurred']
         labels = (
             f'{values["psnr_blurred"]:.2f} dB, SSIM {values["ssim_blurred"]:.3f}',
@@ -189,21 +188,10 @@ def _draw(restorations: Sequence[Restoration], measured: Sequence[dict[str, floa
         )
         images = (restoration.blurred, restoration.restored, restoration.sharp)
         for axis, image, label in zip(axes, images, labels, strict=True):
-            axis.imshow(image[window], interpolation='bicubic')
+            axis.imshow(window.of(image), interpolation='bicubic')
             axis.set(xticks=[], yticks=[])
             axis.set_xlabel(label, fontsize=9)
             axis.spines[:].set_visible(False)
     for axis, title in zip(grid[0], ('blurred', 'restored', 'sharp'), strict=True):
         axis.set_title(title, fontsize=11)
     return figure
-
-
-def _detail(sharp: Image) -> tuple[slice, slice]:
-    """The window with the most edges: there blur is seen best."""
-    height, width = min(CROP_HEIGHT, sharp.shape[0]), min(CROP_WIDTH, sharp.shape[1])
-    grey = cv2.cvtColor(sharp, cv2.COLOR_RGB2GRAY).astype(np.float64)
-    edges = np.abs(np.gradient(grey, axis=0)) + np.abs(np.gradient(grey, axis=1))
-    sums = np.pad(edges.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
-    inside = sums[height:, width:] - sums[:-height, width:] - sums[height:, :-width] + sums[:-height, :-width]
-    top, left = (int(index) for index in np.unravel_index(inside.argmax(), inside.shape))
-    return slice(top, top + height), slice(left, left + width)

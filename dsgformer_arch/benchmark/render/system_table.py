@@ -10,7 +10,7 @@ from typing import Any
 from dsgformer_arch import zoo
 from dsgformer_arch.benchmark.measure import complexity
 from dsgformer_arch.utils.errors import UserError
-from dsgformer_arch.utils.files import write_atomically
+from dsgformer_arch.utils.files import write_text
 from dsgformer_arch.utils.progress import track
 from dsgformer_arch.zoo.systems import SYSTEMS, Reported, System
 
@@ -67,7 +67,7 @@ def rewrite(readme: str | os.PathLike[str]) -> bool:
     changed = f'{text[: start + len(BEGIN)]}\n{table()}\n{text[end:]}'
     if changed == text:
         return False
-    write_atomically(lambda temporary: Path(temporary).write_text(changed, encoding='utf-8'), path)
+    write_text(changed, path)
     return True
 
 

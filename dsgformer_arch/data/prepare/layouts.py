@@ -49,7 +49,7 @@ class Preset:
 
     Attributes:
         splits: the names of its splits, each also the stem of the LMDBs' names.
-        layout: what is expected below the root, for people.
+        layout: the expected files below the root, as a description for error messages.
         read: lists one split's pairs; None where the root has nothing of this split.
     """
 
@@ -76,7 +76,7 @@ def read_splits(preset: str, root: Path, names: Sequence[str] = ()) -> list[Spli
     Args:
         preset: a name in `PRESETS`.
         root: the folder into which the set was unpacked.
-        names: the splits wanted; none means all that are there.
+        names: the splits wanted; none means all that exist.
 
     Returns:
         The splits in the preset's order.  Unpaired, missing and refused files are in their `problems`.
@@ -254,7 +254,7 @@ def _hide(root: Path, name: str) -> Split | None:
         listed = _read_names(listing, split.problems)
         here = {path.name for path in blurred}
         split.problems += [
-            f'{root / name}: lacks {entry}, which stands in {listing}, line {line}'
+            f'{root / name}: lacks {entry}, which is listed in {listing}, line {line}'
             for entry, line in listed.items()
             if entry not in here
         ]
@@ -333,7 +333,7 @@ def _listed(
             gt, lq = (PurePosixPath(entry).relative_to(folder) for entry in fields)
             absent = [top / path for path in (gt, lq) if not (top / path).is_file()]
             anything_here |= len(absent) < 2
-            missing += [f'{path}: is missing, but stands in {where}' for path in absent]
+            missing += [f'{path}: is missing, but is listed in {where}' for path in absent]
             if not absent:
                 split.pairs.append(Pair(key(lq), top / lq, top / gt))
         if missing and not anything_here and not split.problems:

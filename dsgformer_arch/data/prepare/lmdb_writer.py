@@ -12,8 +12,6 @@ LMDB that is not whole; the next run keeps what is finished and makes the rest a
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -46,6 +44,7 @@ from dsgformer_arch.data.image_files import (
 from dsgformer_arch.data.lmdb_files import open_lmdb
 from dsgformer_arch.data.prepare.layouts import Pair, Split
 from dsgformer_arch.utils.errors import UserError
+from dsgformer_arch.utils.files import disk_is_full, locked, read_json, sync_folder
 from dsgformer_arch.utils.progress import track
 
 T = TypeVar('T')
@@ -99,7 +98,7 @@ def create_lmdbs(
 ) -> None:
     """Write the two LMDBs of each split into `out`: all of them or, where anything is wrong, none.
 
-    An LMDB that stands there already and was made from the same files in the same way is kept.
+    An existing LMDB that was made from the same files with the same settings is kept.
 
     Args:
         splits: what to write, from `layouts`.
@@ -109,14 +108,14 @@ def create_lmdbs(
         workers: threads that read, check, decode and encode (all outside Python's interpreter lock).
         verify: decode every stored image and compare it with its file: whole images' bytes, crops' and raw
             images' pixels.
-        force: replace the LMDBs that stand there, whatever they were made from.
+        force: replace existing LMDBs, whatever they were made from.
         raw: store decoded 8-bit RGB without compression, of which `PairedCropDataset` reads only what a
             crop needs; two to four times the space.
         say: takes one line on what was done.
 
     Raises:
         UserError: images are unpaired, unreadable, damaged, of different sizes, or smaller than a crop (all
-            of them named); other LMDBs stand in the way; another run is at work; the disk is full.
+            of them named); other LMDBs exist there; another run is writing; the disk is full.
     """
     targets = [target for split in splits for target in _targets(split, out, preset, crop, raw)]
     missing = targets if force else [target for target in targets if not target.is_finished(target.final)]
@@ -158,7 +157,7 @@ def create_lmdbs(
 
 @dataclass(eq=False)
 class _Target:
-    """One LMDB: what it is made from and where it stands while it is made and when it is finished."""
+    """One LMDB: its source files, and its path while it is written and when it is finished."""
 
     split: Split
     side: str
@@ -175,7 +174,7 @@ class _Target:
 
     def is_finished(self, folder: Path) -> bool:
         """Does `folder` hold the whole LMDB, made from the files as they are now?"""
-        record = _read_record(folder)
+        record = read_json(folder / RECORD)
         return (
             record.get('made_from') == self.made_from
             and (folder / meta_info.NAME).is_file()
@@ -184,7 +183,7 @@ class _Target:
         )
 
     def describe(self) -> str:
-        record = _read_record(self.final)
+        record = read_json(self.final / RECORD)
         return f'{record["images"]} images, {_in_words(record["data_bytes"])}'
 
 
@@ -221,14 +220,6 @@ def _targets(split: Split, out: Path, preset: str, crop: CropGrid | None, raw: b
     ]
 
 
-def _read_record(folder: Path) -> dict[str, Any]:
-    try:
-        record = json.loads((folder / RECORD).read_text('utf-8'))
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}
-
-
 def _refuse_to_replace(paths: Iterable[Path]) -> None:
     standing = [path for path in paths if os.path.lexists(path)]
     if standing:
@@ -263,14 +254,13 @@ def _workspace(out: Path) -> Iterator[Path]:
     """
     folder = out / PARTIAL
     created = [path for path in (out.absolute(), *out.absolute().parents) if not path.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        _remove(folder, created)
-        raise UserError(_cannot_write(out, error)) from error
-    try:
-        _lock(handle, folder)
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(folder, out))
+        except OSError as error:
+            _remove(folder, created)
+            raise UserError(_cannot_write(out, error)) from error
         try:
             yield folder
         except UserError:
@@ -281,21 +271,6 @@ def _workspace(out: Path) -> Iterator[Path]:
             _remove(folder, created)
             raise UserError(sentence) from error
         _remove(folder, created)
-    finally:
-        os.close(handle)
-
-
-def _lock(handle: int, folder: Path) -> None:
-    """Lock the folder that `handle` has open; the kernel undoes this however the process ends."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        held = os.path.samestat(os.fstat(handle), folder.stat())
-    except (BlockingIOError, FileNotFoundError):
-        held = False
-    if not held:
-        raise UserError(
-            f'another run is writing to {folder.parent}; wait for it to end, or give another folder'
-        )
 
 
 def _remove(folder: Path, created: Iterable[Path]) -> None:
@@ -307,7 +282,7 @@ def _remove(folder: Path, created: Iterable[Path]) -> None:
 
 
 def _cannot_write(out: Path, error: OSError | lmdb.Error) -> str:
-    full = getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT) or 'No space left' in str(error)
+    full = (isinstance(error, OSError) and disk_is_full(error)) or 'No space left' in str(error)
     with suppress(OSError):
         full |= isinstance(error, lmdb.Error) and shutil.disk_usage(out).free < NEARLY_FULL_BYTES
     if full:
@@ -346,16 +321,7 @@ def _publish(targets: Sequence[_Target], folder: Path) -> None:
         if os.path.lexists(target.final):
             os.rename(target.final, folder / f'replaced_{target.final.name}')
         os.rename(target.partial, target.final)
-    _sync_folder(folder.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Bring a folder's list of names to the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync_folder(folder.parent)
 
 
 # --- reading, checking and cutting images -------------------------------------------------------------------
@@ -563,7 +529,7 @@ class _LmdbFile:
         self._batch_bytes = 0
 
     def finish(self) -> None:
-        """Write what waits, bring everything to the disk, and add the record last."""
+        """Write the pending values, sync them to the disk, and write the record last."""
         self._commit()
         self._environment.sync(True)
         self._environment.close()
@@ -577,9 +543,9 @@ class _LmdbFile:
         with open(self._folder / f'{RECORD}.partial', 'w', encoding='ascii') as file:
             json.dump(record, file, indent=1)
             _sync_file(file)
-        _sync_folder(self._folder)
+        sync_folder(self._folder)
         os.rename(self._folder / f'{RECORD}.partial', self._folder / RECORD)
-        _sync_folder(self._folder)
+        sync_folder(self._folder)
 
 
 def _sync_file(file: TextIO) -> None:

@@ -56,7 +56,7 @@ def hand_shake_path(rng: np.random.RandomState, length: float) -> NDArray[np.com
 
 
 def blur_kernel(path: NDArray[np.complex128]) -> NDArray[np.int64]:
-    """Turn a path into the picture that it makes of a point of light.
+    """The blur kernel of a path: the image of a point of light.
 
     Each position spreads over its four neighbouring pixels bilinearly.
 

@@ -10,8 +10,6 @@ crops and whole held-out photographs.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 import shutil
@@ -25,11 +23,13 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from dsgformer_arch.data.image_files import read_image
 from dsgformer_arch.data.prepare.layouts import Pair, Split
 from dsgformer_arch.data.prepare.lmdb_writer import RECORD as LMDB_RECORD
 from dsgformer_arch.data.prepare.lmdb_writer import CropGrid, create_lmdbs
 from dsgformer_arch.data.prepare.motion_blur import blur_kernel, blurred_pair, hand_shake_path
 from dsgformer_arch.utils.errors import UserError
+from dsgformer_arch.utils.files import cannot_write, locked, read_json
 from dsgformer_arch.utils.progress import track
 
 TRAINING_PHOTOGRAPHS = ('chelsea', 'ihc', 'motorcycle_left', 'motorcycle_right')
@@ -60,7 +60,7 @@ def create_sample_set(out: Path, seed: int = 0, say: Callable[[str], None] = pri
         say: takes one line on what was done.
 
     Raises:
-        UserError: other LMDBs stand in `out`, scikit-image lacks a photograph, another run is at work, or
+        UserError: `out` holds other LMDBs, scikit-image lacks a photograph, another run is at work, or
             the folder cannot be written.
     """
     if not 0 <= seed < 2**32:
@@ -80,17 +80,14 @@ def create_sample_set(out: Path, seed: int = 0, say: Callable[[str], None] = pri
             (folder / RECORD).write_text(json.dumps(record, indent=1) + '\n', 'ascii')
             os.replace(folder / RECORD, out / RECORD)
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        advice = 'free some space or give another folder' if full else 'give another folder'
-        raise UserError(f'cannot write the sample set to {out} ({error.strerror}); {advice}') from error
+        raise cannot_write(f'the sample set to {out}', error) from error
 
 
 def is_complete(out: Path, seed: int) -> bool:
     """Does `out` hold the whole sample set of this seed?"""
     try:
-        record = json.loads((out / RECORD).read_text('ascii'))
-        return bool(record == {**_settings(seed), 'bytes': _data_bytes(out)})
-    except (OSError, ValueError):
+        return read_json(out / RECORD) == {**_settings(seed), 'bytes': _data_bytes(out)}
+    except OSError:
         return False
 
 
@@ -104,12 +101,12 @@ def photograph(name: str) -> NDArray[np.uint8]:
     if package is None or package.origin is None:
         raise UserError('the sample photographs come with scikit-image: pip install scikit-image')
     path = Path(package.origin).parent / 'data' / f'{name}.png'
-    pixels = cv2.imread(str(path), cv2.IMREAD_COLOR) if path.is_file() else None
-    if pixels is None:
+    try:
+        return read_image(path)
+    except UserError as error:
         raise UserError(
-            f'scikit-image does not carry the photograph {path}; install its version of constraints.txt'
-        )
-    return np.ascontiguousarray(pixels[..., ::-1])
+            f'scikit-image lacks a sample photograph ({error}); install its version of constraints.txt'
+        ) from None
 
 
 def take(name: str, number: int, seed: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
@@ -151,12 +148,9 @@ def _refuse_to_replace(out: Path) -> None:
     for path in (out / name for name in LMDBS):
         if not os.path.lexists(path):
             continue
-        try:
-            preset = json.loads((path / LMDB_RECORD).read_text('ascii'))['made_from']['preset']
-        except (OSError, ValueError, LookupError, TypeError):
-            preset = None
-        if preset != PRESET:
-            raise UserError(f'{path} stands in the way and is not of the sample set; give another folder')
+        made_from = read_json(path / LMDB_RECORD).get('made_from')
+        if not isinstance(made_from, dict) or made_from.get('preset') != PRESET:
+            raise UserError(f'{path} exists and is not part of the sample set; give another folder')
 
 
 @contextmanager
@@ -164,21 +158,13 @@ def _workspace(out: Path) -> Iterator[Path]:
     """An empty hidden folder in `out` for this process alone; whatever a killed run left in it is removed."""
     out.mkdir(parents=True, exist_ok=True)
     folder = out / PARTIAL
-    handle = os.open(out, os.O_RDONLY)
-    try:
-        try:
-            # The kernel drops the lock however the process ends.
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f'another run is writing to {out}; wait for it to end') from None
+    with locked(out, out):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         try:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-    finally:
-        os.close(handle)
 
 
 def _write_pairs(

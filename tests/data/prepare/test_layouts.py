@@ -127,7 +127,7 @@ def test_hide_problems(hide: Path) -> None:
     assert test.pairs == []
     assert test.problems == [
         f"{hide}/test.txt, line 3: '../../etc/passwd.png' leads out of the data set; fix the list",
-        f'{hide}/test: lacks 4lost.png, which stands in {hide}/test.txt, line 2',
+        f'{hide}/test: lacks 4lost.png, which is listed in {hide}/test.txt, line 2',
         f'{hide}/test/test-long-shot/3fromGOPR1087.png: has no partner in {hide}/GT',
     ]
 
@@ -198,7 +198,7 @@ def test_realblur_problems(realblur: tuple[str, str, str, Path]) -> None:
     assert split.problems == [
         *refused,
         f'{listing}, line 5: has 1 paths, but needs a sharp and a blurred one',
-        f'{blurred}/blur_9.png: is missing, but stands in {listing}, line 6',
+        f'{blurred}/blur_9.png: is missing, but is listed in {listing}, line 6',
         f'{blurred}/blur_1.png: has the same key scene001-1 as {blurred}/blur_1.png; rename or remove one',
     ]
     assert [pair.key for pair in split.pairs] == ['scene001-1']

@@ -301,7 +301,7 @@ def test_verify_compares_the_bytes_with_the_files(root: Path, monkeypatch: pytes
     assert not (root / 'out').exists()
 
 
-# --- what stands there already ------------------------------------------------------------------------------
+# --- existing LMDBs ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

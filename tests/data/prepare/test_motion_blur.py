@@ -1,4 +1,4 @@
-"""Camera paths, their kernels, and blur in linear light, against literal float64 computations."""
+"""Camera paths, their kernels, and blur in linear light, against direct float64 computations."""
 
 from __future__ import annotations
 

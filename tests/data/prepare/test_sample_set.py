@@ -95,7 +95,7 @@ def test_a_seed_settles_every_pixel(tmp_path: Path) -> None:
 
 
 def test_held_out_photographs_are_others_and_really_blurred(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()  # the set that people get
+    monkeypatch.undo()  # the published set
     scenes = [
         {name.split('_')[0] for name in group}
         for group in (sample_set.TRAINING_PHOTOGRAPHS, sample_set.HELD_OUT_PHOTOGRAPHS)
@@ -131,7 +131,7 @@ def test_a_damaged_set_is_made_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(('moment', 'call'), [('_png', 2), ('create_lmdbs', 1), ('_data_bytes', 1)])
 def test_a_killed_run_leaves_nothing_that_passes_for_the_set(tmp_path: Path, moment: str, call: int) -> None:
-    """Killed at its second picture, before the LMDBs, and between them and the record."""
+    """Killed at its second image, before the LMDBs, and between them and the record."""
     killed = tmp_path / 'killed'
     killed.mkdir()
     child = os.fork()
@@ -177,7 +177,7 @@ def test_an_interrupt_leaves_the_folder_empty(tmp_path: Path, monkeypatch: pytes
 def test_other_lmdbs_are_not_replaced(tmp_path: Path) -> None:
     write_pairs(tmp_path, 'train', 1)
     before = (tmp_path / 'train_gt.lmdb' / 'data.mdb').read_bytes()
-    with pytest.raises(UserError, match=r'train_lq\.lmdb stands in the way'):
+    with pytest.raises(UserError, match=r'train_lq\.lmdb exists and is not part'):
         create_sample_set(tmp_path)
     assert names(tmp_path) == ['train_gt.lmdb', 'train_lq.lmdb']
     assert (tmp_path / 'train_gt.lmdb' / 'data.mdb').read_bytes() == before

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dsgformer_arch.data.prepare.blur.kept import Kept
-from dsgformer_arch.data.prepare.blur.photographs import read_image
+from dsgformer_arch.data.image_files import read_image
+from dsgformer_arch.data.prepare.blur.array_cache import ArrayCache
 from dsgformer_arch.data.prepare.layouts import IMAGE_SUFFIXES
 from dsgformer_arch.utils.errors import UserError
 
@@ -45,9 +45,9 @@ class FrameFolders:
         if not self._runs:
             raise UserError(f'{root} has no folder that matches {match!r} with at least {least} frames')
         self._folders = list(self._runs)
-        self._kept: Kept[Path] = Kept(read_image, memory)
+        self._cache: ArrayCache[Path] = ArrayCache(read_image, memory)
         if preload:
-            self._kept.fill((path for files in self._runs.values() for path in files), 'reading frames')
+            self._cache.fill((path for files in self._runs.values() for path in files), 'reading frames')
 
     def __len__(self) -> int:
         return len(self._folders)
@@ -61,4 +61,4 @@ class FrameFolders:
 
     def frame(self, run: int, number: int) -> NDArray[np.uint8]:
         """A frame, uint8 RGB (H, W, 3)."""
-        return self._kept[self._runs[self._folders[run]][number]]
+        return self._cache[self._runs[self._folders[run]][number]]

@@ -11,7 +11,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from dsgformer_arch.data.prepare.blur.kept import Kept
+from dsgformer_arch.data.image_files import read_image
+from dsgformer_arch.data.prepare.blur.array_cache import ArrayCache
 from dsgformer_arch.data.prepare.blur.response import response
 from dsgformer_arch.data.prepare.blur.shake import LINEAR_WHITE
 from dsgformer_arch.data.prepare.layouts import IMAGE_SUFFIXES
@@ -63,18 +64,6 @@ def image_files(roots: Sequence[Path], match: str = '*') -> list[Path]:
     return files
 
 
-def read_image(path: Path) -> NDArray[np.uint8]:
-    """An image file, uint8 RGB (H, W, 3).
-
-    Raises:
-        UserError: it cannot be decoded.
-    """
-    image = cv2.imread(str(path), cv2.IMREAD_COLOR)
-    if image is None:
-        raise UserError(f'{path} cannot be decoded as an image; remove or replace it')
-    return np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), dtype=np.uint8)
-
-
 def reduce_photograph(image: NDArray[np.uint8], reduction: Reduction, camera: str) -> NDArray[np.uint16]:
     """Reduce a photograph in linear light.
 
@@ -124,9 +113,9 @@ class Photographs:
         self.reduction = reduction or Reduction()
         self.camera = camera
         # No lambda: a data set has to be picklable to reach workers that are not forked.
-        self._kept: Kept[int] = Kept(self._read, memory)
+        self._cache: ArrayCache[int] = ArrayCache(self._read, memory)
         if preload:
-            self._kept.fill(range(len(self.files)), 'reading photographs')
+            self._cache.fill(range(len(self.files)), 'reading photographs')
 
     def _read(self, index: int) -> NDArray[np.uint16]:
         return reduce_photograph(read_image(self.files[index]), self.reduction, self.camera)
@@ -135,4 +124,4 @@ class Photographs:
         return len(self.files)
 
     def __getitem__(self, index: int) -> NDArray[np.uint16]:
-        return self._kept[index]
+        return self._cache[index]

@@ -64,7 +64,7 @@ class Realism:
         highlight: how much light a clipped pixel has beyond white, where white is 1.
         shot: range of the shot noise's factor, drawn log-uniformly.  The read noise follows from it by
             `SHOT_TO_READ`.
-        read: range of the read noise's variance instead, drawn log-uniformly, for a camera of one's own.
+        read: range of the read noise's variance instead, drawn log-uniformly, for a specific camera.
         quality: range of JPEG qualities.
     """
 
@@ -238,7 +238,7 @@ def demosaiced(seen: NDArray[np.float32], white: float = 1.0) -> NDArray[np.floa
 
     Args:
         seen: float32 (H, W), may be a little below 0 and above `white`.
-        white: what the highest code but for some headroom stands for.
+        white: light of the highest code, less some headroom.
 
     Returns:
         float32 (H, W, 3).

@@ -185,7 +185,7 @@ def views_needed(views: Homographies, region: Region) -> int:
 
 
 def resampled(views: Homographies, count: int) -> Homographies:
-    """The views of a path at `count` instants that stand for equal parts of the exposure."""
+    """The views of a path at `count` instants, one for each equal part of the exposure."""
     instants = (np.arange(count) + 0.5) / count * (len(views) - 1)
     before = np.minimum(instants.astype(int), len(views) - 2)
     part = (instants - before)[:, None, None]

@@ -8,8 +8,6 @@ continued by the same command and gives the same data set.
 from __future__ import annotations
 
 import dataclasses
-import errno
-import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -35,7 +33,7 @@ from dsgformer_arch.data.prepare.blur.video import Averaging, Window, average
 from dsgformer_arch.data.prepare.layouts import Pair, Split
 from dsgformer_arch.data.prepare.lmdb_writer import create_lmdbs
 from dsgformer_arch.utils.errors import UserError
-from dsgformer_arch.utils.files import write_atomically
+from dsgformer_arch.utils.files import cannot_write, locked, read_json, write_bytes, write_text
 from dsgformer_arch.utils.progress import track
 
 FORMAT = 1
@@ -127,25 +125,25 @@ def synthesize(
         name: of the data set within it.
         lmdb: write LMDBs rather than folders.
         workers: processes that make pairs.
-        force: replace a data set of other settings that stands there.
+        force: replace an existing data set that was made with other settings.
         say: takes one line on what was done.
 
     Raises:
-        UserError: another data set stands in the way, another run is at work, an image cannot be read, or the
+        UserError: `out` holds another data set, another run is at work, an image cannot be read, or the
             folder cannot be written.
     """
     finals = [out / f'{name}_{side}.lmdb' for side in SIDES] if lmdb else [out / name]
     record = out / f'{name}_blur.json'
     settings = {**recipe.settings(), 'pairs': len(jobs), 'lmdb': lmdb}
     standing = [path for path in finals if os.path.lexists(path)]
-    if len(standing) == len(finals) and _read(record).get('settings') == settings:
+    if len(standing) == len(finals) and read_json(record).get('settings') == settings:
         say(f'kept {", ".join(map(str, finals))}, complete already')
         return
     of_run = {**settings, 'name': name}
-    continues = _read(out / PARTIAL / SETTINGS) == of_run and (out / PARTIAL / INFO).is_dir()
+    continues = read_json(out / PARTIAL / SETTINGS) == of_run and (out / PARTIAL / INFO).is_dir()
     if standing and not force and not continues:
         raise UserError(
-            f'{standing[0]} stands in the way and was made otherwise; give another folder or name, '
+            f'{standing[0]} exists and was made with other settings; give another folder or name, '
             'or --force to replace it'
         )
     try:
@@ -162,22 +160,12 @@ def synthesize(
                     os.rename(finals[0], folder / 'replaced')
                 os.rename(pairs, finals[0])
             text = json.dumps({'settings': settings, 'made_from': info}, indent=1) + '\n'
-            write_atomically(lambda path: Path(path).write_text(text, 'utf-8'), record)
+            write_text(text, record)
             shutil.rmtree(folder)
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        fix = 'free some space or give another folder' if full else 'give another folder'
-        raise UserError(f'cannot write to {out} ({error.strerror}); {fix}') from error
+        raise cannot_write(f'to {out}', error) from error
     if not lmdb:
         say(f'wrote {finals[0]}: {len(jobs)} pairs')
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text('utf-8'))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 @contextmanager
@@ -185,22 +173,14 @@ def _workspace(out: Path, settings: dict[str, Any], say: Callable[[str], None]) 
     """The hidden folder in `out` for this process alone, with what a run of the same settings left in it."""
     out.mkdir(parents=True, exist_ok=True)
     folder = out / PARTIAL
-    handle = os.open(out, os.O_RDONLY)
-    try:
-        try:
-            # The kernel drops the lock however the process ends.
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f'another run is writing to {out}; wait for it to end') from None
-        if folder.exists() and _read(folder / SETTINGS) != settings:
+    with locked(out, out):
+        if folder.exists() and read_json(folder / SETTINGS) != settings:
             shutil.rmtree(folder)
             say(f'removed what an interrupted run of other settings left in {folder}')
         folder.mkdir(exist_ok=True)
         text = json.dumps(settings, indent=1)
-        write_atomically(lambda path: Path(path).write_text(text, 'utf-8'), folder / SETTINGS)
+        write_text(text, folder / SETTINGS)
         yield folder
-    finally:
-        os.close(handle)
 
 
 def _make_all(recipe: Recipe, jobs: Sequence[Job], folder: Path, workers: int) -> dict[str, Any]:
@@ -215,7 +195,7 @@ def _make_all(recipe: Recipe, jobs: Sequence[Job], folder: Path, workers: int) -
     missing = [job for job in jobs if not (info / f'{job.key}.json').is_file()]
     if missing:
         _make(recipe, missing, folder, min(workers, len(missing)), len(jobs) - len(missing))
-    return {job.key: _read(info / f'{job.key}.json') for job in jobs}
+    return {job.key: read_json(info / f'{job.key}.json') for job in jobs}
 
 
 _recipe: Recipe
@@ -258,13 +238,9 @@ def _write_pair(job: Job, folder: Path) -> None:
     sample = _recipe.make(job)
     for image, side in ((sample.lq, 'blur'), (sample.gt, 'sharp')):
         data = cv2.imencode('.png', image[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes()
-        write_atomically(partial(_write_bytes, data), folder / PAIRS / side / f'{job.key}.png')
+        write_bytes(data, folder / PAIRS / side / f'{job.key}.png')
     text = json.dumps({'image': sample.name, 'length': sample.length})
-    write_atomically(partial(_write_bytes, text.encode()), folder / INFO / f'{job.key}.json')
-
-
-def _write_bytes(data: bytes, path: str) -> None:
-    Path(path).write_bytes(data)
+    write_text(text, folder / INFO / f'{job.key}.json')
 
 
 def photograph_jobs(kind: str, count: int) -> list[Job]:

@@ -18,8 +18,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from dsgformer_arch.data.image_files import read_image
 from dsgformer_arch.data.prepare.blur.frames import frame_files
-from dsgformer_arch.data.prepare.blur.photographs import read_image
 from dsgformer_arch.data.prepare.blur.realism import Realism
 from dsgformer_arch.data.prepare.blur.response import response
 from dsgformer_arch.data.prepare.blur.settings import check_range

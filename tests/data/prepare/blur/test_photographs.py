@@ -7,7 +7,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
+from dsgformer_arch.data.image_files import read_image
 from dsgformer_arch.data.prepare.blur.photographs import Photographs, Reduction, reduce_photograph
 from dsgformer_arch.data.prepare.blur.response import response
 from dsgformer_arch.utils.errors import UserError
@@ -74,5 +76,23 @@ def test_photographs_are_found_in_order_and_kept_as_far_as_memory_goes(tmp_path:
 
 def test_a_broken_photograph_is_named(tmp_path: Path) -> None:
     (tmp_path / 'x.jpg').write_bytes(b'nothing')
-    with pytest.raises(UserError, match=r'x\.jpg cannot be decoded as an image; remove or replace it'):
+    with pytest.raises(UserError, match=r'x\.jpg cannot be decoded; remove or replace it'):
         Photographs([tmp_path])
+
+
+def test_a_truncated_jpeg_is_refused(tmp_path: Path) -> None:
+    """OpenCV would fill what it lacks with grey, which would be learnt as sharp."""
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    whole = cv2.imencode('.jpg', noise)[1].tobytes()
+    (tmp_path / 'x.jpg').write_bytes(whole[: len(whole) // 2])
+    assert cv2.imread(str(tmp_path / 'x.jpg')) is not None
+    with pytest.raises(UserError, match=r'x\.jpg is truncated.*; remove or replace it'):
+        Photographs([tmp_path])
+
+
+def test_a_rotated_photograph_is_read_upright(tmp_path: Path) -> None:
+    image = Image.fromarray(np.full((32, 64, 3), 99, np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # 90° clockwise
+    image.save(tmp_path / 'x.jpg', exif=exif)
+    assert read_image(tmp_path / 'x.jpg').shape == (64, 32, 3)

@@ -1,4 +1,4 @@
-"""Arrays that are kept in memory as far as they fit."""
+"""A cache of arrays with a bounded size."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ from dsgformer_arch.utils.progress import track
 Key = TypeVar('Key', bound=Hashable)
 
 
-class Kept(Generic[Key]):
-    """Loads arrays when they are asked for, and keeps them until the memory given is full.
+class ArrayCache(Generic[Key]):
+    """Loads arrays on demand and keeps them until its memory is full; nothing is ever evicted.
 
-    What is loaded before a data loader starts its workers is shared with them, where workers are made by
-    forking.
+    Arrays that are loaded before a data loader forks its workers are shared with them.
 
     Args:
-        load: gives the array of a key.
-        megabytes: memory for arrays; what does not fit is loaded anew each time.
+        load: returns the array of a key.
+        megabytes: memory for arrays; those that do not fit are loaded again each time.
     """
 
     def __init__(self, load: Callable[[Key], NDArray[Any]], megabytes: float) -> None:
@@ -38,7 +37,7 @@ class Kept(Generic[Key]):
         return array
 
     def fill(self, keys: Iterable[Key], what: str) -> None:
-        """Load what fits, with a progress bar.  The first array that does not fit ends it."""
+        """Load arrays, with a progress bar, until one does not fit."""
         for key in track(list(keys), what):
             self[key]
             if key not in self._arrays:
