@@ -2,7 +2,7 @@
 # make test      every test that takes seconds        make test-all   the long ones too
 # make lint      ruff and mypy                        make setup      only the environment, .venv
 # make docs      the documentation as a web site, site/; every link is checked
-# make pretrained  the weights in the package once more, from the data of docs/pretraining.md (hours)
+# make pretrained  retrain the weights in the package, from the data of docs/pretraining.md (hours)
 
 PYTHON ?= python3
 VENV := .venv
@@ -22,7 +22,7 @@ help:
 
 setup: $(READY)
 
-# BasicSR's isolated build would download PyTorch once more: torch comes first, then BasicSR beside it.
+# BasicSR's isolated build would download PyTorch again: torch comes first, then BasicSR beside it.
 $(READY): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt torch torchvision numpy cython setuptools wheel 'pyvips[binary]'
@@ -41,7 +41,7 @@ BLUR := datasets/pretrain_blur
 SYNTHESIZE := $(BIN)/python tools/synthesize_blur.py
 AVERAGED := --plain --saturation 0.5 --jpeg 0.2
 
-# An interrupted run goes on where it stopped when this is called again.
+# Calling this again continues an interrupted run.
 pretrained: $(READY)
 	$(SYNTHESIZE) shake $(PRETRAIN)/pairs/sharp --out $(BLUR) --name street --count 500 --crop 256 --seed 1 \
 		--settings options/blur/street.yml $(AVERAGED)

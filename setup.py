@@ -1,4 +1,4 @@
-"""The package's metadata.  Versions that the set-up pins stand in constraints.txt."""
+"""The package's metadata.  Pinned versions are in constraints.txt."""
 
 import re
 from pathlib import Path

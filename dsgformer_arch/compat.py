@@ -219,7 +219,7 @@ UPSTREAM: dict[str, Any] = {}
 
 
 def get_pair(dataset: Any, index: int) -> dict[str, Any]:
-    """A pair of images; stands in for `PairedImageDataset.__getitem__`."""
+    """A pair of images; replaces `PairedImageDataset.__getitem__`."""
     from dsgformer_arch.data import paired_images
 
     return paired_images.get_pair(dataset, index)

@@ -13,18 +13,17 @@ from dsgformer_arch.restore import evaluating, whole_image
 
 
 class CudaGraphs:
-    """`restore` on a GPU with one launch an image: a size's kernels are recorded once and then replayed.
+    """`restore` on a GPU with one launch per image: the kernels of an image size are recorded and replayed.
 
-    For video and folders of one size, where a processor launches hundreds of small kernels more slowly
-    than the GPU runs them.  The first image of a size takes several times as long.  Each size holds the
-    memory of its intermediate results.  Parameters are read where they lay when they were recorded:
-    changed in place they count at once, replaced by others they do not.
+    This is faster for video and for folders of images of one size, where a CPU launches hundreds of small
+    kernels more slowly than the GPU runs them.  The first image of a size takes several times as long, and
+    each recorded size keeps the memory of its intermediate results.  A graph reads the parameters' memory:
+    in-place changes take effect, replaced parameters do not.
 
     Args:
-        network: as for `restore`, on a GPU, of fixed sizes inside: what depends on an image's content
-            cannot be recorded.
+        network: as for `restore`, on a GPU.  The shapes of its tensors must depend on the image's size only.
         precision: as for `restore`.
-        sizes: how many sizes are kept; the one that was recorded first goes first.
+        sizes: how many sizes are kept; the oldest recording is dropped first.
 
     Raises:
         RuntimeError: in a call, from PyTorch: the image is not on a GPU, or the network cannot be recorded.
@@ -33,7 +32,7 @@ class CudaGraphs:
     def __init__(self, network: nn.Module, precision: str = 'fp32', sizes: int = 2) -> None:
         self.network, self.precision, self.sizes = network, precision, sizes
         self._recorded: dict[tuple[Any, ...], tuple[Tensor, Callable[[], None], Tensor]] = {}
-        # A recording reads and writes tensors of its own: threads take turns.
+        # A graph reads and writes fixed tensors, so only one thread may use it at a time.
         self._lock = threading.Lock()
 
     def __call__(self, image: Tensor) -> Tensor:
@@ -59,10 +58,10 @@ class CudaGraphs:
 
 
 def _recorded(call: Callable[[], Tensor], warm_ups: int = 3) -> tuple[Callable[[], None], Tensor]:
-    """What replays the kernels of `call`, and where they leave its result.
+    """A function that replays the kernels of `call`, and the tensor that they write.
 
-    Libraries set themselves up in the first calls, which must not be recorded, on a stream that is not
-    the default one, as PyTorch demands.
+    The first calls initialise libraries and must not be recorded; PyTorch requires them on a stream other
+    than the default one.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -72,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
         '--crop', metavar='S', type=positive, help='photographs: make crops of SxS, not whole images'
     )
     result.add_argument('--folders', action='store_true', help='write folders of PNG files, not LMDBs')
-    result.add_argument('--force', action='store_true', help='replace a data set that stands there')
+    result.add_argument('--force', action='store_true', help='replace an existing data set')
     result.add_argument(
         '--workers',
         metavar='N',

@@ -295,7 +295,7 @@ class DRSformer(RestorationNetwork):
         ffn_expansion_factor: hidden channels of the feed-forward network over its input's, rounded down.
         bias: whether the convolutions outside the embedding, the resizing and the experts have biases.
         LayerNorm_type: `'WithBias'` or `'BiasFree'`.
-        moe: whether the two mixtures of experts are there.
+        moe: whether the network has the two mixtures of experts.
     """
 
     pad_multiple = 8

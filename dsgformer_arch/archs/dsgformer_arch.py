@@ -16,14 +16,13 @@ There is one kind of block, DSGA, and no feed-forward network:
     Q, K, V, U = W_d W_p LN(X)
     Y = X + W_p' ( DFGB(U) ⊙ DTSAS(Q, K) V )
 
-With `patch` = p > 1 the network works on p×p patches of pixels: B is taken
-apart by pixel-unshuffle before the head and put together by pixel-shuffle
-behind the tail, so that H, E1, …, D have 1/p of the sizes above.  That is this
-project's addition; p = 1 is the paper's network.
+With `patch` = p > 1 the network works on p×p patches of pixels: pixel-unshuffle
+before the head and pixel-shuffle after the tail, so that H, E1, …, D have 1/p of
+the sizes above.  This is an addition of this project; p = 1 is the paper's network.
 
-The modules here hold the parameters and compute the formulas as the paper writes them.  What
-runs by default is a faster form of the same numbers (`dsgformer_arch.ops`);
-`DSGFORMER_PLAIN=1` forces what stands below.
+The modules here hold the parameters and are the reference implementation: they compute the formulas as the
+paper writes them.  By default a faster implementation of the same formulas runs (`dsgformer_arch.ops`);
+`DSGFORMER_PLAIN=1` selects the reference implementation.
 """
 
 from __future__ import annotations
@@ -66,7 +65,7 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        # A channels-last tensor is contiguous once permuted: this is then the library's own kernel.
+        # A channels-last tensor is contiguous once permuted, so PyTorch's own LayerNorm kernel runs.
         x = x.permute(0, 2, 3, 1)
         return F.layer_norm(x, x.shape[-1:], self.weight, self.bias).permute(0, 3, 1, 2)
 
@@ -76,10 +75,10 @@ class DTSAS(nn.Module):
 
         DTSAS(Q, K) = Σ_{n=1..N} W_n · φ( T_{k_n}( Q Kᵀ / α ) )
 
-    Q, K and V are cut into `heads` groups of c = C / heads channels, so that
+    Q, K and V are split into `heads` groups of c = C / heads channels, so that
     the map Q Kᵀ of a head is c×c.  The rows of Q and K are L2-normalised over
     the pixels.  T_k keeps, in each row, the scores that are at least the row's
-    k-th largest (ties are all kept).  α is learnt, one a head; W_n is learnt.
+    k-th largest; ties are all kept.  α, one per head, and W_n are learnt.
 
     Args:
         channels: C.
@@ -88,8 +87,8 @@ class DTSAS(nn.Module):
         score: φ. `'relu2'` is the paper's ReLU(·)²; `'softmax'` runs over the kept entries only,
             as in DRSformer.
         ratios: k_n / c, in increasing order; k_n is rounded down and at least 1.
-        alpha_init: what α starts at: `'one'`, or `'sqrt'` for √c, the scale of scaled dot products.
-        weights_init: what each W_n starts at: `'mean'` for 1/N, or `'width'` for 1.5/c.
+        alpha_init: initial value of α: `'one'`, or `'sqrt'` for √c, the scale of scaled dot products.
+        weights_init: initial value of each W_n: `'mean'` for 1/N, or `'width'` for 1.5/c.
     """
 
     def __init__(
@@ -143,8 +142,8 @@ class DTSAS(nn.Module):
 class DFGB(nn.Module):
     """Gate in the frequency domain: U_out = GELU( P⁻¹( F⁻¹( M ⊙ F( P(U) ) ) ) ).
 
-    P cuts U into 8×8 blocks that do not overlap, F is the real FFT of a block
-    and M a learnt real matrix of shape (C, 8, 5), one a channel.  M starts at
+    P splits U into 8×8 blocks that do not overlap, F is the real FFT of a block
+    and M a learnt real matrix of shape (C, 8, 5), one per channel.  M starts at
     1, so that DFGB starts as GELU.  A height or width that is no multiple of 8
     is padded by repeating the border, and cropped again.  (N, C, H, W) to the same.
     """
@@ -189,7 +188,7 @@ class DSGA(nn.Module):
         'attention': DTSAS,
         'project_out': nn.Conv2d,
     }
-    """Classes of the children, besides the gate's: with others the modules are called one by one."""
+    """Classes of the children except the gate.  With other classes the modules are called one by one."""
 
     def __init__(
         self,
@@ -220,13 +219,13 @@ class DSGA(nn.Module):
         return ops.block.forward(self, X)
 
     def reference(self, X: Tensor) -> Tensor:
-        """The block as the paper writes it; what every faster form must equal."""
+        """The block as the paper writes it; every other implementation must equal this one."""
         Q, K, V, U = self.depthwise(self.project_in(self.norm(X))).chunk(4, dim=1)
         return X + self.project_out(self.gate(U) * self.attention(Q, K, V))
 
 
 class Features(NamedTuple):
-    """What the encoder hands on, each (N, channels, height, width)."""
+    """The outputs of the four encoders, each (N, channels, height, width)."""
 
     E1: Tensor
     E2: Tensor
@@ -236,7 +235,7 @@ class Features(NamedTuple):
 
 @ARCH_REGISTRY.register()
 class DSGformer(RestorationNetwork):
-    """The network.  Any RGB image in [0, 1] to one of the same size.
+    """The network of the paper: an RGB image in [0, 1] to the restored image of the same size.
 
     An image whose sides are no multiples of 8·`patch` is padded by reflection
     and the result cropped; the result is not clipped.
@@ -331,11 +330,11 @@ class DSGformer(RestorationNetwork):
         return S
 
     def encode(self, B: Tensor) -> Features:
-        """E1–E4 of an image, taken apart into `patch`×`patch` channels, whose sides are multiples of 8."""
+        """E1–E4 of a pixel-unshuffled image; its height and width must be multiples of 8."""
         x = ops.resampling.head(self.head, B)  # H
         levels = []
         for i, blocks in enumerate(cast(Iterable[nn.Sequential], self.encoder)):
-            # Not blocks(x), which would hold the level's input till its end.
+            # Not blocks(x), which would keep the input of the level in memory until its end.
             for block in blocks:
                 x = block(x)
             if i < len(self.down):

@@ -35,7 +35,7 @@ class IPT(RestorationNetwork, SpandrelIPT):
 
     The Transformer sees patches of 48×48 and nothing else.  An image of that size goes through it
     once.  A larger one is cut into patches at every 12th pixel, and each pixel is the mean of the
-    patches that have it in their inner half (at the border, of the strips along it), as the official
+    patches that contain it in their inner half (at the border, of the strips along it), as the official
     implementation tests: 16 passes a pixel, some 13,000 GMACs for 256×256.
 
     The pretrained network has a head and a tail for each task, the fine-tuned ones (`--derain`,

@@ -354,7 +354,7 @@ class MBTaylorFormerV2(RestorationNetwork):
         dual_pixel_task: no residual to the image but one to the embedding.
         num_path: branches by level.
         offset_clamp: how far, in pixels, a tap may move; None for any distance.
-        focusing_factor: p, the power that stands for the Taylor remainder.
+        focusing_factor: p, the power that approximates the Taylor remainder.
 
     Raises:
         UserError: `dim` and `heads` do not fit each other, or the network.

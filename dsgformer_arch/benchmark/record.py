@@ -1,7 +1,7 @@
 """What a measurement leaves behind: numbers, and everything needed to judge and repeat them.
 
 Each subcommand fills one `Record` and writes it as JSON (for `report`, and for
-`--resume`) and as a Markdown page (for people).  A record is written after
+`--resume`) and as a Markdown page (for reading).  A record is written after
 each row, so that an interrupted run keeps what it has.
 """
 

@@ -72,7 +72,7 @@ def parse(lines: Iterable[str], path: str) -> dict[str, Entry]:
         path: its name, for messages.
 
     Raises:
-        UserError: a line has another form, an impossible size, or a key that stands twice or cannot be a
+        UserError: a line has another form, an impossible size, or a key that occurs twice or cannot be a
             relative path: restored images are saved under their keys.
     """
     entries: dict[str, Entry] = {}

@@ -1,4 +1,4 @@
-"""What stands in for parts of networks that exporters cannot express; parameters and results are equal.
+"""Replacements for parts of networks that exporters cannot express, with equal parameters and results.
 
 `substitute(network)` replaces modules, in a copy that is made for the export; `variable_sizes()` is for
 code that turns sizes into numbers.

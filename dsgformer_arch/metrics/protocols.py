@@ -21,7 +21,7 @@ from dsgformer_arch.utils.errors import UserError
 
 ROUNDING = (
     'clipped to [0, 1], times 255 in float32, rounded to the nearest integer (halves to even): '
-    "8 bits, as BasicSR's tensor2img and skimage's img_as_ubyte have it"
+    "8 bits, as by BasicSR's tensor2img and skimage's img_as_ubyte"
 )
 
 
@@ -30,12 +30,12 @@ class Protocol:
     """How one data set's published tables were computed.
 
     Attributes:
-        name: the protocol's name, by which people choose it.
+        name: the protocol's name, as options and command lines take it.
         source: the authors' evaluation code that it follows.
         columns: each column of the report with the metric that fills it, called with two uint8
             BGR images as BasicSR does.  `psnr` and `ssim` come first and are the published ones;
-            what follows stands beside them for comparison.
-        rounding: what `to_uint8` does to an output before anything is measured, in words.
+            further columns are for comparison.
+        rounding: what `to_uint8` does to an output before anything is measured, as text.
     """
 
     name: str

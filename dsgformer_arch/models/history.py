@@ -28,7 +28,7 @@ class History:
 
     Args:
         folder: of the experiment.
-        start: iteration from which the run goes on.  What an interrupted process wrote about later ones is
+        start: iteration from which the run continues.  What an interrupted process wrote about later ones is
             dropped, as they are done again; a validation at `start` itself is repeated too.
     """
 

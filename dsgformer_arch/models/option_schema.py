@@ -77,7 +77,7 @@ class OpenSection(Section):
 
 
 class Top(Section):
-    """What stands outside all sections."""
+    """The options outside all sections."""
 
     name: Annotated[
         str, StringConstraints(pattern=r'^[\w+-][\w.+-]*$', max_length=120), Field(title='folder name')
@@ -140,7 +140,7 @@ class IoBackend(Section):
 
 class Dataset(Section):
     name: Text
-    """Names the data set in logs and pictures."""
+    """Names the data set in logs and result folders."""
     type: Text
     """A name in DATASET_REGISTRY: PairedCropDataset for training, PairedImageDataset for whole images."""
     dataroot_gt: Text | None = None
@@ -379,7 +379,7 @@ def _type_of(default: Any) -> Any:
     return list[Any] if isinstance(default, (list, tuple)) else Any
 
 
-# --- faults in words ----------------------------------------------------------------------------------------
+# --- messages for faults ------------------------------------------------------------------------------------
 
 
 def check_section(

@@ -1,4 +1,4 @@
-"""Option files: read as data, and checked as a whole before anything starts.
+"""Option files: read as data, and checked completely before anything starts.
 
 BasicSR ignores a misspelt key, and a missing one is a `KeyError` after minutes of set-up.  `check` finds
 all faults of a file first: names and types by `option_schema`, then what the file names (registries, data,

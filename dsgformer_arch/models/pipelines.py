@@ -106,7 +106,7 @@ def signals_that_stop() -> Iterator[None]:
         if not first:
             first.append(time.monotonic())
             RestorationModel.stop_requested = True
-            os.write(2, b'stopping after this iteration; Ctrl-C once more to stop at once\n')
+            os.write(2, b'stopping after this iteration; Ctrl-C again to stop at once\n')
 
     handlers = {number: signal.signal(number, stop) for number in SIGNALS}
     try:

@@ -142,7 +142,7 @@ class RestorationModel(SRModel):
     def get_optimizer(self, optim_type: str, params: Iterable[Tensor], lr: float, **kwargs: Any) -> Any:
         optimiser: Any = options.optimizer_class(optim_type)
         if not {'fused', 'foreach'} & set(kwargs) and 'fused' in inspect.signature(optimiser).parameters:
-            kwargs['fused'] = True  # one pass over the parameters; CPUs and GPUs have it
+            kwargs['fused'] = True  # one pass over the parameters; available on CPUs and GPUs
         try:
             return optimiser(params, lr, **kwargs)
         except (TypeError, ValueError) as error:

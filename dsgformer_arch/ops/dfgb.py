@@ -67,7 +67,7 @@ _CONVERTED: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
 def _constant(name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     if is_in_torch_dispatch_mode():  # which may give a tensor without values: it must not be kept
         return torch.tensor(_ARRAYS[name], dtype=dtype, device=device)
-    if torch.compiler.is_compiling():  # which folds the conversion by itself
+    if torch.compiler.is_compiling():  # which folds the conversion into a constant
         return _TENSORS[name].to(device, dtype)
     key = (name, dtype, device)
     if key not in _CONVERTED:

@@ -144,7 +144,7 @@ def recomputing(x: Tensor, residual: Tensor, weights: Weights, everything: bool)
 
 
 Form = Callable[[Tensor, Tensor, Weights], Tensor]
-"""A form of the block that takes what `whole` takes."""
+"""An implementation of the block with the signature of `whole`."""
 
 
 def projected(x: Tensor, weights: Weights) -> Tensor:
@@ -227,7 +227,7 @@ def gated_product(VU: Tensor, attention: Tensor, weights: Weights) -> Tensor:
 
 
 def gate(U: Tensor, weights: Weights) -> Tensor:
-    """DFGB(U), or the gate that stands in for it in the ablation; (N, H, W, C) to the same."""
+    """DFGB(U), or the gate that replaces it in the ablation; (N, H, W, C) to the same."""
     if weights.mask is not None:
         U = dfgb.filtered(U, weights.mask)
     return F.gelu(U) if weights.gelu else U
@@ -297,7 +297,8 @@ def strips(
         project: what computes W_p LN(x) of some rows.
 
     Yields:
-        The rows that the strip stands for, and (N, those rows + 2, W, rows of `project_in`).
+        The rows of the image, and W_p LN(x) of these and of one more row on either side, (N, rows + 2, W,
+        outputs of `project_in`).
     """
     n, height, width, _ = x.shape
     rows = min(rows, height)

@@ -86,7 +86,7 @@ def _block_on_gpu(
         try:
             with torch.autocast('cuda', enabled=False):
                 return gpu.restored(x.to(dtype), x, weights.to(dtype))
-        except Exception as reason:  # Triton compiles for sizes as they come
+        except Exception as reason:  # Triton compiles for each new size
             if selftest.transient(reason):
                 raise
             gpu.disable(x.device, dtype, x.shape[-1], heads, str(reason))
@@ -149,7 +149,7 @@ def _weights(parameters: Sequence[Tensor], heads: int, top_k: Sequence[int]) -> 
 
 @lru_cache(maxsize=1)
 def triton_kernels() -> ModuleType | None:
-    """The kernels for a GPU, which need Triton; PyTorch brings it for Linux and NVIDIA's GPUs."""
+    """The module of GPU kernels; None without Triton, which PyTorch includes on Linux for NVIDIA GPUs."""
     try:
         from dsgformer_arch.ops import gpu
     except ImportError:
@@ -171,7 +171,7 @@ def _eager_block(x: Tensor, weights: eager.Weights, dtype: torch.dtype) -> tuple
 
 
 def _differentiate(operator: Any, again: Callable[..., Tensor]) -> None:
-    """Register the gradient of an operator: that of `again`, which computes its first result once more.
+    """Register the gradient of an operator: that of `again`, which computes its first result again.
 
     Nothing but the inputs and the scores is kept.  Second derivatives are those of `again`.
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from dsgformer_arch.utils import allocator
 
 LEAST_BYTES = 4 << 20
-"""Smaller tensors come from PyTorch: the C library keeps their memory by itself."""
+"""Smaller tensors come from PyTorch: the C library already keeps their memory."""
 
 IDLE_BYTES = 3 << 29
 """Idle memory never exceeds this: 1.5 GiB, a 1280×720 image in float32."""

@@ -3,7 +3,7 @@
 PyYAML's safe loader runs no code, but a few lines can still make it recurse without end (deep nesting,
 an alias of its own parent), fill the memory (aliases of aliases, each named ten times) or raise errors
 that are no `YAMLError` (`!!int x`).  `load` reads YAML 1.1 as PyYAML does, with three differences:
-numbers such as `1e-3`, which YAML 1.1 takes for text, are numbers; dates stay text; a key that stands
+numbers such as `1e-3`, which YAML 1.1 takes for text, are numbers; dates stay text; a key that occurs
 twice in a section is refused.
 """
 
@@ -21,12 +21,12 @@ MAX_CHARACTERS = 64 * 1024
 MAX_DEPTH = 24
 """Sections within sections."""
 MAX_VALUES = 5_000
-"""Values after every alias has been replaced by what it stands for."""
+"""Values after every alias has been replaced by its anchor's value."""
 
 ALLOWED_TAGS = {f'tag:yaml.org,2002:{kind}' for kind in ('null', 'bool', 'int', 'float', 'str', 'seq', 'map')}
 MERGE_TAG = 'tag:yaml.org,2002:merge'
 FLOAT = re.compile(r'[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9][0-9_]*)[eE][-+]?[0-9]+')
-"""Numbers with an exponent, as YAML 1.2 and people write them."""
+"""Numbers with an exponent, as YAML 1.2 and most users write them."""
 
 
 def load(text: str) -> Any:
@@ -95,7 +95,7 @@ class _Loader(yaml.SafeLoader):
                 )
                 raise _error(key, f'a key should be text, but {shown} is a {kind}; put it in quotes')
             if key.value in seen:
-                raise _error(key, f'the key {key.value!r} stands twice in one section')
+                raise _error(key, f'the key {key.value!r} occurs twice in one section')
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -134,9 +134,9 @@ def _check(node: Any, left: list[int], above: tuple[int, ...]) -> None:
     """Walk through a document with its aliases expanded, and refuse what is too much or no plain data."""
     left[0] -= 1
     if left[0] < 0:
-        raise _error(node, f'more than {MAX_VALUES} values, counting what aliases stand for')
+        raise _error(node, f'more than {MAX_VALUES} values, counting those of aliases')
     if id(node) in above:
-        raise _error(node, 'an alias stands within what it is an alias of')
+        raise _error(node, 'an alias refers to a value that contains it')
     if len(above) >= MAX_DEPTH:
         raise _error(node, f'more than {MAX_DEPTH} levels of nesting')
     if node.tag not in ALLOWED_TAGS:

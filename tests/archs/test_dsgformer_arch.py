@@ -1,4 +1,4 @@
-"""DSGformer against literal float64 loops over the paper's formulas."""
+"""DSGformer against float64 loops over the paper's formulas."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def options_to_test() -> dict[str, Any]:
 
 
 def test_train_then_test_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything lands below the project, wherever one stands; the test reports what training reached."""
+    """All output is below the project, from any working directory; the test reports what training reached."""
     file = write_project(tmp_path / 'project', tiny_options())
     elsewhere = tmp_path / 'elsewhere'
     elsewhere.mkdir()

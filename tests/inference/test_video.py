@@ -1,4 +1,4 @@
-"""Videos keep their time stamps, sound, subtitles and colours; an interrupted run goes on where it was."""
+"""Videos keep their time stamps, sound, subtitles and colours; an interrupted run continues."""
 
 from __future__ import annotations
 

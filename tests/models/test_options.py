@@ -83,7 +83,7 @@ def test_option_file_is_sound(
 
 @pytest.mark.parametrize('file', PAIRS, ids=lambda file: file.stem)
 def test_every_key_carries_a_comment(file: Path) -> None:
-    """A key is explained where it stands or above, where it stood first; a section by its entries."""
+    """A key is explained where it occurs or above, at its first occurrence; a section by its entries."""
     explained: set[str] = set()
     for number, line in enumerate(file.read_text(encoding='utf-8').splitlines(), 1):
         found = re.match(r'\s*(?:- )?([\w]+):\s*(.*)$', line)

@@ -291,7 +291,7 @@ class Inverse(nn.Module):
 def test_an_image_of_nan_is_not_measured(
     is_train: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_log: list[str]
 ) -> None:
-    """A test stops; a training run goes on, and such a validation is never its best one."""
+    """A test stops; a training run continues, and such a validation is never its best one."""
     monkeypatch.setitem(ARCH_REGISTRY._obj_map, 'Inverse', Inverse)
     model = build(tmp_path, network_g={'type': 'Inverse'})
     model.opt['is_train'] = is_train

@@ -42,7 +42,7 @@ def _block(channels: int = 16, heads: int = 2, switches: tuple[str, str, str] = 
 
 
 def _block_with_ties() -> DSGA:
-    """A block of 32 channels and one head in which each score of a row stands four times."""
+    """A block of 32 channels and one head in which each score of a row occurs four times."""
     block = _block(32, 1)
     with torch.no_grad():
         for weight in (block.project_in.weight, block.depthwise.weight):

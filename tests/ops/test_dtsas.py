@@ -1,4 +1,4 @@
-"""One selection and one step function against the literal sum over N maps."""
+"""One selection and one step function against the direct sum over N maps."""
 
 from __future__ import annotations
 

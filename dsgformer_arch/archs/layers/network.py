@@ -159,7 +159,7 @@ class RestorationNetwork(nn.Module):
 
         Yields:
             The name of a submodule whose input has the size of the feature map, and the
-            `archs.tlc.Windowed` that now stands in for the attention.
+            `archs.tlc.Windowed` that replaces the attention.
         """
         return iter(())
 

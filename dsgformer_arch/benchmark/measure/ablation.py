@@ -1,8 +1,8 @@
 """The paper's table 2 on a budget: attention × score × gate, trained alike.
 
 The paper's numbers are PSNR on RealBlur-J after its full training; the ones
-measured here come from a short run on other data.  They stand side by side to
-compare the order of the variants, not the numbers.
+measured here come from a short run on other data.  Both are listed
+to compare the order of the variants, not the numbers.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def bounded(device: torch.device, free: int | None = None) -> Iterator[None]:
     so end the run for all.  A limit on the process's own data turns that into an error of this system.
 
     Args:
-        device: where the work is done; a GPU's allocator fails by itself, and nothing is limited.
+        device: of the work; on a GPU nothing is limited, as its allocator raises when memory runs out.
         free: bytes that may be allocated; by default what is available now.
     """
     free = available() if free is None else free

@@ -130,7 +130,7 @@ def run(
         raise UserError('--cuda-graphs is for restoring with --device cuda; leave it out')
     path = records.beside(out, '.json')
     if keep_memory and not keep_freed_memory():
-        raise UserError('--keep-memory needs glibc, as most Linux systems have it; leave it out')
+        raise UserError('--keep-memory needs glibc, the C library of most Linux systems; leave it out')
     protocol = describe(device, rounds, models[0], keep_memory)
     record = records.start('speed', settings, protocol, path, resume)
     for height, width in sizes:
@@ -369,7 +369,7 @@ def peak_memory_here(task: dict[str, Any]) -> dict[str, Any]:
     with attempt(row, device):
         network = order_memory(zoo.create(variant.model).to(device), memory_format(variant))
         call = prepare(network, variant, device, batch, train)
-        for _ in range(2 if train else 1):  # the optimiser's own tensors are there from the second step on
+        for _ in range(2 if train else 1):  # the optimiser creates its state in the first step
             call()
     if row:
         return {'peak_memory_mib': None, 'memory_note': row['error']}

@@ -61,7 +61,7 @@ def filled(columns: Mapping[str, str], cells: Sequence[Mapping[str, str | None]]
 
 
 def made(record: Record) -> dict[str, str]:
-    """How a record's numbers were made: protocol, machine, versions and date, in words."""
+    """How a record's numbers were made: protocol, machine, versions and date, as sentences."""
     e = record.environment
     machine = f'{e["processor"]}, {e["cores"]} cores ({e["threads"]} threads), {e["memory_gib"]} GiB'
     if e['gpus']:

@@ -1,6 +1,6 @@
 """One self-contained HTML page, and the same in Markdown, from a few kinds of elements.
 
-The page asks nothing of any server: its style, script, figures and images stand in it, and its content
+The page loads nothing from a server: it contains its style, script, figures and images, and its content
 security policy forbids everything else.
 """
 
@@ -276,7 +276,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what stands below it."""
+    """A heading and the content below it."""
 
     title: str
     elements: Sequence[Element]
@@ -361,7 +361,7 @@ def data_uri(path: Path) -> tuple[str, int, int]:
 
 
 def svg(plot: Callable[[Axes], None], height: float, label: str) -> str:
-    """A figure as SVG whose text is text and takes the page's colour."""
+    """A figure as SVG; its labels are text elements in the colour of the page."""
     inks = ('text.color', 'axes.edgecolor', 'axes.labelcolor', 'xtick.color', 'ytick.color', 'grid.color')
     style: Any = {
         'svg.fonttype': 'none',

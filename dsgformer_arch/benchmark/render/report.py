@@ -37,7 +37,7 @@ GOPRO = 'GoPro'
 """The test set of the paper's table 1, as `Reported.dataset` has it."""
 
 GOPRO_PAIRS = 1111
-"""Number of its pairs; what was measured on fewer stands in its own table and not in table 1."""
+"""Number of its pairs.  Results on fewer are listed in a separate table, not in table 1."""
 
 GOPRO_PROTOCOL = 'gopro'
 
@@ -50,14 +50,14 @@ OWN = 'dsgformer'
 
 LEAD = (
     'What papers report and what was measured here, side by side. **Reported** numbers are copied from the '
-    'source that stands beside them and were not checked here; **measured** ones were made by the commands '
+    'source named beside them and were not checked here; **measured** ones were made by the commands '
     'below the tables. A cell is empty where nothing was measured.'
 )
 
 
 @dataclass(frozen=True)
 class Result:
-    """A record and the file that it stands in."""
+    """A record and its file."""
 
     path: Path
     record: records.Record
@@ -157,7 +157,7 @@ def of_kind(results: Sequence[Result], kind: str) -> list[Result]:
 
 
 def lead(results: Sequence[Result]) -> list[Text]:
-    """What stands above everything."""
+    """The introduction."""
     dates = sorted(result.record.environment['date'] for result in results)
     span = dates[0] if dates[0] == dates[-1] else f'{dates[0]} to {dates[-1]}'
     today = datetime.datetime.now(datetime.timezone.utc).strftime('%Y-%m-%d')

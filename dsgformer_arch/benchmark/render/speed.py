@@ -171,7 +171,7 @@ def mode(row: dict[str, Any]) -> str:
 
 
 def short(number: float) -> str:
-    """Three digits, but never fewer than stand before the point."""
+    """Three significant digits; more where the integer part has more."""
     return f'{number:.3g}' if number < 100 else f'{number:.0f}'
 
 

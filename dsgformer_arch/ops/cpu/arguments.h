@@ -29,7 +29,7 @@ struct Dsga {
   const int64_t* top_k;      // k_n, (thresholds,)
 };
 
-// One image and one step outside the levels; images of type T where no other stands.
+// One image and one step outside the levels; images are of type T unless noted.
 struct Step {
   int64_t height, width;  // of the coarser image
   int64_t fine, coarse;   // channels of the finer and of the coarser image; tail: of x and of y, 3

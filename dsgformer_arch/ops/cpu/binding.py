@@ -192,7 +192,7 @@ def _stepped(
     skip: Tensor | None,
     shape: tuple[int, ...],
 ) -> Tensor:
-    """The result of `shape`, filled image by image by the kernels' entry `name`; `call` brings the sizes."""
+    """The result of `shape`, filled image by image by the kernels' entry `name`; `call` holds the sizes."""
     dtype = torch.float32 if name == 'tail' else x.dtype
     if skip is not None and (_image(skip) != shape or skip.dtype != dtype):
         raise ValueError(f'skip is {_description(skip)}, not {dtype} of {shape}')
@@ -246,7 +246,7 @@ _LOCK = threading.RLock()
 
 @torch.compiler.assume_constant_result
 def works(dtype: torch.dtype) -> Verdict:
-    """Whether the kernel for `dtype` can be had and passes its self-test; found out once a process.
+    """Whether the kernel for `dtype` can be compiled and passes its self-test; determined once per process.
 
     A failure that may not come again, such as a lack of memory, is not remembered.
     """

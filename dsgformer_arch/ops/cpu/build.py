@@ -117,7 +117,7 @@ def _compile(source: str, compiler: list[str], target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         compiled, linked = Path(scratch, 'kernel.o'), Path(scratch, 'kernel.so')
         _run([*compiler, *_flags(), '-c', str(FOLDER / source), '-o', str(compiled)])
-        # OpenMP is not linked: its symbols come with torch, whose threads are then the only ones.
+        # OpenMP is not linked: its symbols come from torch, so there is one pool of threads.
         libraries = [f'-L{torch_folder / "lib"}', '-ltorch_cpu', '-lc10']
         _run([*compiler, '-shared', str(compiled), '-o', str(linked), *libraries])
         digest = Path(scratch, 'digest')
@@ -205,7 +205,7 @@ def _lock(folder: Path) -> Iterator[None]:
     lock = filelock.FileLock(folder / 'lock', timeout=TIMEOUT)
     try:
         lock.acquire()
-    except NotImplementedError:  # a file system without locks: the files are put in place whole all the same
+    except NotImplementedError:  # a file system without locks; the files are still written atomically
         yield
         return
     try:

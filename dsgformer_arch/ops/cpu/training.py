@@ -141,7 +141,7 @@ _VERDICTS: dict[torch.dtype, selftest.Verdict] = {}
 
 @torch.compiler.assume_constant_result
 def works(dtype: torch.dtype) -> selftest.Verdict:
-    """Whether the kernel can be had, and gives on a small image what the eager implementation gives.
+    """Whether the kernel can be compiled, and equals the eager implementation on a small image.
 
     A failure that may not come again is not remembered.
     """
