@@ -62,7 +62,7 @@ def fix_torchvision_operators() -> None:
             library.define(f'{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')
     _keep_alive.append(library)
     for name in [name for name in sys.modules if name.split('.')[0] == 'torchvision']:
-        del sys.modules[name]  # the failed import left halves behind
+        del sys.modules[name]  # left half-initialised by the failed import
     importlib.import_module('torchvision')
 
 
@@ -71,7 +71,7 @@ _keep_alive: list[torch.library.Library] = []
 
 
 def fix_functional_tensor() -> None:
-    """Give back `torchvision.transforms.functional_tensor`, removed in torchvision 0.17.
+    """Provide `torchvision.transforms.functional_tensor`, removed in torchvision 0.17.
 
     BasicSR's `data/degradations.py` imports `rgb_to_grayscale` from it
     (XPixelGroup/BasicSR#663).
@@ -80,7 +80,7 @@ def fix_functional_tensor() -> None:
     if name in sys.modules or importlib.util.find_spec(name) is not None:
         return
     functional: Any = importlib.import_module('torchvision.transforms.functional')
-    module = types.ModuleType(name, 'Stands in for the module that torchvision 0.17 removed.')
+    module = types.ModuleType(name, 'Replaces the module that torchvision 0.17 removed.')
     module.__dict__['rgb_to_grayscale'] = functional.rgb_to_grayscale
     sys.modules[name] = module
 
@@ -134,7 +134,7 @@ def fix_distributed_on_cpu() -> None:
 
     def init_pytorch(backend: str, **kwargs: Any) -> None:
         if torch.cuda.device_count():
-            # torchrun numbers a machine's processes in LOCAL_RANK; the global rank is another number there.
+            # torchrun numbers the processes of a machine in LOCAL_RANK; RANK is the global number.
             local_rank = int(os.environ.get('LOCAL_RANK', os.environ['RANK']))
             torch.cuda.set_device(local_rank % torch.cuda.device_count())
             torch.distributed.init_process_group(backend=backend, **kwargs)
@@ -186,8 +186,8 @@ def worker_init_fn(worker_id: int, num_workers: int, rank: int, seed: int) -> No
 def fix_dataset_epoch() -> None:
     """Tell a data set which epoch begins, where it has a method `set_epoch`.
 
-    BasicSR tells its sampler only, so a data set whose items follow from seed, epoch and index, whichever
-    worker makes them, would give the same items in every epoch.
+    BasicSR tells its sampler only, so a data set with items that depend on seed, epoch and index would return
+    the same items in every epoch.
     """
     sampler: Any = importlib.import_module('basicsr.data.data_sampler').EnlargedSampler
     upstream = sampler.set_epoch

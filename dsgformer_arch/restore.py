@@ -1,4 +1,4 @@
-"""One image in, one image out: padding, final output, precision, tiles.
+"""Restoration of one image: padding, final output, precision and tiles.
 
 Images that are too large for the memory are restored in tiles that overlap. `restore` takes a tensor;
 `restore_rows` streams: it reads rows as it needs them and yields restored rows in order, so that an image
@@ -31,14 +31,14 @@ SMALLEST_TILE = 64
 """Tiles are not halved below this side, in pixels."""
 
 MOST_MEMORY = 1.2e9
-"""Bytes that an automatic tile may take, however much is free: larger tiles save next to nothing."""
+"""Upper bound of the memory of an automatic tile in bytes; larger tiles save very little time."""
 
 UNKNOWN_MEMORY = 20_000
 """Bytes per pixel assumed for a network whose memory cannot be computed; Restormer takes 13,000."""
 
 
 def final_output(network: nn.Module, outputs: Outputs) -> Tensor:
-    """The restored image among what a network returns.
+    """The restored image among the outputs of a network.
 
     A network that returns several images (MPRNet's stages, ConvIR's scales)
     says in its class attribute `final_output` which one counts: an index, -1
@@ -50,7 +50,7 @@ def final_output(network: nn.Module, outputs: Outputs) -> Tensor:
 
 
 def predict(call: Callable[[Tensor], Outputs], image: Tensor, offset: float = 0.0) -> Outputs:
-    """What a network makes of an image in [0, 1], where it wants its images shifted.
+    """The output of a network for an image in [0, 1]; applies the network's input offset.
 
     Args:
         call: the network, or whatever wraps it.
@@ -81,7 +81,7 @@ def order_memory(network: nn.Module, memory_format: torch.memory_format) -> nn.M
 
 @contextlib.contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients inside; afterwards every module has its former mode again."""
+    """Evaluation mode without gradients; restores the mode of every module afterwards."""
     # A module may be frozen in evaluation mode inside a network in training mode.
     training = [module for module in network.modules() if module.training]
     for module in training:
@@ -261,7 +261,7 @@ def _rise(length: int, like: Tensor) -> Tensor:
 
 
 class Halving:
-    """A restorer of tiles that halves them where the memory does not suffice, and remembers that.
+    """Restores tiles, and halves them when memory runs out; later tiles keep the smaller size.
 
     Args:
         call: restores a tile, (N, C, h, w) to the same.
@@ -297,7 +297,7 @@ class Halving:
             bands = restore_rows(
                 self, lambda top, bottom: image[..., top:bottom, :], size, self.side, overlap, self.multiple
             )
-            # A tile of this very call may halve again; start over with what is known then.
+            # A tile of this call may be halved again; then start over.
             side = self.side
             restored = torch.cat(list(bands), dim=-2)
             if self.side == side or restored.shape == image.shape:
@@ -305,7 +305,7 @@ class Halving:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out, on a GPU or in the C library's allocator."""
+    """Whether an exception reports that memory ran out, on a GPU or in the C library's allocator."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     text = str(error).lower()
@@ -344,12 +344,12 @@ def counted_memory(network: nn.Module, side: int = 256) -> float:
         with evaluating(shapes), _Alive() as alive:
             shapes(image)
     except Exception:
-        return UNKNOWN_MEMORY  # what cannot run without data: operators that compute with values
+        return UNKNOWN_MEMORY  # the network has operators that need the values of tensors
     return 1.5 * alive.most / side**2
 
 
 class _Alive(TorchDispatchMode):
-    """Counts the bytes of all tensors that operators inside it made and that are alive at the same time."""
+    """Counts the bytes of the tensors that operators inside it created and that are alive together."""
 
     def __init__(self) -> None:
         super().__init__()

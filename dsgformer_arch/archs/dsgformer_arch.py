@@ -326,7 +326,7 @@ class DSGformer(RestorationNetwork):
         D = self.decode(self.encode(x))
         S = F.pixel_shuffle(ops.resampling.tail(self.tail, D, x), self.patch)
         if not torch.compiler.is_compiling():
-            ops.memory.kept.trim()
+            ops.memory.pool.trim()
         return S
 
     def encode(self, B: Tensor) -> Features:

@@ -1,7 +1,7 @@
 """`basicsr train` and `basicsr test`: training and testing as a command.
 
-BasicSR 1.4.2 has no command of its own; its pipelines are scripts of a
-checkout, and take the place of that checkout for the root of all results.
+BasicSR 1.4.2 has no command; its pipelines are scripts of a checkout and write
+all results below that checkout.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Train or test a restoration network that an option file describes.
   basicsr test  -opt options/test_gopro.yml
   basicsr status experiments/train_gopro
 
-Results, logs and TensorBoard events land below one folder, the root: in
+Results, logs and TensorBoard events are written below one folder, the root: in
 experiments/, results/ and tb_logger/.  It is --root, else the option file's
 key `root`, else the folder that holds the option file's folder options/, else
 the option file's own folder.  Relative paths in an option file start there
@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
             help='how processes were started; pytorch under torchrun (default: %(default)s)',
         )
         command.add_argument(
-            '--auto_resume', action='store_true', help='go on from the newest state of an interrupted run'
+            '--auto_resume', action='store_true', help='continue from the newest state of an interrupted run'
         )
         command.add_argument(
             '--debug', action='store_true', help='print each iteration, validate and save every 8th'
@@ -69,14 +69,16 @@ def parser() -> argparse.ArgumentParser:
             help='change options of the file, such as train:total_iter=1000',
         )
     status = commands.add_parser(
-        'status', help='show how far a training run is', description='Show how far a run is.'
+        'status',
+        help='show the progress of a training run',
+        description='Show the progress of a training run.',
     )
     status.add_argument('experiment', help="the run's folder below experiments/")
     return top
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Check the option file, then train or test; or show how far a run is."""
+    """Check the option file, then train or test; or show the progress of a run."""
     if arguments.command == 'status':
         from dsgformer_arch.models import history
 

@@ -1,4 +1,4 @@
-"""`dsgformer`: restore images, and what belongs to it, as a command.
+"""The command `dsgformer`: restores images and videos, and related tasks.
 
 Each command is a module of `dsgformer_arch.cli.commands`; a name in `COMMANDS` adds it.
 """

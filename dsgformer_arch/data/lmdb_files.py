@@ -1,7 +1,7 @@
-"""Opening LMDBs that may be truncated or no LMDBs at all.
+"""Safe opening of LMDBs that may be truncated or other files.
 
-LMDB maps `data.mdb` into memory and believes what its first two pages, the meta pages, say.  Where the file
-is shorter than that, reading ends the process with SIGBUS.
+LMDB maps `data.mdb` into memory and trusts its first two pages, the meta pages.  If the file is shorter than
+they say, reading ends the process with SIGBUS.
 """
 
 from __future__ import annotations
@@ -62,21 +62,21 @@ def open_lmdb(folder: str | os.PathLike[str]) -> lmdb.Environment:
     """
     check_lmdb(folder)
     try:
-        # Random crops of a large set gain nothing from reading ahead.
+        # Read-ahead does not help random crops of a large set.
         return lmdb.open(os.fspath(folder), readonly=True, lock=False, readahead=False)
     except lmdb.Error as error:
         raise UserError(f'the LMDB {folder} cannot be opened ({error}); {AGAIN}') from None
 
 
 _open: dict[str, tuple[tuple[int, ...], lmdb.Environment]] = {}
-"""What `environment` has opened, by absolute path, and which file that was."""
+"""LMDBs opened by `environment`, by absolute path, with the identity of the file."""
 
 
 def environment(folder: str) -> lmdb.Environment:
     """The open LMDB, one per file and process: LMDB refuses to open a file twice.
 
-    Workers made by forking use their parent's; without locks that is only a memory map.  A folder that was
-    replaced is opened anew.
+    Forked workers share that of their parent, which without locks is only a memory map.  A folder that was
+    replaced is opened again.
 
     Raises:
         UserError: as `open_lmdb`.
@@ -97,10 +97,10 @@ def environment(folder: str) -> lmdb.Environment:
 
 
 def read_value(transaction: Any, key: str, folder: str | os.PathLike[str]) -> Any:
-    """What is stored under a key, as the transaction's buffer.
+    """The value of a key, as the transaction's buffer.
 
     Raises:
-        UserError: nothing, or it cannot be read.
+        UserError: there is none, or it cannot be read.
     """
     try:
         stored = transaction.get(key.encode('utf-8'))

@@ -16,7 +16,7 @@ from dsgformer_arch.utils.errors import UserError
 NAME = 'meta_info.txt'
 
 MAX_BYTES = 256 * 2**20
-"""Some four million lines."""
+"""Four million lines."""
 MAX_SIDE = 2**16
 KEY_LENGTH = 511
 """LMDB's own limit, in bytes."""
@@ -40,7 +40,7 @@ class Entry:
         return self.height, self.width
 
     def line(self) -> str:
-        """The line that says so, with its line feed."""
+        """The line of the file, with its line feed."""
         return f'{self.key}.png ({self.height},{self.width},{self.channels}) {self.level}\n'
 
 

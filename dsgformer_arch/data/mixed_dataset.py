@@ -1,7 +1,7 @@
 """Training crops drawn from several sources with given weights.
 
-Crop number `index` of epoch `epoch` follows from (seed, epoch, index) alone, whichever worker process makes
-it and whatever was drawn before, so a run that is interrupted and resumed sees the same crops.
+A crop depends on (seed, epoch, index) only, not on the worker process or on earlier crops, so a resumed run
+sees the same crops.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ KINDS: dict[str, type[Source]] = {
     'objects': ObjectsSource,
     'identity': IdentitySource,
 }
-"""What a source's `kind` can be."""
+"""The classes of sources by `kind`."""
 
 
 @DATASET_REGISTRY.register()
@@ -45,17 +45,17 @@ class MixedDataset(Dataset[dict[str, Any]]):
 
         sources: a section of sections; each has a `kind` (one of `KINDS`), a `weight`, and the settings of
             that kind's class.  A crop comes from a source with a probability proportional to its weight.
-        length: how many crops an epoch has.
-        seed: what all crops follow from.
+        length: number of crops in an epoch.
+        seed: determines all crops.
 
-    In the phase `val` crops are neither flipped nor turned and are the same in every epoch, which makes a
+    In the phase `val` crops are neither flipped nor rotated and are the same in every epoch, which makes a
     validation set of synthetic blur.
     """
 
     required = ('name', 'type', 'gt_size', 'length', 'sources')
-    """Keys of an option file that this data set cannot do without."""
+    """Required keys of an option file."""
     options = ('sources', 'length', 'seed')
-    """Keys of an option file that other data sets do not know."""
+    """Keys of an option file that only this data set has."""
 
     def __init__(self, opt: dict[str, Any]) -> None:
         self.opt = opt
@@ -65,7 +65,7 @@ class MixedDataset(Dataset[dict[str, Any]]):
         self.side = int(opt['gt_size'])
         self.seed = int(opt.get('seed') or 0)
         self.augments = opt.get('phase') == 'train'
-        # Worker processes see what `set_epoch` writes here.
+        # In shared memory, so that worker processes see what `set_epoch` writes.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         for source in self.sources:
             source.prepare()
@@ -99,7 +99,7 @@ class MixedDataset(Dataset[dict[str, Any]]):
         read_sources(cls.source_options(opt), f'{where}: sources')
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch the crops that are asked for from now on belong to."""
+        """Set the epoch of the crops that are drawn from now on."""
         self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
@@ -109,7 +109,7 @@ class MixedDataset(Dataset[dict[str, Any]]):
         return self.item(index, int(self._epoch))
 
     def item(self, index: int, epoch: int) -> dict[str, Any]:
-        """The crop `index` of an epoch, whichever epoch `set_epoch` named."""
+        """The crop `index` of an epoch, independent of `set_epoch`."""
         epoch = epoch if self.augments else 0
         rng = np.random.default_rng([self.seed, epoch, index])
         number = int(rng.choice(len(self.sources), p=self.shares))
@@ -157,7 +157,7 @@ def read_sources(sections: Any, where: str) -> tuple[list[str], list[Source], li
 
 
 def augmented(image: NDArray[np.uint8], hflip: bool, vflip: bool, transpose: bool) -> NDArray[np.uint8]:
-    """Mirror an image and exchange its axes; all eight combinations are its flips and 90° rotations."""
+    """Flip an image and transpose it; the eight combinations are all its flips and 90° rotations."""
     image = image[:, ::-1] if hflip else image
     image = image[::-1] if vflip else image
     return image.transpose(1, 0, 2) if transpose else image

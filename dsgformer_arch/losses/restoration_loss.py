@@ -1,6 +1,6 @@
 """Losses of the compared systems that BasicSR lacks, registered in LOSS_REGISTRY.
 
-What each release trains with, in the names of an options file (L1Loss is BasicSR's):
+The losses of the official implementations, by their names in an option file (L1Loss is BasicSR's):
 
     MPRNet                CharbonnierRootLoss + 0.05 EdgeLoss, each summed over its three outputs
     Restormer, DRSformer  L1Loss
@@ -11,10 +11,10 @@ What each release trains with, in the names of an options file (L1Loss is BasicS
     Stripformer           CharbonnierRootLoss + 0.05 EdgeLoss + 0.0005 ContrastLoss
 
 All compare a restored image with the sharp one, (N, C, H, W) in [0, 1], and return a scalar.  Half and
-bfloat16 images are compared in float32, also within autocast: squares and sums lose too much otherwise.
+bfloat16 images are compared in float32, also within autocast, for the precision of squares and sums.
 
-Two class attributes tell a training loop what a loss takes: `multi_output`, all outputs of the network
-instead of the restored image; `needs_input`, the degraded image as a third argument.
+Two class attributes declare further inputs of a loss: `multi_output`, all outputs of the network instead
+of the restored image; `needs_input`, the degraded image as a third argument.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from dsgformer_arch.utils.errors import UserError
 
 
 def charbonnier(difference: Tensor, eps: float) -> Tensor:
-    """√(d² + ε²), elementwise: |d| with its corner at zero rounded off."""
+    """√(d² + ε²), elementwise: |d|, smooth at zero."""
     return (difference.square() + eps * eps).sqrt()
 
 
@@ -58,7 +58,7 @@ class RestorationLoss(nn.Module):
         self.reduction = reduction
 
     def values(self, pred: Tensor, target: Tensor) -> Tensor:
-        """What is averaged: of any shape, float32 or float64 like its arguments."""
+        """The values to average: of any shape, float32 or float64 like the arguments."""
         raise NotImplementedError
 
     def forward(self, pred: Tensor, target: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ class RestorationLoss(nn.Module):
 class CharbonnierRootLoss(RestorationLoss):
     """√((restored - sharp)² + ε²), averaged.
 
-    As in the releases of MPRNet, MHNet, Restormer and Stripformer (losses.py).  BasicSR's
+    As in the official implementations of MPRNet, MHNet, Restormer and Stripformer (losses.py).  BasicSR's
     `CharbonnierLoss` adds ε where they add ε²: it is this loss if its `eps` is this one's squared.
 
     Args:
@@ -92,9 +92,9 @@ class CharbonnierRootLoss(RestorationLoss):
 class EdgeLoss(RestorationLoss):
     """Difference of the finest levels of the two images' Laplacian pyramids.
 
-    As in the releases of MPRNet and Stripformer (losses.py): the level is the image less its low
-    frequencies, which are the image blurred with Burt and Adelson's 5×5 kernel, halved and doubled again.
-    FFTformer's release takes the difference's magnitude instead of Charbonnier's.
+    As in the official implementations of MPRNet and Stripformer (losses.py): the level is the image minus its
+    low frequencies, which are the image blurred with Burt and Adelson's 5×5 kernel, halved and doubled again.
+    FFTformer's uses the magnitude of the difference instead of Charbonnier's penalty.
 
     Args:
         loss_weight: factor of the loss.
@@ -142,7 +142,7 @@ class EdgeLoss(RestorationLoss):
 class FFTLoss(RestorationLoss):
     """L1 distance of the two images' Fourier transforms, real and imaginary parts apart.
 
-    As in the releases of MIMO-UNet, ConvIR, FFTformer and MB-TaylorFormer V2, which all agree: the mean
+    As in the official implementations of MIMO-UNet, ConvIR, FFTformer and MB-TaylorFormer V2: the mean
     runs over all H×W frequencies, and the transform is not normalised, so that the loss grows as √(H·W).
 
     Args:
@@ -158,7 +158,7 @@ class FFTLoss(RestorationLoss):
 class PSNRLoss(RestorationLoss):
     """Negative PSNR in dB, 10·log₁₀(MSE + 1e-8) of each image, averaged over the batch.
 
-    As in the releases of NAFNet (basicsr/models/losses/losses.py) and MHNet (losses.py).
+    As in the official implementations of NAFNet (basicsr/models/losses/losses.py) and MHNet (losses.py).
 
     Args:
         loss_weight: factor of the loss.
@@ -183,22 +183,23 @@ class PSNRLoss(RestorationLoss):
 
 @LOSS_REGISTRY.register()
 class ContrastLoss(nn.Module):
-    """Draws the restored image to the sharp one and away from the blurred one, in VGG-19's features.
+    """Pulls the restored image towards the sharp one and away from the blurred one, in VGG-19 features.
 
-    As in Stripformer's release (models/losses.py).  With f the features relu3_1, and d(a, b) the mean
-    over the channels of |f(a) - f(b)|:
+    As in Stripformer's official implementation (models/losses.py).  With f the features relu3_1, and
+    d(a, b) the mean over the channels of |f(a) - f(b)|:
 
         Σ M · d(restored, sharp) / (d(restored, blurred) + 1e-7)  /  Σ M
 
     M is 1 where sharp and blurred differ by more than 0.01 on average over the channels, 0 elsewhere,
-    reduced to the features' size.  Where they never differ the release divides by zero; here it is 0.
+    reduced to the features' size.  If they never differ the official implementation divides by zero;
+    here it is 0.
 
     Args:
         loss_weight: factor of the loss.
         vgg_weights: file of torchvision's VGG-19 weights; without it torchvision downloads them (548 MB)
             to its cache, or finds them there.
-        image_offset: what is taken from the images before the network; the release's images are in
-            [-0.5, 0.5], and it does not normalise them further.
+        image_offset: subtracted from the images before the network; the official implementation has images in
+            [-0.5, 0.5] and does not normalise them further.
 
     Raises:
         UserError: if the weights can neither be read nor downloaded.
@@ -250,7 +251,7 @@ class MultiScaleLoss(nn.Module):
 
     Args:
         base: options of the loss to sum: its `type` in LOSS_REGISTRY and its arguments.
-        weights: one for each output, in the network's order; 1 each by default.
+        weights: one per output, in the network's order; 1 by default.
         loss_weight: factor of the sum.
 
     Raises:

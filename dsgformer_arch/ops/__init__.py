@@ -4,7 +4,7 @@
 reference.  `status()` says whether the compiled kernels work on this machine.
 
 The compiled kernel on a CPU keeps up to 1.5 GiB of idle memory for the next image;
-`dsgformer_arch.ops.memory.kept.release()` gives it back at once.
+`dsgformer_arch.ops.memory.pool.release()` frees it.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def path() -> Path:
     return 'eager' if _set('DSGFORMER_EAGER') else 'fast'
 
 
-@torch.compiler.assume_constant_result  # a compiled network keeps what was chosen when it was compiled
+@torch.compiler.assume_constant_result  # a compiled network keeps the choice made at compilation
 def _forced_path() -> Path | None:
     return _forced.get()
 
@@ -85,7 +85,7 @@ def forward(block: DSGA, X: Tensor) -> Tensor:
     """Y of the block, by the implementation that suits the call.
 
     Under autocast the parameters and X are cast once, here; the sum with X
-    keeps the type of X where that is the wider, as in the reference.
+    keeps the type of X if it is the wider one, as in the reference.
 
     Args:
         block: the block whose parameters are used.
@@ -155,7 +155,7 @@ def _operator_takes(block: DSGA, X: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _is_trained_on_cpu(x: Tensor) -> bool:
-    """Whether the kernels that train may run: they are no operators, and take tensors with values."""
+    """Whether the training kernels may run: they are no PyTorch operators and need tensors with values."""
     return (
         torch.is_grad_enabled()
         and x.device.type == 'cpu'
@@ -166,13 +166,13 @@ def _is_trained_on_cpu(x: Tensor) -> bool:
 
 
 def trains_step(conv: nn.Conv2d, x: Tensor, shape: tuple[int, ...], *widths: int) -> torch.dtype | None:
-    """The type in which kernels train a step outside the levels; None where its modules are called.
+    """The type in which kernels train a step outside the levels; None if its modules must be called.
 
     Args:
         conv: the step's convolution.
         x: its input, (N, C, H, W).
-        shape: what its weight has to be.
-        widths: what has to be a multiple of the kernels' vectors.
+        shape: the required shape of its weight.
+        widths: sizes that must be multiples of the kernels' vectors.
     """
     if not fast(x) or not _is_trained_on_cpu(x) or not is_untouched(conv, nn.Conv2d):
         return None
@@ -188,7 +188,7 @@ def trains_step(conv: nn.Conv2d, x: Tensor, shape: tuple[int, ...], *widths: int
 
 
 def _is_traced() -> bool:
-    """Whether a program is recorded that has to run without this package, by PyTorch's operators alone."""
+    """Whether a program is being recorded that must run with PyTorch's operators alone."""
     return torch.jit.is_tracing() or _is_exporting()
 
 

@@ -6,9 +6,9 @@ orthonormal matrix whose rows are the cosines and sines of an 8×8 block,
     irfft2( M ⊙ rfft2(x) ) = Bᵀ diag(m) B x
 
 where m holds each entry of M twice, once for the cosine and once for the sine.
-The columns 0 and 4 of a half spectrum hold each frequency together with its
-negative; `irfft2` drops the imaginary part that unequal entries there give,
-which leaves their mean.
+The columns 0 and 4 of a half spectrum hold both a frequency and its negative.
+Where their entries of M differ, `irfft2` drops the imaginary part, so their mean
+remains.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _spread() -> NDArray[np.float64]:
 
 _ARRAYS = {'basis': _basis(), 'spread': _spread()}
 
-# In a thread of its own, as this module may be imported under a mode that makes tensors without values.
+# In a separate thread, as this module may be imported under a mode that creates tensors without values.
 _TENSORS = in_new_thread(lambda: {name: torch.from_numpy(value) for name, value in _ARRAYS.items()})
 
 _CONVERTED: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
@@ -77,7 +77,7 @@ def _constant(name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def basis(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """B, (64, 64): a frequency a row, a pixel of the block (row by row) a column."""
+    """B, (64, 64): one row per frequency, one column per pixel of the block (row by row)."""
     return _constant('basis', dtype, device)
 
 

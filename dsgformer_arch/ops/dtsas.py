@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 EPSILON = 1e-12
-"""Least norm that Q and K are divided by, that of `torch.nn.functional.normalize`."""
+"""Lower bound of the norms of Q and K, as in `torch.nn.functional.normalize`."""
 
 
 def scores(gram: Tensor, q_squares: Tensor, k_squares: Tensor, temperature: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ def scores(gram: Tensor, q_squares: Tensor, k_squares: Tensor, temperature: Tens
     Returns:
         (N, heads, c, c).
     """
-    # The square root has no slope at 0, so what is bounded is its argument.
+    # The square root has no derivative at 0, so its argument is bounded.
     q_norm = q_squares.clamp_min(EPSILON**2).sqrt().unsqueeze(-1)
     k_norm = k_squares.clamp_min(EPSILON**2).sqrt().unsqueeze(-2)
     return gram / q_norm / k_norm / temperature
@@ -46,8 +46,8 @@ def sparse_map(
         weights: W_n, (N,); None for the dense map of MDTA.
         top_k: k_n, increasing; empty for the dense map.
         score: φ: `'relu2'`, `'relu'` or `'softmax'` (over the kept entries).
-        ranked_by: scores that decide which entries T_k keeps; by default A.  A backward pass gives those of
-            its forward pass, as rounding could decide otherwise between near ties.
+        ranked_by: scores that decide which entries T_k keeps; by default A.  A backward pass passes those of
+            its forward pass, as rounding could resolve near ties differently.
 
     Returns:
         The map, of the shape of A.

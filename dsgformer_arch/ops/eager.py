@@ -1,4 +1,4 @@
-"""The block DSGA in PyTorch's operations, channels last, in the order that moves the least memory.
+"""The block DSGA in PyTorch operations, channels last, ordered for little memory traffic.
 
 Reference implementation: `dsgformer_arch.archs.dsgformer_arch.DSGA.reference`.
 Two implementations of the same arithmetic:
@@ -6,7 +6,7 @@ Two implementations of the same arithmetic:
 * `whole` takes whole tensors and is differentiable: for training, for
   `torch.compile`, for export and for small images.
 * `in_strips` restores large images in two passes over strips of rows, so that
-  nothing wider than X is ever as tall as X.  The first pass needs only Q and K,
+  no tensor with more channels than X has its full height.  The first pass needs only Q and K,
   and of them only Q Kᵀ and the rows' norms; the second needs only V and U, and
   of them only the gated product.
 """
@@ -35,18 +35,18 @@ ACCELERATOR_STRIP_BYTES = 512 << 20
 """The same elsewhere, where strips only bound the memory of very large images."""
 
 LN_EPSILON = 1e-5
-"""What LN adds to the variance, PyTorch's default."""
+"""Added to the variance by LN; PyTorch's default."""
 
 KEPT_BYTES = {'cpu': 16 << 20}
-"""By device type, the size of X up to which training keeps what `recomputing` would compute again.
+"""By device type, the size of X up to which training keeps the tensors that `recomputing` recomputes.
 
-A CPU has memory to spare for small crops, and saves a third of the time of a step.
+This saves a third of the time of a step on small crops, for which a CPU has enough memory.
 """
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A block's parameters and its switches.  Of the type of the activations where no other is named."""
+    """A block's parameters and its switches.  Tensors have the type of the activations unless noted."""
 
     norm_weight: Tensor
     """(C,), at least float32"""
@@ -133,9 +133,8 @@ def whole_with_scores(x: Tensor, residual: Tensor, weights: Weights) -> tuple[Te
 def recomputing(x: Tensor, residual: Tensor, weights: Weights, everything: bool) -> Tensor:
     """`whole`, keeping only X and W_p LN(X) for the backward pass; only X if `everything` is recomputed.
 
-    What is recomputed otherwise is LN, the depthwise convolution, the filter,
-    the c×c map and its product with V: no more than the pointwise products
-    that need no repetition, and a fifth of the memory.
+    Otherwise LN, the depthwise convolution, the filter, the c×c map and its product with V are recomputed:
+    about as much work as the pointwise products, which are not, for a fifth of the memory.
     """
     run = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     if everything:
@@ -283,18 +282,18 @@ def strips(
     rows: int,
     project: Callable[[Tensor, Weights, Tensor, Tensor], None] = project,
 ) -> Iterator[tuple[slice, Tensor]]:
-    """W_p LN(x) of some of the channels, strip by strip, in memory that the next strip uses again.
+    """W_p LN(x) of some of the channels, strip by strip, in a buffer that all strips share.
 
-    A strip of the depthwise convolution needs a row of W_p LN(x) above and one
-    below, zeros at the border; the two rows that neighbours share are carried
-    over, not computed twice.
+    The depthwise convolution of a strip needs one row of W_p LN(x) above and one
+    below, zeros at the border.  The two rows that consecutive strips share are copied,
+    not computed twice.
 
     Args:
         x: (N, H, W, C).
         weights: the block's, for LN.
         project_in: rows of W_p.
         rows: of a strip.
-        project: what computes W_p LN(x) of some rows.
+        project: computes W_p LN(x) of some rows.
 
     Yields:
         The rows of the image, and W_p LN(x) of these and of one more row on either side, (N, rows + 2, W,

@@ -1,4 +1,4 @@
-"""Calls that the state of the calling thread must not change."""
+"""Calls that are independent of the state of the calling thread."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ T = TypeVar('T')
 
 
 def in_new_thread(call: Callable[[], T]) -> T:
-    """What `call` returns in a thread of its own, where PyTorch's modes are all at their defaults.
+    """The result of `call` in a new thread, in which all modes of PyTorch have their defaults.
 
     Those are fake tensors and other dispatch modes, the default device, inference mode and autocast.
     """

@@ -1,8 +1,8 @@
 """The compiled kernels as PyTorch operators: `torch.ops.dsgformer.block` and `torch.ops.dsgformer.upsample`.
 
 Each has kernels for devices, a fake implementation for `torch.compile`, `torch.export` and fake tensors, a
-gradient, and a count of its operations for `torch.utils.flop_counter`.  An operator always returns the right
-result: where its kernel cannot run or breaks, the eager implementation runs, and a warning says so.
+gradient, and a count of its operations for `torch.utils.flop_counter`.  Where its kernel cannot run or fails,
+an operator runs the eager implementation and warns.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def block(
         mask: M of DFGB, (C, 8, 5).
         heads: heads of c = C / heads channels.
         top_k: k_n, increasing.
-        dtype: in which products are computed.
+        dtype: the type in which products are computed.
 
     Returns:
         Y, (N, H, W, C), of the type of x; and the scores A, (N, heads, c, c), without a gradient.
@@ -65,21 +65,8 @@ def block(
 
 
 @block.register_kernel('cuda')
-def _block_on_gpu(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    project_in: Tensor,
-    depthwise: Tensor,
-    project_out: Tensor,
-    temperature: Tensor,
-    step: Tensor,
-    mask: Tensor,
-    heads: int,
-    top_k: Sequence[int],
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    parameters = (norm_weight, norm_bias, project_in, depthwise, project_out, temperature, step, mask)
+def _block_on_gpu(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    *parameters, heads, top_k, dtype = arguments
     weights = _weights(parameters, heads, top_k)
     gpu = triton_kernels()
     if gpu is not None and gpu.takes(x.device, dtype, x.shape[-1], heads):

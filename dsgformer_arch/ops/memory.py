@@ -1,12 +1,12 @@
-"""Memory that is used again instead of being given back and asked for anew.
+"""A pool that reuses the memory of CPU tensors instead of returning it to the system.
 
 Fresh memory has to be mapped and zeroed page by page when it is first written.
 For the tensors of a 1280×720 image that takes as long as half of the block's
-arithmetic, or more on a virtual machine, and a C library gives tensors of that
-size back to the system each time.
+arithmetic, or more on a virtual machine, and a C library returns tensors of that
+size to the system each time.
 
 `dsgformer_arch.utils.allocator.keep_freed_memory` does the same for a whole
-process; where it is in force, nothing is kept here.
+process; while it is active, the pool keeps nothing.
 """
 
 from __future__ import annotations
@@ -32,26 +32,26 @@ IDLE_BYTES = 3 << 29
 """Idle memory never exceeds this: 1.5 GiB, a 1280×720 image in float32."""
 
 IDLE_CALLS = 16
-"""Memory that so many restored batches had no use for is given up."""
+"""Blocks that were not used for so many restored batches are freed."""
 
 
 @dataclass(eq=False)
 class _Block:
     memory: NDArray[np.uint8]
     lent: weakref.ref[NDArray[np.uint8]] | None = None
-    """What the tensor that uses the memory keeps alive, and nothing else."""
+    """The array that only the tensor that uses the memory keeps alive."""
     age: int = 0
-    """Calls of `trim` since it was lent last."""
+    """Calls of `trim` since the block was last lent."""
 
     @property
     def idle(self) -> bool:
         return self.lent is None or self.lent() is None
 
 
-class KeptMemory:
-    """Lends the memory of CPU tensors, again and again; safe to use from several threads.
+class MemoryPool:
+    """Allocates CPU tensors from memory that it reuses; thread-safe.
 
-    Idle memory is bounded by `IDLE_BYTES` at any time, and `release` gives it all up.
+    Idle memory never exceeds `IDLE_BYTES`, and `release` frees all of it.
     """
 
     def __init__(self) -> None:
@@ -60,18 +60,18 @@ class KeptMemory:
 
     @property
     def bytes(self) -> int:
-        """Of all blocks, lent or idle."""
+        """Size of all blocks, lent or idle."""
         return sum(block.memory.nbytes for block in self._blocks)
 
     @property
     def idle_bytes(self) -> int:
-        """Of the idle blocks."""
+        """Size of the idle blocks."""
         return sum(block.memory.nbytes for block in self._blocks if block.idle)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A contiguous CPU tensor of undefined values.
 
-        Its memory is lent again only when neither it nor a view of it exists any longer, whoever holds it.
+        Its memory is reused only when neither the tensor nor a view of it exists any longer.
         """
         size = math.prod(shape) * dtype.itemsize
         if size < LEAST_BYTES or allocator.keeps_freed_memory():
@@ -83,7 +83,7 @@ class KeptMemory:
             return torch.from_numpy(part).view(dtype).view(tuple(shape))
 
     def trim(self) -> None:
-        """Give up the memory that has been idle for `IDLE_CALLS` calls of this, one a restored batch."""
+        """Free the blocks that were idle for `IDLE_CALLS` calls; called once per restored batch."""
         with self._lock:
             for block in self._blocks:
                 block.age += 1
@@ -91,7 +91,7 @@ class KeptMemory:
             self._bound()
 
     def release(self) -> None:
-        """Give up all idle memory."""
+        """Free all idle memory."""
         with self._lock:
             self._blocks = [block for block in self._blocks if not block.idle]
 
@@ -104,7 +104,7 @@ class KeptMemory:
                 self._lock.release()
 
     def _bound(self) -> None:
-        """Give up idle blocks, those of longest ago first, until the rest is within `IDLE_BYTES`."""
+        """Free idle blocks, least recently used first, until the rest is within `IDLE_BYTES`."""
         excess = self.idle_bytes - IDLE_BYTES
         for block in sorted(self._blocks, key=lambda block: -block.age):
             if excess <= 0:
@@ -114,19 +114,19 @@ class KeptMemory:
                 excess -= block.memory.nbytes
 
     def _idle(self, size: int) -> _Block | None:
-        # Not one of more than twice the size: a larger tensor will want it.
+        # None of more than twice the size, which a larger tensor will need.
         fitting = (block for block in self._blocks if size <= block.memory.nbytes <= 2 * size and block.idle)
         return min(fitting, key=lambda block: block.memory.nbytes, default=None)
 
     def _new(self, size: int) -> _Block:
         if self.bytes + size > IDLE_BYTES:
             self._blocks = [block for block in self._blocks if not block.idle]
-        # PyTorch's allocator, for its alignment; numpy's arrays, as they can be referred to weakly.
+        # From PyTorch's allocator for its alignment; as a NumPy array, which weak references can point to.
         memory: Any = torch.empty(size, dtype=torch.uint8, device='cpu').numpy()
         block = _Block(memory)
         self._blocks.append(block)
         return block
 
 
-kept = KeptMemory()
-"""What the compiled kernels write their results into."""
+pool = MemoryPool()
+"""The pool for the results of the compiled kernels."""

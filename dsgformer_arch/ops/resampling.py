@@ -95,7 +95,7 @@ def tail(conv: nn.Conv2d, x: Tensor, image: Tensor) -> Tensor:
     Returns:
         Of the shape of `image`.
     """
-    # The kernel is made for three channels.
+    # The kernel computes three channels.
     if _is_convolution(conv, 3, 1, 1) and conv.out_channels == 3 and _is_float32_image(image, x):
         dtype = trains_step(conv, x, (3, x.shape[1], 3, 3), x.shape[1])
         if dtype is not None:
@@ -120,7 +120,7 @@ def _is_convolution(conv: nn.Module, side: int, stride: int, padding: int) -> bo
 
 
 def _is_upsampling(shuffled: nn.Sequential, x: Tensor, skip: Tensor | None) -> bool:
-    """Whether the modules are those that the network was built with, and everything lies on the CPU."""
+    """Whether the modules are those that the network was built with, and all tensors are on the CPU."""
     if x.device.type != 'cpu' or path() != 'fast' or torch.jit.is_tracing() or _is_exporting():
         return False
     if not is_untouched(shuffled, nn.Sequential) or len(shuffled) != 2:

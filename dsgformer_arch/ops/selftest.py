@@ -13,7 +13,7 @@ from dsgformer_arch.ops import eager
 from dsgformer_arch.ops.isolation import in_new_thread
 
 SLOWDOWN = 'which takes 3.6 to 5.3 times as long'
-"""What the eager implementation costs on a CPU (docs/benchmarks/speed.md)."""
+"""Slowdown of the eager implementation on a CPU (docs/benchmarks/speed.md)."""
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class Verdict:
 
     passed: bool
     reason: str = ''
-    """Why not."""
+    """Why it failed."""
     final: bool = True
-    """Whether another try would end in the same way."""
+    """Whether another attempt would have the same outcome."""
 
 
 def run(
@@ -35,7 +35,7 @@ def run(
     device: torch.device,
     weights_dtype: torch.dtype | None = None,
 ) -> Verdict:
-    """Whether `form` runs and equals the eager implementation in float32, up to rounding.
+    """Test whether `form` runs and equals the eager implementation in float32, up to rounding.
 
     The block has the paper's switches, with thresholds that drop most of the positive scores.
 
@@ -49,7 +49,7 @@ def run(
     """
     try:
         error = in_new_thread(lambda: _error(form, channels, heads, dtype, device, weights_dtype or dtype))
-    except Exception as reason:  # whatever a compiler and a driver may say, there is an eager implementation
+    except Exception as reason:  # any error of a compiler or driver: the eager implementation remains
         return Verdict(False, f'{type(reason).__name__}: {reason}', final=not transient(reason))
     if not error <= 8 * torch.finfo(dtype).eps:
         return Verdict(False, f'its self-test in {dtype} is off by {error:.1e}')
@@ -60,7 +60,7 @@ _warned: set[str] = set()
 
 
 def warn_once(what: str, reason: str) -> None:
-    """Say that the eager implementation runs instead of the kernel for `what`, and why; once a process."""
+    """Warn, once per process, that the eager implementation replaces the kernel for `what`, and why."""
     if what not in _warned:
         _warned.add(what)
         slowdown = f', {SLOWDOWN}' if what.startswith('cpu') else ''
@@ -70,7 +70,7 @@ def warn_once(what: str, reason: str) -> None:
 
 
 def transient(reason: BaseException) -> bool:
-    """Whether what failed may work later: a lack of memory, or a graph that is being recorded."""
+    """Whether a failure may not recur: a lack of memory, or a CUDA graph that is being captured."""
     text = str(reason).lower()
     return isinstance(reason, (MemoryError, torch.OutOfMemoryError)) or any(
         words in text for words in ("can't allocate memory", 'out of memory', 'captur')
@@ -99,7 +99,7 @@ def trains(
     """Whether `form(x, weights)` and its gradients are right on a CPU.
 
     Args:
-        form: what is tried; takes its weights in float32.
+        form: the implementation; takes its weights in float32.
         channels: C.
         heads: heads of the attention.
         dtype: of x.
@@ -115,14 +115,14 @@ def trains(
             return [y.detach(), *torch.autograd.grad(y, given, direction.to(dtype))]
 
     try:
-        # In a thread of its own, as `run`.
+        # In a new thread, as in `run`.
         expected = in_new_thread(
             lambda: gradients(lambda x, weights: eager.whole(x, x, weights), torch.float32)
         )
         given = in_new_thread(lambda: gradients(form, dtype))
         pairs = zip(given, expected, strict=True)
         error = max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
-    except Exception as reason:  # whatever a compiler may say, there is a form that works
+    except Exception as reason:  # any error of a compiler: the eager implementation remains
         return Verdict(False, f'{type(reason).__name__}: {reason}', final=not transient(reason))
     if not error <= 32 * torch.finfo(dtype).eps:
         return Verdict(False, f'the self-test of its gradients in {dtype} is off by {error:.1e}')
@@ -130,15 +130,15 @@ def trains(
 
 
 def _weights(channels: int, heads: int, dtype: torch.dtype, device: torch.device) -> eager.Weights:
-    """Those of a block whose scores lie well apart, as rounding must not decide which T_k keeps.
+    """Weights of a block whose scores differ clearly, so that rounding does not decide which ones T_k keeps.
 
     W_p gives every channel of Q the same values a and the channels of K mixtures of a and an orthogonal b:
-    the scores of a row are then the cosines of the mixtures' angles.  Parameters that `Weights` wants in
-    float32 at least stay so.
+    the scores of a row are then the cosines of the mixtures' angles.  Parameters for which `Weights`
+    requires float32 stay in float32.
     """
     c = channels // heads
     cosines = torch.linspace(-0.9, 0.9, c, dtype=torch.float32, device='cpu')
-    cosines = cosines[torch.arange(c, device='cpu') * _stride(c) % c]  # in no order
+    cosines = cosines[torch.arange(c, device='cpu') * _stride(c) % c]  # shuffled
     a, b = _random(2, channels).unbind()
     b = b - (a @ b) / (a @ a) * a
     project_in = _random(4 * channels, channels)
@@ -166,7 +166,7 @@ def _weights(channels: int, heads: int, dtype: torch.dtype, device: torch.device
 
 
 def _stride(c: int) -> int:
-    """A step that visits 0 … c - 1 in no order."""
+    """A step that visits 0 … c - 1 in a shuffled order."""
     return next(step for step in (7, 11, 13, 1) if c % step)
 
 

@@ -1,4 +1,4 @@
-"""What of the compiled implementations works on this machine."""
+"""Which compiled implementations work on this machine."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ class Status:
     """The state of the compiled kernels."""
 
     compiler: str | None
-    """What the C++ compiler calls itself; None where there is none."""
+    """Version text of the C++ compiler; None without a compiler."""
     built: bool
     """Whether the kernel for CPUs is compiled and loaded."""
     self_tests: dict[str, str]
     """By type, `'passed'` or why the kernel for CPUs is not used."""
     cache_folder: Path | None
-    """Where compiled kernels are kept; None where each process compiles its own."""
+    """Cache folder of compiled kernels; None if each process compiles its own."""
     triton: bool
     """Whether Triton, which the kernels for GPUs need, is installed."""
     reason: str
-    """Why the kernel for float32 is not used; empty where it is."""
+    """Why the kernel for float32 is not used; empty if it is."""
 
 
 def status() -> Status:
-    """Compile and test the kernels where that has not happened yet, and say what works.
+    """Compile and test the kernels if necessary, and report which work.
 
     Takes about 10 seconds the first time on a machine.
     """

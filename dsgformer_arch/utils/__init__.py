@@ -1,1 +1,1 @@
-"""Errors, progress, files and text: what every part of the package uses."""
+"""Errors, progress, files and text, for all parts of the package."""

@@ -16,7 +16,7 @@ def free_memory(device: torch.device) -> float:
     address space (`ulimit -v`) allows less.
     """
     if device.type == 'cuda':
-        # What PyTorch holds but does not use is free too.
+        # Memory that PyTorch has reserved but does not use is free too.
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return float(torch.cuda.mem_get_info(device)[0] + unused)
     return min(float(psutil.virtual_memory().available), _control_group(), _address_space())

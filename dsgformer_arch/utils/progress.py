@@ -21,19 +21,19 @@ def track(
     stream: TextIO | None = None,
     unit: str = '',
 ) -> Iterator[T]:
-    """Yield `items`, showing how far the work is and how long it will take.
+    """Yield `items`, showing the progress and the remaining time.
 
     On a terminal this is a tqdm bar.  In a log file, where a bar would leave
     thousands of lines, it is one line at most every `every` seconds and one at
     the end.
 
     Args:
-        items: what to go through.
+        items: the items of the work.
         what: a noun phrase for the work, such as `'validating'`.
         total: number of items, where `items` has no length.
         every: seconds between two lines off a terminal.
         stream: where to write; standard error by default.
-        unit: what the items are, such as `'frames'`; then lines say how many are done in a second.
+        unit: name of the items, such as `'frames'`; lines then show the items per second.
     """
     stream = stream or sys.stderr
     if total is None and hasattr(items, '__len__'):
@@ -75,7 +75,7 @@ class Stages:
         self.bar = tqdm(total=count, desc=what, dynamic_ncols=True) if sys.stderr.isatty() and count else None
 
     def tick(self, fraction: float) -> None:
-        """The stage in progress has come this far, 0 to 1."""
+        """Report the finished fraction of the current stage, 0 to 1."""
         position = self.done + fraction
         if self.bar is not None:
             self.bar.n = round(position, 2)
@@ -88,7 +88,7 @@ class Stages:
             print(f'{self.what}: {position:.1f}/{self.count}, {left} left', file=sys.stderr, flush=True)
 
     def next(self) -> None:
-        """The stage in progress has ended."""
+        """Report the end of the current stage."""
         self.done += 1
         self.tick(0.0)
         if self.done == self.count and self.bar is not None:

@@ -41,7 +41,7 @@ def load(text: str) -> Any:
 
     Raises:
         yaml.YAMLError: it is no YAML, holds other things than plain data, or exceeds a limit.  `describe`
-            puts the error into words.
+            turns the error into a message.
     """
     if len(text) > MAX_CHARACTERS:
         raise yaml.YAMLError(f'it has more than {MAX_CHARACTERS} characters')
@@ -131,7 +131,7 @@ def _error(node: Any, problem: str) -> yaml.constructor.ConstructorError:
 
 
 def _check(node: Any, left: list[int], above: tuple[int, ...]) -> None:
-    """Walk through a document with its aliases expanded, and refuse what is too much or no plain data."""
+    """Check a document with its aliases expanded: refuse too many values and anything but plain data."""
     left[0] -= 1
     if left[0] < 0:
         raise _error(node, f'more than {MAX_VALUES} values, counting those of aliases')

@@ -1,17 +1,17 @@
-"""Reading checkpoints, as authors publish them and as training writes them, without running their code.
+"""Safe reading of checkpoints, published ones and those of training: no code in them is run.
 
 A `.pth` or `.pt` file is a pickle, which may hold code.  It is read with `weights_only`: tensors and plain
 data are loaded, anything else is refused.  `.safetensors` files hold tensors and strings only.
 
-What is checked before a tensor is used:
+Checks before a tensor is used:
 
 - the CRC-32 of every record of a `.pth` file, which `torch.load` does not compare;
 - that no record is larger than the file: PyTorch never compresses, so a small file that unpacks to
-  gigabytes was made to exhaust memory;
+  gigabytes is malicious;
 - that tensors are dense, real, of floating-point numbers (or integers, for counters) and finite.
 
 The safetensors format has no checksum.  Its header is checked against the size of the file, but a flipped
-bit in the weights shows only where the result is infinite or no number; compare a SHA-256 for more.
+bit in the weights is found only if the result is not finite; compare a SHA-256 to find others.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class CheckpointError(UserError):
 
 @dataclass
 class Checkpoint:
-    """A state dict and what the file says about it.
+    """A state dict and the metadata of its file.
 
     Attributes:
         state: tensors by the network's own names, on the CPU.

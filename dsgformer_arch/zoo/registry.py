@@ -1,7 +1,7 @@
-"""Every compared system by name, and which checkpoint belongs to which.
+"""The systems by name, and the system that a checkpoint belongs to.
 
 `create('restormer')` builds a system with its official settings;
-`load('weights.pth')` finds out from a checkpoint alone which system it belongs to, and of what size.
+`load('weights.pth')` identifies the system and its size from the checkpoint alone.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ __all__ = [
 TrainSize = int | Sequence[int]
 
 WEIGHTS = Path(__file__).parents[1] / 'weights'
-"""Folder of the weights that the package ships."""
+"""Folder of the weights in the package."""
 
 MOST_ENTRIES = 1000
 """How many numbers a setting may have; a checkpoint with more was not made by training."""
@@ -87,7 +87,7 @@ def shipped() -> list[str]:
 
 
 def get(name: str) -> System:
-    """What is known of a system.
+    """The description of a system.
 
     Raises:
         UnknownSystemError: no system has this name; the message has the nearest ones.
@@ -112,7 +112,7 @@ def network_class(architecture: str) -> type[RestorationNetwork]:
 def create(
     name: str, *, pretrained: bool = False, tlc: TrainSize | None = None, **overrides: Any
 ) -> RestorationNetwork:
-    """Build a system, with fresh weights or with those that the package ships.
+    """Build a system, with new weights or with those in the package.
 
     It takes images (N, 3, H, W) of any size, see `RestorationNetwork.forward`.  Keys of the state dict,
     and number and order of the outputs, are those of the official implementation.
@@ -161,12 +161,12 @@ def load(
     """Build the system that a checkpoint belongs to, with its weights, in float32.
 
     The settings are those that the file states (`network` in a `.pth` file of this project's training, the
-    metadata of a safetensors file); else the system's, where `name` is given; else those that the shapes
-    tell, completed by the official ones.
+    metadata of a safetensors file); else the system's, if `name` is given; else those that follow from the
+    shapes, completed by the official ones.
 
     Args:
         path: a `.pth`, `.pt`, `.ckpt` or `.safetensors` file as authors publish it.
-        name: the system that it has to be; by default the file tells (see `identify`).
+        name: the expected system; by default it is identified (see `identify`).
         strict: refuse a checkpoint whose names or shapes differ; otherwise load what fits, if anything.
         tlc: as in `create`.
         param_key: as in `read_checkpoint`.
@@ -201,7 +201,7 @@ def load(
 def identify(
     source: Mapping[str, Tensor] | Checkpoint | str | os.PathLike[str],
 ) -> tuple[str, dict[str, Any]]:
-    """Tell which system weights belong to.
+    """Identify the system that weights belong to.
 
     Args:
         source: a bare state dict, what `read_checkpoint` returned, or a file.  Only the latter two can
@@ -209,7 +209,7 @@ def identify(
 
     Returns:
         The system's name, or its architecture's if no named system has these sizes; and all settings
-        that rebuild it.  What the file does not state and the weights do not tell is the official value.
+        that rebuild it.  Settings that neither the file nor the weights determine have the official values.
 
     Raises:
         CheckpointError: the weights of no known system, in which case the nearest and the first differing
@@ -242,7 +242,7 @@ def settings_of(architecture: str, state: Mapping[str, Tensor]) -> dict[str, Any
         raise CheckpointError(
             f'these are weights of {architecture}, but {error} is missing or wrong; download the file again'
         ) from None
-    # What leaves no trace is taken from the system of these sizes, else from the architecture's first.
+    # Other settings are taken from the system of these sizes, else from the architecture's first one.
     name = _name_of(architecture, found)
     like = get(name) if name else _systems(architecture)[0]
     return {**like.settings, **found}
@@ -275,8 +275,8 @@ def convert(
 
     Args:
         source: as for `load`.
-        target: the file to write; it is there whole or not at all.
-        name: the system that it has to be; by default the file tells.
+        target: the file; it is written atomically.
+        name: the expected system; by default it is identified.
         dtype: the type of all floating-point tensors, such as `torch.float16`; None keeps each one's own.
         param_key: as in `read_checkpoint`.
 
@@ -340,7 +340,7 @@ def _build(architecture: str, settings: Mapping[str, Any], tlc: TrainSize | None
 
 
 def _build_on_meta(architecture: str, settings: Mapping[str, Any]) -> RestorationNetwork:
-    """The network with names and shapes but without data, at the cost of neither time nor memory."""
+    """The network on the meta device, which takes neither time nor memory."""
     try:
         with torch.device('meta'):
             return _build(architecture, settings, None)
@@ -415,13 +415,13 @@ def _described(checkpoint: Checkpoint, name: str | None) -> tuple[str, dict[str,
 def _stated(
     checkpoint: Checkpoint, found: str, settings: dict[str, Any], name: str | None
 ) -> tuple[str, dict[str, Any]]:
-    """What a file states, checked against the system that it has to be.
+    """The settings that a file states, checked against the expected system.
 
     Args:
         checkpoint: the file.
         found: a system or an architecture.
         settings: what differs from that system's settings, or from the architecture's defaults.
-        name: the system that it has to be, if one was asked for.
+        name: the expected system, if any.
     """
     try:
         architecture = _architecture(found)
@@ -435,7 +435,7 @@ def _stated(
 
 
 def _check_stated(network: RestorationNetwork, checkpoint: Checkpoint, name: str | None) -> None:
-    """Refuse a file that states other settings than those of the system that it has to be."""
+    """Refuse a file that states other settings than those of the expected system."""
     stated = checkpoint.described()
     if stated is None or name in (None, stated[0]):
         return

@@ -1,10 +1,10 @@
-"""Our networks in spandrel's registry, so that `spandrel.ModelLoader` opens their files.
+"""Registers this project's networks in spandrel, so that `spandrel.ModelLoader` opens their files.
 
 Importing `dsgformer_arch` calls `register`.  Networks that spandrel has itself (Restormer, MPRNet, NAFNet,
 FFTformer, IPT) keep its recognition and its classes.
 
-`ModelLoader` hands over tensors only: settings that leave no trace in shapes, such as DSGformer's `score`,
-are then the official ones, whatever the file states.  `load_file` takes the file's.
+`ModelLoader` passes tensors only.  Settings that do not affect shapes, such as DSGformer's `score`, then have
+their official values, whatever the file states.  `load_file` uses those of the file.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from dsgformer_arch.zoo import registry
 
 
 class SystemArchitecture(Architecture[RestorationNetwork]):
-    """One of our networks as spandrel describes networks.
+    """The spandrel description of one of this project's networks.
 
     Args:
         architecture: its name in ARCH_REGISTRY, which is its id in spandrel's registry.

@@ -1,4 +1,4 @@
-"""The systems that this project compares: their settings, their sources, and what their papers report."""
+"""The table of systems: their settings, their sources, and the results in their papers."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class Reported:
     Attributes:
         dataset: test set.
         psnr: in dB.
-        ssim: in 0..1; None where the source has none.
-        table: the paper's table; empty where the source does not tell.
+        ssim: in 0..1; None if the source has none.
+        table: the paper's table; empty if unknown.
         source: where the number was confirmed.
     """
 
@@ -28,7 +28,7 @@ class Reported:
 
 @dataclass(frozen=True)
 class Weights:
-    """A checkpoint that the package ships, for `zoo.create(name, pretrained=True)`.
+    """A checkpoint in the package, for `zoo.create(name, pretrained=True)`.
 
     Attributes:
         file: its name in the package's folder `weights`.
@@ -55,8 +55,8 @@ class System:
         parameters: number of trainable parameters.
         reported: what its own paper reports.
         release_excess: MACs at 256×256 that the official implementation takes on top, for the same result.
-        tlc: whether local pooling at test time applies to it.
-        weights: the checkpoint that the package ships; None for none.
+        tlc: whether the test-time local converter applies to it.
+        weights: the checkpoint in the package; None for none.
         compiles: `'yes'`, or what `torch.compile` cannot do and why.
         bf16: `'yes'`, or what bfloat16 autocast cannot do and why.
     """

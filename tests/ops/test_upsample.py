@@ -88,10 +88,10 @@ def test_a_second_image_needs_no_new_memory() -> None:
     image = torch.rand(1, 3, 256, 320)
     with torch.inference_mode():
         first = NETWORK(image).clone()
-        size = memory.kept.bytes
+        size = memory.pool.bytes
         assert size > 0
         assert torch.equal(NETWORK(image), first)
-    assert memory.kept.bytes == size
+    assert memory.pool.bytes == size
 
 
 def test_what_a_hook_keeps_stays_as_it_was() -> None:

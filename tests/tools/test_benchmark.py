@@ -1,9 +1,8 @@
 from __future__ import annotations
 
-import importlib.util
 import json
+from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -12,27 +11,11 @@ from dsgformer_arch import zoo
 from dsgformer_arch.benchmark import commands
 from dsgformer_arch.benchmark.render import report
 from tests.benchmark.conftest import make
+from tests.tools import scripts
 from tests.trees import write_pairs
 
 QUALITY = ['quality', '--models', 'nafnet32', '--data', 'x', '--protocol', 'gopro']
-SCRIPT = Path(__file__).resolve().parents[2] / 'tools' / 'benchmark.py'
-
-
-def load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location('benchmark', SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def status(*arguments: object) -> int:
-    """The status that the command exits with."""
-    try:
-        return int(load().main([str(argument) for argument in arguments]))
-    except SystemExit as stop:
-        return int(stop.code or 0)
+status = partial(scripts.run, 'benchmark')
 
 
 @pytest.fixture
@@ -125,7 +108,7 @@ def test_a_mistake_is_one_sentence_and_status_2(
 def test_without_matplotlib_it_says_so_before_any_work(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    module = load()
+    module = scripts.load('benchmark')
     monkeypatch.setattr(module, 'find_spec', lambda name: None)
     with pytest.raises(SystemExit) as stop:
         module.main(['report'])

@@ -1,45 +1,27 @@
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
 from dsgformer_arch import zoo
-from dsgformer_arch.utils.errors import guarded
 from dsgformer_arch.zoo.checkpoint import read_checkpoint
 from tests.small_systems import SMALL, small
+from tests.tools import scripts
 
-SCRIPT = Path(__file__).resolve().parents[2] / 'tools' / 'convert_checkpoint.py'
+SCRIPT = scripts.TOOLS / 'convert_checkpoint.py'
+run = partial(scripts.run, 'convert_checkpoint')
 
 
 class RunsCode:
     def __reduce__(self) -> tuple[Any, ...]:
         return (os.mkdir, ('ran',))
-
-
-def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location('convert_checkpoint', SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def run(*arguments: object) -> int:
-    """The status that the command would exit with."""
-    module = tool()
-    try:
-        return guarded(lambda: module.main([str(argument) for argument in arguments]))
-    except SystemExit as stop:
-        return int(stop.code or 0)
 
 
 def save(path: Path, content: Any) -> Path:

@@ -1,14 +1,13 @@
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import cv2
@@ -17,29 +16,12 @@ import pytest
 from basicsr.data.paired_image_dataset import PairedImageDataset
 
 from dsgformer_arch.data.prepare.lmdb_writer import PARTIAL
-from dsgformer_arch.utils.errors import guarded
+from tests.tools import scripts
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-SCRIPT = CHECKOUT / 'tools' / 'create_lmdb.py'
+SCRIPT = scripts.TOOLS / 'create_lmdb.py'
+run = partial(scripts.run, 'create_lmdb')
 GOPRO_PAIR = CHECKOUT / '..' / 'shared' / 'data' / 'gopro_pair'
-
-
-def load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location('create_lmdb', SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def run(*arguments: object) -> int:
-    """The status that the command would exit with."""
-    module = load()
-    try:
-        return guarded(lambda: module.main([str(argument) for argument in arguments]))
-    except SystemExit as stop:
-        return int(stop.code or 0)
 
 
 def save(path: Path, height: int = 40, width: int = 48, seed: int = 0) -> None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import cv2
@@ -19,28 +18,11 @@ import pytest
 from basicsr.data.paired_image_dataset import PairedImageDataset
 
 from dsgformer_arch.data.prepare.blur.synthesis import PARTIAL
-from dsgformer_arch.utils.errors import guarded
+from tests.tools import scripts
 from tests.trees import ROOT, photograph
 
-SCRIPT = ROOT / 'tools' / 'synthesize_blur.py'
-
-
-def load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location('synthesize_blur', SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def run(*arguments: object) -> int:
-    """The status that the command would exit with."""
-    module = load()
-    try:
-        return guarded(lambda: module.main([str(argument) for argument in arguments]))
-    except SystemExit as stop:
-        return int(stop.code or 0)
+SCRIPT = scripts.TOOLS / 'synthesize_blur.py'
+run = partial(scripts.run, 'synthesize_blur')
 
 
 @pytest.fixture

@@ -70,7 +70,9 @@ def deform_conv2d(
         None if mask is None else mask.to(working),
     )
     if input.is_contiguous(memory_format=torch.channels_last):
-        output = output.contiguous(memory_format=torch.channels_last)  # torchvision's operator forgets it
+        output = output.contiguous(
+            memory_format=torch.channels_last
+        )  # torchvision's operator drops the memory format
     return output.to(input.dtype)
 
 
@@ -86,10 +88,10 @@ def deform_conv2d_gathered(
 ) -> Tensor:
     """`deform_conv2d` in plain PyTorch; all tensors float32 or all float64.
 
-    The channels of a pixel lie side by side here, so that a bilinear sample is
-    a weighted sum of four rows of a table.  That is `F.embedding_bag`: parallel
-    and vectorised, and it never stores the rows between reading and summing.
-    Going tap by tap, what is held at once does not grow with the kernel.
+    The channels of a pixel are contiguous, so that a bilinear sample is a weighted
+    sum of four rows of a table.  `F.embedding_bag` computes this in parallel and
+    vectorised, without storing the rows.  Taps are processed one by one, so memory
+    does not grow with the kernel.
     """
     batch, channels = input.shape[:2]
     out_channels, group_channels, kernel_h, kernel_w = weight.shape
@@ -140,7 +142,7 @@ def _bilinear(image: Tensor, y: Tensor, x: Tensor, mask: Tensor | None) -> Tenso
     """
     batch, rows, columns, channels = image.shape
     groups = y.shape[-1]
-    # Samples at -1 and at H are 0 already, and their neighbours still lie in the margin.
+    # Samples at -1 and at H are 0 already, and their neighbours are still in the margin.
     y, x = y.clamp(-1, rows - 3), x.clamp(-1, columns - 3)
     top, left = y.detach().floor(), x.detach().floor()
     below, right = y - top, x - left
@@ -178,7 +180,7 @@ def _check_shapes(
     dilation: tuple[int, int],
     mask: Tensor | None,
 ) -> None:
-    """Refuse tensors that do not make a deformable convolution, with a `ValueError` that names the sizes."""
+    """Raise a `ValueError` that names the sizes if the tensors do not fit a deformable convolution."""
     batch, channels, *sides = input.shape
     out_channels, group_channels, *kernel = weight.shape
     if channels % group_channels or out_channels % (channels // group_channels):

@@ -1,6 +1,6 @@
-"""The base class of every compared network: what others have to know of it, declared on the class.
+"""The base class of all networks, which declares the properties that other packages use.
 
-The zoo, spandrel, local pooling and the benchmark read these attributes and know no network by name.
+The zoo, spandrel, local pooling and the benchmark read these attributes instead of naming networks.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ RGB = 3
 class RestorationNetwork(nn.Module):
     """A network of (N, C, H, W) to the same size, for images of any size.
 
-    A subclass implements `forward_padded`, `recognises` and `settings_from_state`, and sets those of the
-    attributes below that differ.  Adding a system takes such a class in `archs/`, an entry in
-    `zoo.systems`, and an option file.
+    A subclass implements `forward_padded`, `recognises` and `settings_from_state`, and overrides the
+    attributes below that differ.  A new system is such a class in `archs/`, an entry in `zoo.systems` and
+    an option file.
 
     Attributes:
-        pad_multiple: `forward_padded` takes heights and widths that are multiples of this.
+        pad_multiple: heights and widths that `forward_padded` takes are multiples of this,
         min_size: and at least this.
-        input_offset: what has to be subtracted from an image in [0, 1] before, and added after.
-        final_output: index of the restored image, where the network returns several.
-        bytes_per_pixel: memory that restoring takes for each pixel in float32, where it is known without
-            counting (`restore.memory_per_pixel`); 0 where not.
+        input_offset: subtracted from an image in [0, 1] before the network, and added to its output.
+        final_output: index of the restored image if the network returns several.
+        bytes_per_pixel: memory for each pixel of an image in float32; 0 if it must be counted by
+            `restore.memory_per_pixel`.
         sees_whole_image: whether a pixel of the result depends on the whole image, so that tiles change it.
         channel_settings: names of the settings for channels of images, the input's first; 3 is the default.
         width_settings: names of the settings for numbers of features, which are scaled together.
@@ -60,7 +60,7 @@ class RestorationNetwork(nn.Module):
     settings: dict[str, Any]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> RestorationNetwork:
-        """Note the arguments, before `__init__` of a subclass or of a library's class takes them."""
+        """Record the arguments before `__init__` of a subclass or of a library's class receives them."""
         network = super().__new__(cls)
         bound = inspect.signature(cls.__init__).bind_partial(network, *args, **kwargs)
         given = {name: value for name, value in bound.arguments.items() if name in cls.default_settings()}
@@ -109,21 +109,21 @@ class RestorationNetwork(nn.Module):
 
     @classmethod
     def recognises(cls, state: Mapping[str, Tensor]) -> bool:
-        """Whether `state`, a bare state dict, is one of this network."""
+        """Whether `state`, a bare state dict, belongs to this kind of network."""
         if cls.spandrel_architecture is None:
             raise NotImplementedError
         return cls.spandrel_architecture.detect(dict(state))
 
     @classmethod
     def settings_from_state(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
-        """The settings that a state dict's shapes tell; those that leave no trace are left out."""
+        """The settings that follow from the shapes of a state dict; others are left out."""
         raise NotImplementedError
 
     @classmethod
     def default_settings(cls) -> dict[str, Any]:
         """The keyword arguments of the class with their defaults.
 
-        Where `__init__` passes on what it does not know, the arguments of the class above are included.
+        If `__init__` takes `**kwargs`, the arguments of its base class are included.
         """
         found: dict[str, Any] = {}
         for kind in cls.__mro__:

@@ -1,4 +1,4 @@
-"""Settings that only several shapes of a state dict tell together."""
+"""Settings that follow from several shapes of a state dict together."""
 
 from __future__ import annotations
 

@@ -12,14 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dsgformer_arch import zoo
 from dsgformer_arch.benchmark import record as records
-from dsgformer_arch.benchmark.measure import learning, machine
-from dsgformer_arch.benchmark.measure.training import attempt
+from dsgformer_arch.benchmark.measure import learning
+from dsgformer_arch.benchmark.measure.study import Study
 from dsgformer_arch.utils.errors import UserError
-from dsgformer_arch.utils.progress import Stages
 
 ATTENTIONS = ('dtsas', 'mdta')
 GATES = ('simplegate', 'gelu', 'dfgb')
@@ -57,29 +54,15 @@ def run(
     Returns:
         The record; rows that could not be measured have an `error`.
     """
-    target = machine.device(device)
     if zoo.get(model).architecture != 'DSGformer':
         raise UserError(f'--model: {model} has no switches to vary; choose a DSGformer, such as dsgformer_t')
     recipe = learning.Recipe(iterations, None, batch, patch, lr, validations)
-    pairs = learning.read(data, patch)
-    settings = {
-        'model': model, 'data': records.data_name(data), 'data_sha256': pairs.digest, 'seeds': seeds,
-        'device': device, 'threads': torch.get_num_threads(), **recipe.__dict__,
-    }  # fmt: skip
-    path = records.beside(out, '.json')
-    record = records.start('ablation', settings, recipe.describe(), path, resume)
-    record.drop_failed()
-    record.extra['blurred'] = learning.blurred_scores(pairs)
     variants: list[dict[str, Any]] = [
         {'attention': attention, 'gate': gate, 'score': score}
         for attention, gate, score in itertools.product(ATTENTIONS, GATES, SCORES)
     ]
-    todo = [(s, variant) for s in range(seeds) for variant in variants if not record.find(seed=s, **variant)]
-    stages = Stages('ablation', len(todo))
-    for seed, variant in todo:
-        build = partial(zoo.create, model, **variant)
-        row: dict[str, Any] = {'seed': seed, **variant}
-        row |= attempt(build, pairs, recipe, seed, target, stages)
-        record.rows.append(row)
-        record.save(path)
-    return record
+    settings = {'model': model, 'seeds': seeds}
+    study = Study('ablation', data, recipe, settings, seeds * len(variants), device, out, resume)
+    for seed, variant in itertools.product(range(seeds), variants):
+        study.train({'seed': seed, **variant}, partial(zoo.create, model, **variant), recipe)
+    return study.record

@@ -7,20 +7,18 @@ difference is Student's over the seeds.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dsgformer_arch import zoo
 from dsgformer_arch.benchmark import record as records
-from dsgformer_arch.benchmark.measure import learning, machine
-from dsgformer_arch.benchmark.measure.training import attempt
+from dsgformer_arch.benchmark.measure import learning
+from dsgformer_arch.benchmark.measure.study import Study
 from dsgformer_arch.utils.errors import UserError
-from dsgformer_arch.utils.progress import Stages
 
 BASE = 'base'
 
@@ -95,7 +93,6 @@ def run(
     Raises:
         UserError: `model` is no DSGformer, or a variant is unknown.
     """
-    target = machine.device(device)
     if zoo.get(model).architecture != 'DSGformer':
         raise UserError(f'--model: {model} has no such settings; choose a DSGformer, such as dsgformer_h')
     unknown = [name for name in variants if name not in VARIANTS]
@@ -105,27 +102,14 @@ def run(
     base = learning.Recipe(
         iterations, None, batch, patch, lr, validations, betas=(0.9, 0.9), frequency=0.1, precision='bf16'
     )
-    pairs = learning.read(data, patch)
-    settings = {
-        'model': model, 'data': records.data_name(data), 'data_sha256': pairs.digest,
-        'device': device, 'threads': torch.get_num_threads(), **vars(base),
-    }  # fmt: skip
-    path = records.beside(out, '.json')
-    record = records.start('recipe', settings, base.describe(), path, resume)
-    record.drop_failed()
-    record.extra['blurred'] = learning.blurred_scores(pairs)
-    todo = [(s, name) for s in range(seeds) for name in chosen if not record.find(seed=s, variant=name)]
     # Seeds are the outer loop: an early end leaves every variant with the same number of runs.
-    stages = Stages('recipe', len(todo))
-    for seed, name in todo:
+    runs = list(itertools.product(range(seeds), chosen))
+    study = Study('recipe', data, base, {'model': model}, len(runs), device, out, resume)
+    for seed, name in runs:
         variant = VARIANTS[name]
-        build = partial(zoo.create, model, **variant.network)
         changes = dict(variant.recipe)
         if 'lr' in changes:
             changes['lr'] *= lr
         recipe = replace(base, iterations=max(1, round(iterations / variant.cost)), **changes)
-        row: dict[str, Any] = {'seed': seed, 'variant': name}
-        row |= attempt(build, pairs, recipe, seed, target, stages)
-        record.rows.append(row)
-        record.save(path)
-    return record
+        study.train({'seed': seed, 'variant': name}, partial(zoo.create, model, **variant.network), recipe)
+    return study.record

@@ -5,21 +5,18 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from dsgformer_arch import zoo
 from dsgformer_arch.benchmark import record as records
-from dsgformer_arch.benchmark.measure import learning, machine
+from dsgformer_arch.benchmark.measure import learning
 from dsgformer_arch.benchmark.measure.complexity import multiply_adds
+from dsgformer_arch.benchmark.measure.study import Study
 from dsgformer_arch.utils.errors import UserError
-from dsgformer_arch.utils.progress import Stages
 
 MATCH_SIZE = 256
 """Side of the image at which MACs are matched."""
@@ -63,39 +60,23 @@ def run(
     Returns:
         The record; rows that could not be measured have an `error`.
     """
-    target = machine.device(device)
     recipe = learning.Recipe(iterations, seconds, batch, patch, lr[0], validations, precision=precision)
-    pairs = learning.read(data, patch)
-    settings = {
-        'models': list(models), 'data': records.data_name(data), 'data_sha256': pairs.digest, 'match': match,
-        'seeds': seeds, 'device': device, 'threads': torch.get_num_threads(), **vars(recipe), 'lr': list(lr),
-    }  # fmt: skip
-    path = records.beside(out, '.json')
-    record = records.start('training', settings, protocol(recipe, lr), path, resume)
-    record.drop_failed()
-    record.extra['blurred'] = learning.blurred_scores(pairs)
-    overrides = {name: matched(name, match) if match else {} for name in models}
+    settings = {'models': list(models), 'match': match, 'seeds': seeds, 'lr': list(lr)}
     # Seeds are the outer loop: an early end leaves every system with the same number of runs.
     runs: list[tuple[int, str, float | None]] = [(0, name, rate) for name in models for rate in lr]
     runs += [(seed, name, None) for seed in range(1, seeds) for name in models]
-    stages = Stages('training', len(runs))
-    for seed, name, rate in runs:
-        rate = rate or best_rate(record, name)
-        if record.find(model=name, seed=seed, lr=rate):
-            stages.next()
-            continue
-        build = partial(zoo.create, name, **overrides[name])
-        row: dict[str, Any] = {
-            'model': name,
-            'seed': seed,
-            'lr': rate,
-            'scaled': overrides[name],
-            **cost(name, overrides[name]),
-        }
-        row |= attempt(build, pairs, replace(recipe, lr=rate), seed, target, stages)
-        record.rows.append(row)
-        record.save(path)
-    return record
+    study = Study('training', data, recipe, settings, len(runs), device, out, resume, protocol(recipe, lr))
+    overrides = {name: matched(name, match) if match else {} for name in models}
+    costs = {name: cost(name, overrides[name]) for name in models}
+    for seed, name, given in runs:
+        rate = given or best_rate(study.record, name)
+        study.train(
+            {'model': name, 'seed': seed, 'lr': rate},
+            partial(zoo.create, name, **overrides[name]),
+            replace(recipe, lr=rate),
+            {'scaled': overrides[name], **costs[name]},
+        )
+    return study.record
 
 
 def protocol(recipe: learning.Recipe, rates: Sequence[float]) -> str:
@@ -114,25 +95,6 @@ def best_rate(record: records.Record, model: str) -> float:
     rows = [row for row in record.rows if row['model'] == model and row['seed'] == 0]
     best = max(rows, key=lambda row: row.get('psnr', -math.inf))
     return float(best['lr'])
-
-
-def attempt(
-    build: Callable[[], nn.Module],
-    data: learning.Data,
-    recipe: learning.Recipe,
-    seed: int,
-    device: torch.device,
-    stages: Stages,
-) -> dict[str, Any]:
-    """The result of a run, or its `error`: one system that fails does not stop the others."""
-    try:
-        with machine.bounded(device):
-            result = learning.train(build, data, recipe, seed, device, stages.tick)
-    except (RuntimeError, MemoryError, ValueError) as error:
-        result = {'error': machine.reason(error)}
-    machine.release(device)
-    stages.next()
-    return result
 
 
 def cost(name: str, overrides: dict[str, Any]) -> dict[str, Any]:

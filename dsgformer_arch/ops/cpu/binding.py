@@ -94,7 +94,7 @@ def block(x: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
         'mask': (weights.mask, (channels, 8, 5)),
     }
     held = {name: _parameter(name, *given) for name, given in parameters.items()}
-    y = memory.kept.empty(x.shape, x.dtype)
+    y = memory.pool.empty(x.shape, x.dtype)
     scores = torch.empty((n, heads, c, c), dtype=torch.float32, device='cpu')
     ks = (ctypes.c_int64 * len(top_k))(*top_k)
     call = _Dsga(
@@ -196,7 +196,7 @@ def _stepped(
     dtype = torch.float32 if name == 'tail' else x.dtype
     if skip is not None and (_image(skip) != shape or skip.dtype != dtype):
         raise ValueError(f'skip is {_description(skip)}, not {dtype} of {shape}')
-    y = memory.kept.empty(shape, dtype)
+    y = memory.pool.empty(shape, dtype)
     call.weight, call.bias = weight.data_ptr(), None if bias is None else bias.data_ptr()
     for i in range(shape[0]):
         call.x, call.y = x[i].data_ptr(), y[i].data_ptr()

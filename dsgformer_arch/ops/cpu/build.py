@@ -76,7 +76,7 @@ def _wanted_compilers() -> list[str]:
 
 
 def version(compiler: list[str]) -> str:
-    """What a compiler calls itself.
+    """The version text of a compiler.
 
     Raises:
         BuildError: it does not run.
@@ -133,7 +133,7 @@ def _flags() -> list[str]:
 
 
 def _key(source: str, compiler: list[str]) -> str:
-    """What a compiled file depends on."""
+    """A hash of everything that a compiled file depends on."""
     texts = [path.read_text(encoding='utf-8') for path in SOURCES]
     identity = [source, *texts, *compiler, *_flags(), version(compiler), torch.__version__, _processor()]
     return hashlib.sha256('\0'.join(identity).encode()).hexdigest()[:16]
@@ -240,7 +240,7 @@ _PROCESSOR_FIELDS = (
 
 
 def _processor() -> str:
-    """What `-march=native` depends on: a cache folder may be shared by several machines."""
+    """What `-march=native` depends on, as several machines may share a cache folder."""
     try:
         text = Path('/proc/cpuinfo').read_text(encoding='utf-8', errors='replace')
     except OSError:

@@ -87,9 +87,9 @@ class _Block(torch.autograd.Function):
     ) -> Tensor:
         n, height, width, channels = x.shape
         held = [None if value is None else value.contiguous() for value in parameters]
-        y = memory.kept.empty(x.shape, x.dtype)
+        y = memory.pool.empty(x.shape, x.dtype)
         planes = (n, 2, height + 2, width + 2, 2 * channels)
-        p = None if recompute else memory.kept.empty(planes, x.dtype)
+        p = None if recompute else memory.pool.empty(planes, x.dtype)
         gram = x.new_empty(n, channels * (channels // settings.heads + 2), dtype=_wide(x))
         _run('forward', settings, {'x': x, 'y': y, 'p': p, 'gram': gram, **_named(held)})
         ctx.settings = settings
@@ -100,7 +100,7 @@ class _Block(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, p, gram, *held = ctx.saved_tensors
-        dx = memory.kept.empty(x.shape, x.dtype)
+        dx = memory.pool.empty(x.shape, x.dtype)
         gradients = [None if value is None else torch.empty_like(value) for value in held]
         given = {'x': x, 'p': p, 'gram': gram, 'dy': dy.contiguous(), 'dx': dx}
         _run('backward', ctx.settings, {**given, **_named(held), **_named(gradients, 'd_')})

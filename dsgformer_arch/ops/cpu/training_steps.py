@@ -178,7 +178,7 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     n, height, width, channels = x.shape
     taps = weight.permute(0, 2, 3, 1).flatten(1)
     taps = F.pad(taps, (0, -taps.shape[1] % training.LANES)).contiguous()
-    y = memory.kept.empty((n, height, width, len(taps)), x.dtype)
+    y = memory.pool.empty((n, height, width, len(taps)), x.dtype)
     call = _Step(n * height, width, len(taps), 0, height, channels)
     call.b, call.weight, call.y = x.data_ptr(), taps.data_ptr(), y.data_ptr()
     call.bias = None if bias is None else bias.data_ptr()

@@ -64,12 +64,12 @@ def test_every_system_uses_the_best_of_several_learning_rates(
     best = {'tiny': 1e-2, 'tiny_nafnet': 1e-4}
     settings: dict[str, Any] = dict(seeds=2, lr=[1e-2, 1e-4], out=tmp_path / 'training', **QUICK)
 
-    def attempt(build: Any, data: Any, recipe: learning.Recipe, *_: Any) -> dict[str, Any]:
+    def train(build: Any, data: Any, recipe: learning.Recipe, *_: Any) -> dict[str, Any]:
         name = 'tiny_nafnet' if type(build()).__name__ == 'NAFNet' else 'tiny'
         psnr = 30.0 if recipe.lr == best[name] else 20.0
         return {'psnr': psnr, 'ssim': 0.5, 'iterations': 2, 'seconds': 1.0, 'curve': []}
 
-    monkeypatch.setattr(training, 'attempt', attempt)
+    monkeypatch.setattr(learning, 'train', train)
     assert commands.run('training', ['tiny', 'tiny_nafnet'], str(sample), **settings) == 0
     found = [(row['model'], row['seed'], row['lr']) for row in rows_of(settings['out'])]
     assert found == [
@@ -79,7 +79,7 @@ def test_every_system_uses_the_best_of_several_learning_rates(
     page = settings['out'].with_suffix('.md').read_text(encoding='utf-8')
     assert re.search(r'\| tiny \|.*\| 0\.01 \| 30\.00 \(30\.00 to 30\.00\) \|', page)
     assert re.search(r'\| tiny_nafnet \|.*\| 0\.0001 \| 30\.00', page)
-    monkeypatch.setattr(training, 'attempt', lambda *_: pytest.fail('trained again'))
+    monkeypatch.setattr(learning, 'train', lambda *_: pytest.fail('trained again'))
     assert commands.run('training', ['tiny', 'tiny_nafnet'], str(sample), resume=True, **settings) == 0
 
 

@@ -1,4 +1,4 @@
-"""Runs of consecutive video frames that lie in folders."""
+"""Runs of consecutive video frames, one folder each."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ class Layer:
 
     Attributes:
         light: float32 (h, w, 4): linear light times coverage, and coverage.
-        source: where it lies in the image.
+        source: its position in the image.
         views: how it moves; see `Homographies`.
     """
 
@@ -186,7 +186,7 @@ def composite(
 
     Args:
         light: the background's linear light, float32 (h, w, 3).
-        source: where it lies in the image.
+        source: its position in the image.
         views: how the background moves, at `NODES` instants.
         layers: the objects, the nearest last, at the same instants.
         region: what to expose.

@@ -127,7 +127,7 @@ def smooth_path(rng: np.random.Generator, dimensions: int, correlation_time: flo
 
 
 def log_uniform(rng: np.random.Generator, bounds: Range) -> float:
-    """A random number whose logarithm is uniform."""
+    """A log-uniform random number."""
     low, high = np.log(np.maximum(bounds, 1e-12))
     return float(np.exp(rng.uniform(low, high)))
 
@@ -149,7 +149,7 @@ def _views(
 
 
 def centred(views: Homographies) -> Homographies:
-    """Follow each homography by the inverse of their mean, so that the mean becomes the identity."""
+    """Compose each homography with the inverse of their mean, which makes the mean the identity."""
     views = views / views[:, 2:, 2:]
     views = np.linalg.inv(views.mean(0)) @ views
     return np.asarray(views, dtype=np.float64)
@@ -189,7 +189,7 @@ def resampled(views: Homographies, count: int) -> Homographies:
     instants = (np.arange(count) + 0.5) / count * (len(views) - 1)
     before = np.minimum(instants.astype(int), len(views) - 2)
     part = (instants - before)[:, None, None]
-    # Their mean is only nearly the identity, because they are fewer.
+    # The mean of fewer views is only approximately the identity.
     return centred((1 - part) * views[before] + part * views[before + 1])
 
 
@@ -208,10 +208,10 @@ def placed(view: NDArray[np.float64], region: Region, source: Region) -> NDArray
 
 
 def cut(image: NDArray[np.uint16], region: Region, margin: int) -> tuple[NDArray[np.float32], Region]:
-    """A region of an image in linear light, with a margin as far as the image has one.
+    """A region of an image in linear light, with a margin where the image extends beyond it.
 
     Returns:
-        float32 (h, w, 3), 1 is white; and where it lies.
+        float32 (h, w, 3), 1 is white; and its position.
     """
     top, left = max(region.top - margin, 0), max(region.left - margin, 0)
     bottom = min(region.top + region.height + margin, image.shape[0])
@@ -228,9 +228,9 @@ def expose(
 
     Args:
         light: linear light of a part of the image, float32 (h, w, 3); mirrored beyond its border.
-        source: where that part lies.
+        source: position of that part.
         views: from `resampled`.
-        region: what to expose.
+        region: the region to render.
 
     Returns:
         float32 (region.height, region.width, 3).
@@ -249,8 +249,8 @@ def warped(
 ) -> NDArray[np.float32]:
     """One view.
 
-    Interpolation is cubic: linear interpolation would blur across the motion too, and a network would learn
-    to sharpen by as much.  Beside points of light it falls below 0 by a few per cent of their light.
+    Interpolation is cubic: linear interpolation would also blur across the motion, and a network would learn
+    to sharpen accordingly.  Next to bright points it undershoots 0 by a few per cent of their light.
     """
     flags = cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP
     size = (region.width, region.height)

@@ -1,7 +1,7 @@
-"""Where pairs of blurred and sharp images come from: one class a kind, all drawn from in the same way.
+"""Sources of pairs of blurred and sharp images: one class per kind, with a common interface.
 
-A source is a dataclass of settings.  `prepare` reads its data, after which `sample` draws a crop, or a whole
-image, that depends on nothing but the random numbers that it is given.
+A source is a dataclass of settings.  `prepare` reads its data.  `sample` then draws a crop, or a whole image,
+which depends on the random generator only.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from dsgformer_arch.data.prepare.blur.shake import (
 from dsgformer_arch.utils.errors import UserError
 
 CONTEXT = 8
-"""Pixels around a crop that are exposed too, because demosaicing and JPEG look beyond it."""
+"""Pixels around a crop that are rendered too, because demosaicing and JPEG depend on them."""
 JPEG_BLOCK = 8
 
 Image = NDArray[np.uint8]
@@ -57,8 +57,8 @@ class Sample:
     Attributes:
         lq: the blurred image, uint8 RGB (H, W, 3).
         gt: the sharp one, of the same size.
-        name: of what it was made from.
-        length: of its blur in pixels, where that is known.
+        name: of the image or frames that it was made from.
+        length: of its blur in pixels, if known.
     """
 
     lq: Image
@@ -68,14 +68,14 @@ class Sample:
 
 
 class Source(ABC):
-    """What gives pairs."""
+    """The interface of a source of pairs."""
 
     @abstractmethod
     def prepare(self, preload: bool = True) -> None:
-        """Find what `sample` draws from.
+        """Read the data that `sample` draws from.
 
         Args:
-            preload: read what fits into memory now, rather than when it is drawn.
+            preload: read the images that fit into memory now instead of on demand.
 
         Raises:
             UserError: it is missing or unusable.
@@ -86,14 +86,14 @@ class Source(ABC):
         """Draw a pair.
 
         Args:
-            rng: what everything is drawn from.
+            rng: source of randomness.
             side: height and width of a crop; None for a whole image.
-            number: of the image, counted round and round; None draws one.
+            number: of the image, modulo their count; None draws one.
         """
 
 
 def random_region(rng: np.random.Generator, height: int, width: int, side: int, name: str) -> Region:
-    """A square somewhere in an image.
+    """A random square in an image.
 
     Raises:
         UserError: the image is smaller.
@@ -108,9 +108,9 @@ def random_region(rng: np.random.Generator, height: int, width: int, side: int, 
 def detailed_region(
     rng: np.random.Generator, image: NDArray[Any], side: int, name: str, candidates: int
 ) -> Region:
-    """Draw some squares in an image and take the one with most detail.
+    """Draw several squares in an image and return the one with most detail.
 
-    Detail is the mean change from pixel to pixel of every second green value, on a scale of brightness.
+    Detail is the mean absolute difference of neighbouring pixels, of every second green value in brightness.
 
     Raises:
         UserError: the image is smaller.
@@ -134,10 +134,10 @@ def check_candidates(candidates: int) -> None:
 
 
 def with_context(region: Region, camera: Camera, rng: np.random.Generator) -> tuple[Region, Region]:
-    """Widen a crop by what the camera needs around it.
+    """Widen a crop by the margin that the camera model needs.
 
     Returns:
-        The wider region, and where in it the crop lies.
+        The wider region, and the position of the crop in it.
     """
     # A crop of a JPEG image begins anywhere in its grid of blocks.
     top, left = (int(offset) + CONTEXT for offset in rng.integers(JPEG_BLOCK, size=2))
@@ -156,27 +156,27 @@ def grown(region: Region, margin: int) -> Region:
 
 
 def part(image: NDArray[Any], region: Region) -> NDArray[Any]:
-    """The pixels of a region that lies within an image."""
+    """The pixels of a region within an image."""
     return image[region.top : region.top + region.height, region.left : region.left + region.width]
 
 
 _opened: WeakValueDictionary[tuple[object, ...], Photographs] = WeakValueDictionary()
-"""Photographs in use, by what they were opened with: several sources of a mixture share them."""
+"""Open photographs by their settings, shared by the sources of a mixture."""
 
 
 @dataclass
 class _Rendered(Source):
-    """A source that renders photographs.
+    """Base of the sources that render photographs.
 
     Attributes:
         root: folder of sharp photographs, or several; subfolders count.
         match: pattern of file names.
         camera: the photographs' response, by which they become linear; see `response`.
-        responses: those of the cameras that take the pictures; one is drawn each time.
+        responses: those of the simulated cameras; one is drawn for each pair.
         reduction: how photographs are reduced.
         strength: how strong blurs are.
         realism: what the camera adds.
-        candidates: so many crops are drawn, and the one with most detail is taken.
+        candidates: number of crops that are drawn; the one with most detail is used.
         memory: megabytes for reduced photographs.
     """
 
@@ -211,7 +211,7 @@ class _Rendered(Source):
         index = drawn if number is None else number % len(self.photographs)
         return self.photographs[index], self.photographs.files[index].stem
 
-    def picture(
+    def capture(
         self,
         light: Callable[[Camera, Region], NDArray[np.float32]],
         sharp: Callable[[Region], NDArray[np.float32]],
@@ -219,7 +219,7 @@ class _Rendered(Source):
         is_crop: bool,
         rng: np.random.Generator,
     ) -> tuple[Image, Image]:
-        """Take the blurred and the sharp picture of a region, with one camera."""
+        """The blurred and the sharp image of a region, both taken with the same camera."""
         camera = self.realism.draw(rng)
         curve = response(str(rng.choice(self.responses)))
         wide, inner = with_context(region, camera, rng) if is_crop else (region, None)
@@ -234,10 +234,10 @@ WHITE = np.ones(3, np.float32)
 
 @dataclass
 class ShakeSource(_Rendered):
-    """Photographs that a shaking camera takes.
+    """Photographs blurred by camera shake.
 
     Attributes:
-        shake: what camera paths are drawn from.
+        shake: distribution of camera paths.
     """
 
     shake: Shake = field(default_factory=Shake)
@@ -257,21 +257,21 @@ class ShakeSource(_Rendered):
             scene = camera.brighten(scene, WHITE)
             return expose(scene, source, resampled(views, views_needed(views, wide)), wide)
 
-        lq, gt = self.picture(light, lambda r: cut(image, r, 0)[0], region, side is not None, rng)
+        lq, gt = self.capture(light, lambda r: cut(image, r, 0)[0], region, side is not None, rng)
         return Sample(lq, gt, name, length)
 
 
 def inside(views: Homographies, height: int, width: int) -> Region:
-    """The largest part of an image into which no light comes from beyond its border."""
+    """The largest part of an image that receives no light from beyond its border."""
     margin = reach(views, Region(0, 0, height, width))
     return Region(margin, margin, max(1, height - 2 * margin), max(1, width - 2 * margin))
 
 
 @dataclass
 class IdentitySource(ShakeSource):
-    """Sharp images that are their own blurred ones, so that a network learns to leave them alone.
+    """Sharp images paired with themselves, so that a network learns not to change them.
 
-    They are neither reduced nor given noise unless the settings say so.
+    By default they are neither reduced nor given noise.
     """
 
     reduction: Reduction = field(default_factory=lambda: Reduction(least=1.0, longest_side=0))
@@ -281,11 +281,11 @@ class IdentitySource(ShakeSource):
 
 @dataclass
 class ObjectsSource(_Rendered):
-    """Pieces of photographs that move over other photographs, taken by a camera that moves too.
+    """Pieces of photographs that move over another photograph while the camera shakes.
 
     Attributes:
-        shake: what the camera's path is drawn from.
-        objects: what objects and their motions are drawn from.
+        shake: distribution of the camera's path.
+        objects: distribution of objects and their motions.
     """
 
     shake: Shake = field(default_factory=Shake)
@@ -327,18 +327,18 @@ class ObjectsSource(_Rendered):
             made = [make_layer(outline, texture, still) for outline, texture, _ in layers]
             return composite(scene, source, still, made, region)
 
-        lq, gt = self.picture(light, sharp, region, side is not None, rng)
+        lq, gt = self.capture(light, sharp, region, side is not None, rng)
         return Sample(lq, gt, name, max(lengths))
 
     def count(self, rng: np.random.Generator) -> int:
-        """How many objects there are."""
+        """The number of objects."""
         low, high = self.objects.count
         return int(rng.integers(int(low), int(high) + 1))
 
     def at_edge(
         self, rng: np.random.Generator, outline: Outline, side: int, height: int, width: int
     ) -> Region:
-        """A crop into which an object's outline runs, as far as the image has room."""
+        """A crop that the outline of an object crosses, if the image is large enough."""
         point = outline.points[rng.integers(len(outline.points))]
         left, top = np.rint(point - side / 2 + rng.uniform(-side / 3, side / 3, 2)).astype(int)
         return Region(int(np.clip(top, 0, height - side)), int(np.clip(left, 0, width - side)), side, side)
@@ -347,7 +347,7 @@ class ObjectsSource(_Rendered):
         """Draw a piece of some photograph, mirrored where the photograph is too small.
 
         Returns:
-            What reads it: float32 (h, w, 3).
+            A function that reads it: float32 (h, w, 3).
         """
         image = self.photographs[int(rng.integers(len(self.photographs)))]
         top = int(rng.integers(max(1, image.shape[0] - box.height + 1)))
@@ -369,10 +369,10 @@ class VideoSource(Source):
     Attributes:
         root: folder whose subfolders hold the frames of one run each.
         match: pattern of the subfolders' names.
-        frames: how many are averaged, the fewest and the most; odd numbers in between are drawn.
+        frames: range of the number of averaged frames, of which odd ones are drawn.
         camera: the frames' response; see `response`.
         realism: what the camera adds to the average.
-        candidates: so many crops are drawn, and the one with most detail is taken.
+        candidates: number of crops that are drawn; the one with most detail is used.
         memory: megabytes for decoded frames.
     """
 

@@ -1,8 +1,8 @@
-"""Whole data sets of synthetic blur: rendered by several processes, written as LMDBs or folders.
+"""Data sets of synthetic blur, rendered by several processes and written as LMDBs or folders.
 
-Pair number i follows from (seed, i) alone.  Pairs are collected in the hidden folder `PARTIAL` of the output
-folder, each complete from the moment on in which its information is there, so a run that is killed is
-continued by the same command and gives the same data set.
+Pair i depends on (seed, i) only.  Pairs are collected in the hidden folder `PARTIAL` of the output folder; a
+pair is complete when its information file exists.  The same command therefore continues a run that was killed
+and makes the same data set.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ SIDES = {'lq': 'blur', 'gt': 'sharp'}
 
 @dataclass(frozen=True)
 class Job:
-    """One pair to be made.
+    """One pair of the data set.
 
     Attributes:
         key: its name in the data set.
-        number: what its random numbers follow from, beside the seed.
-        window: the frames that it is made from; None where a source draws it.
+        number: determines its random numbers together with the seed.
+        window: the frames that it is made from; None if a source draws it.
     """
 
     key: str
@@ -61,7 +61,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What all pairs of a data set share.
+    """The settings of a data set.
 
     Attributes:
         kind: `video`, `shake` or `objects`.
@@ -80,7 +80,7 @@ class Recipe:
     files: str = ''
 
     def settings(self) -> dict[str, Any]:
-        """All that pixels depend on, as JSON reads it back."""
+        """Everything that pixels depend on, in types of JSON."""
         settings = {'format': FORMAT, **dataclasses.asdict(self)}
         if self.source is not None:
             del settings['source']['memory']
@@ -113,14 +113,14 @@ def synthesize(
     force: bool = False,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Make a data set of synthetic blur in `out`, all of it or nothing that looks like it.
+    """Make a data set of synthetic blur in `out`, completely or not at all.
 
     LMDBs are `<name>_lq.lmdb` and `<name>_gt.lmdb`; folders are `<name>/blur` and `<name>/sharp`.  Beside
-    them `<name>_blur.json` tells the settings, and what each pair was made from.
+    them `<name>_blur.json` holds the settings and the source of each pair.
 
     Args:
         recipe: how pairs are made.
-        jobs: which.
+        jobs: the pairs.
         out: the folder; made where it is missing.
         name: of the data set within it.
         lmdb: write LMDBs rather than folders.
@@ -170,7 +170,7 @@ def synthesize(
 
 @contextmanager
 def _workspace(out: Path, settings: dict[str, Any], say: Callable[[str], None]) -> Iterator[Path]:
-    """The hidden folder in `out` for this process alone, with what a run of the same settings left in it."""
+    """Lock `out` and yield its hidden folder, with the pairs of an interrupted run of the same settings."""
     out.mkdir(parents=True, exist_ok=True)
     folder = out / PARTIAL
     with locked(out, out):
@@ -199,7 +199,7 @@ def _make_all(recipe: Recipe, jobs: Sequence[Job], folder: Path, workers: int) -
 
 
 _recipe: Recipe
-"""What a worker process makes pairs by."""
+"""The settings of a worker process."""
 
 
 def _make(recipe: Recipe, jobs: Sequence[Job], folder: Path, workers: int, done: int) -> None:
@@ -213,7 +213,7 @@ def _make(recipe: Recipe, jobs: Sequence[Job], folder: Path, workers: int, done:
             for future in track(as_completed(waiting), what, len(waiting)):
                 future.result()
         except BrokenProcessPool:
-            raise UserError('a process was killed, probably for want of memory; use fewer workers') from None
+            raise UserError('a process was killed, probably for lack of memory; use fewer workers') from None
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -228,7 +228,7 @@ def _start_worker(recipe: Recipe) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """End this process when its parent has been killed: nobody else would tell it."""
+    """End this process when its parent has been killed."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
@@ -244,13 +244,13 @@ def _write_pair(job: Job, folder: Path) -> None:
 
 
 def photograph_jobs(kind: str, count: int) -> list[Job]:
-    """Jobs that a source of photographs draws."""
+    """Jobs for a source of photographs."""
     digits = max(6, len(str(count)))
     return [Job(f'{kind}_{number:0{digits}d}', number) for number in range(count)]
 
 
 def window_jobs(windows: Sequence[Window], count: int | None, seed: int) -> list[Job]:
-    """Jobs of windows: all of them, or some that are drawn, in their order."""
+    """Jobs for windows: all of them, or a random subset in order."""
     numbers = list(range(len(windows)))
     if count is not None and count < len(windows):
         rng = np.random.default_rng([seed, len(windows)])

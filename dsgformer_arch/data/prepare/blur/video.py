@@ -1,7 +1,7 @@
-"""Blur from video: the mean of consecutive frames in linear light, beside the frame in their middle.
+"""Blur from video: the mean of consecutive frames in linear light, paired with their middle frame.
 
-This is how GoPro (Nah et al., CVPR 2017) and REDS (Nah et al., CVPRW 2019) were made.  Frames of a camera
-whose shutter is not open all the time leave gaps in the streaks; frames interpolated along the optical flow
+This is how GoPro (Nah et al., CVPR 2017) and REDS (Nah et al., CVPRW 2019) were made.  A shutter
+that closes between frames leaves gaps in the streaks; frames interpolated along the optical flow
 fill them, as in REDS.
 """
 
@@ -32,10 +32,10 @@ Image = NDArray[np.uint8]
 
 VIDEO_SUFFIXES = frozenset({'.mp4', '.mov', '.m4v', '.mkv', '.avi', '.webm', '.mpg', '.mpeg', '.mts'})
 THUMBNAIL = (64, 36)
-"""Width and height to which frames are reduced to find cuts and static stretches; noise vanishes in it."""
+"""Width and height of the thumbnails in which cuts and static parts are found; they contain little noise."""
 CUT_CHANGE, CUT_RATIO, CUT_NEIGHBOURS = 12.0, 4.0, 8
-"""A cut changes thumbnails by so many levels on average, and so many times as much as the changes around it
-do: a fast pan changes all frames alike."""
+"""Lower bounds for a cut: the mean change of the thumbnail in levels, and its ratio to the changes around it,
+as a fast pan changes all frames alike."""
 FASTEST_SHARE = 99.0
 """Percentile of the optical flow's lengths that decides how many frames are interpolated."""
 
@@ -60,7 +60,7 @@ class Clip(ABC):
 
 
 class FolderClip(Clip):
-    """A folder of images, one a frame, in the order of their names."""
+    """A folder of frames, one image each, in the order of their names."""
 
     def scan(self) -> Iterator[tuple[int, Image]]:
         return enumerate(self.frames(0))
@@ -81,7 +81,7 @@ class FileClip(Clip):
         while found is not None and found[0] < stamp:
             found = next(frames, None)
         if found is None or found[0] != stamp:
-            # Some containers seek past what is asked for.
+            # Some containers seek past the requested stamp.
             frames = ((number, image) for number, image in self._decode(None) if number >= stamp)
         else:
             yield found[1]
@@ -174,7 +174,7 @@ class Averaging:
 
 @dataclass(frozen=True)
 class Window:
-    """Consecutive frames of a clip that become one pair.
+    """Consecutive frames of a clip that make one pair.
 
     Attributes:
         clip: the clip.
@@ -195,12 +195,12 @@ class Window:
 
 
 def find_windows(clips: Sequence[Clip], how: Averaging, seed: int) -> list[Window]:
-    """Divide clips into windows that follow upon each other, without cuts and static stretches.
+    """Divide clips into consecutive windows, without cuts and static parts.
 
     Args:
         clips: what to divide.
         how: how frames are averaged.
-        seed: what the windows' lengths follow from.
+        seed: for the lengths of the windows.
 
     Raises:
         UserError: there is no window at all, or two clips have one name.
@@ -223,7 +223,7 @@ def find_windows(clips: Sequence[Clip], how: Averaging, seed: int) -> list[Windo
     if not windows:
         raise UserError(
             f'{clips[0].path} and the others have no {choices[0]} frames in a row in which something moves; '
-            'lower the number of frames or the threshold for static stretches'
+            'lower the number of frames or the threshold for static parts'
         )
     keys = {window.key: window.clip.path for window in windows}
     for window in windows:
@@ -259,7 +259,7 @@ def average(window: Window, how: Averaging, rng: np.random.Generator) -> Sample:
     Args:
         window: which frames.
         how: how they are averaged.
-        rng: what the camera is drawn from.
+        rng: source of randomness for the camera.
     """
     frames = list(islice(window.clip.frames(window.stamp), window.count))
     curve, camera = response(how.camera), how.realism.draw(rng)
@@ -294,7 +294,7 @@ def interpolated(
     backward: NDArray[np.float32],
     time: float,
 ) -> NDArray[np.float32]:
-    """A frame between two, from both of them moved along the flow, the nearer one counting more.
+    """A frame between two: both moved along the flow, and averaged with more weight on the nearer one.
 
     Args:
         a: the frame before, linear light, float32 (H, W, 3).

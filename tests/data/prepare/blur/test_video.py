@@ -1,4 +1,4 @@
-"""Averages of video frames: in linear light, around a sharp frame, without cuts and static stretches."""
+"""Averages of video frames: in linear light, around a sharp frame, without cuts and static parts."""
 
 from __future__ import annotations
 
