@@ -68,7 +68,7 @@ def predict(call: Callable[[Tensor], Outputs], image: Tensor, offset: float = 0.
     return [output + offset for output in outputs]
 
 
-def order_memory(network: nn.Module, memory_format: torch.memory_format) -> nn.Module:
+def set_memory_format(network: nn.Module, memory_format: torch.memory_format) -> nn.Module:
     """Put a network's kernels in a memory format, in place.
 
     `nn.Module.to(memory_format=…)` stops at parameters of five dimensions, as FFTformer has them.

@@ -123,7 +123,7 @@ if __name__ == '__main__':
     )
 
 
-def test_every_repair_has_a_check() -> None:
+def test_every_fix_has_a_check() -> None:
     assert set(CHECKS) == {fix.__name__ for fix in compat.FIXES}
 
 
@@ -141,7 +141,7 @@ def test_fix_fixes_what_is_broken(fix: str, tmp_path: Path) -> None:
     assert broken.returncode != 0, f'{fix} changes nothing here'
 
 
-def test_repairs_do_nothing_twice_or_where_upstream_is_sound(tmp_path: Path) -> None:
+def test_fixes_do_nothing_twice_or_where_upstream_is_sound(tmp_path: Path) -> None:
     check = """
         import basicsr.data, basicsr.utils.options, basicsr.utils.dist_util as dist_util
         def fixed():

@@ -21,10 +21,10 @@ from dsgformer_arch.restore import (
     automatic_tile,
     final_output,
     memory_per_pixel,
-    order_memory,
     predict,
     restore,
     restore_rows,
+    set_memory_format,
     spans,
 )
 
@@ -247,11 +247,11 @@ def test_bad_overlap_is_refused() -> None:
         restore(Blur(), torch.rand(1, 3, 64, 64), tile=16, tile_overlap=16)
 
 
-def test_memory_order_takes_kernels_and_leaves_the_rest() -> None:
+def test_memory_format_of_kernels_and_other_parameters() -> None:
     network = nn.Conv2d(4, 4, 3)
     network.register_parameter('blocks', nn.Parameter(torch.rand(2, 1, 1, 8, 5)))
     values = [parameter.clone() for parameter in network.parameters()]
-    order_memory(network, torch.channels_last)
+    set_memory_format(network, torch.channels_last)
     assert network.weight.is_contiguous(memory_format=torch.channels_last)
     for parameter, value in zip(network.parameters(), values, strict=True):
         assert torch.equal(parameter, value)
@@ -289,7 +289,7 @@ class TestCudaGraphs:
         assert self.recorded == 1
         assert network.training
 
-    def test_threads_take_turns(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_one_thread_at_a_time(self, monkeypatch: pytest.MonkeyPatch) -> None:
         network = Blur()
         graphs = CudaGraphs(network)
         images = [torch.full((1, 3, 16, 16), i / 8) for i in range(8)]

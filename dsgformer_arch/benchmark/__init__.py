@@ -1,1 +1,1 @@
-"""One harness that measures every system the same way; `tools/benchmark.py` is its command line."""
+"""Benchmarks that measure all systems in the same way; `tools/benchmark.py` is the command line."""

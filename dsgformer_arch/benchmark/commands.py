@@ -1,4 +1,4 @@
-"""What `tools/benchmark.py` runs: measure, write the record, then its table, figure and page."""
+"""Runs a benchmark for `tools/benchmark.py`: measures, and writes the record, its table, figure and page."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What a measurement leaves behind: numbers, and everything needed to judge and repeat them.
+"""The record of a benchmark: its numbers, and the data that are needed to interpret and repeat them.
 
 Each subcommand fills one `Record` and writes it as JSON (for `report`, and for
 `--resume`) and as a Markdown page (for reading).  A record is written after
-each row, so that an interrupted run keeps what it has.
+each row, so that an interrupted run keeps its results.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ class Record:
 
     Attributes:
         kind: `speed`, `quality`, `training`, `ablation` or `loader`.
-        command: the command line, as it can be typed again.
-        settings: what was asked for; a run is resumed only if they are the same.
+        command: the command line that repeats it.
+        settings: those of the run; it is resumed only with equal settings.
         protocol: how it was measured, in sentences.
         environment: machine and versions, see `environment`.
-        rows: one dict a measurement; flat, of strings, numbers, booleans and None.
-        extra: what does not fit into rows (curves, fits, per-image values), by name.
+        rows: one flat dict per measurement, of strings, numbers, booleans and None.
+        extra: other results (curves, fits, per-image values), by name.
     """
 
     kind: str
@@ -63,7 +63,7 @@ class Record:
         self.rows = [row for row in self.rows if not row.get('error')]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the record as JSON, whole or not at all."""
+        """Write the record as JSON, atomically."""
         write_text(path, json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False) + '\n')
 
     @classmethod
@@ -109,12 +109,12 @@ def start(
 
 
 def beside(out: Path, end: str) -> Path:
-    """A file of a result: its path without ending, and the ending, such as `.json`."""
+    """The path of a result's file with an ending such as `.json`."""
     return out.with_name(out.name + end)
 
 
 def data_name(data: str | os.PathLike[str]) -> str:
-    """What results call a data set: the end of its path, such as `GOPRO_Large/test`."""
+    """The name of a data set in results: the end of its path, such as `GOPRO_Large/test`."""
     return '/'.join(part for part in Path(data).parts[-2:] if part not in (os.sep, '..'))
 
 
@@ -130,26 +130,26 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def put(write: Callable[[str], Any], path: str | os.PathLike[str]) -> None:
-    """Write a file by `write(temporary_path)`, folders included; it is there whole or not at all."""
+    """Write a file atomically by `write(temporary_path)`; creates its folders."""
     with writing(path):
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         write_atomically(write, path)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file, whole or not at all."""
+    """Write a text file atomically."""
     put(lambda temporary: Path(temporary).write_text(text, encoding='utf-8'), path)
 
 
 def command_line() -> str:
-    """The command as it was typed, the script's path as in a checkout."""
+    """The command line, with the script's path relative to the checkout."""
     script = Path(sys.argv[0])
     shown = f'tools/{script.name}' if script.parent.name == 'tools' else script.name
     return shlex.join(['python', shown, *sys.argv[1:]])
 
 
 def environment() -> dict[str, Any]:
-    """Machine, versions and date, as facts that a reader needs to judge a number."""
+    """Machine, versions and date."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         'date': datetime.datetime.now(datetime.timezone.utc).strftime('%Y-%m-%d'),

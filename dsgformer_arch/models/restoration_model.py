@@ -38,7 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dsgformer_arch.data.sampler import ITERATION, derived_seed, seed_streams
 from dsgformer_arch.models import checkpointing, options
-from dsgformer_arch.restore import final_output, order_memory, predict, restore
+from dsgformer_arch.restore import final_output, predict, restore, set_memory_format
 from dsgformer_arch.utils.errors import UserError
 from dsgformer_arch.utils.files import write_atomically
 from dsgformer_arch.utils.progress import track
@@ -111,7 +111,7 @@ class RestorationModel(SRModel):
     def model_to_device(self, net: nn.Module) -> nn.Module:
         """Put a network on the device, in its memory format, and wrap it for several processes."""
         # DistributedDataParallel lays out its gradient buckets by the strides that it finds when it wraps.
-        return super().model_to_device(order_memory(net.to(self.device), self.memory_format))
+        return super().model_to_device(set_memory_format(net.to(self.device), self.memory_format))
 
     def init_training_settings(self) -> None:
         train = self.opt['train']

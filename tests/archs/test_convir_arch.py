@@ -41,7 +41,7 @@ def reflected(i: int, size: int) -> int:
     return -i if i < 0 else min(i, 2 * (size - 1) - i)
 
 
-def literal_filter(module: DynamicFilter, x: Tensor, kernels: Tensor) -> Tensor:
+def reference_filter(module: DynamicFilter, x: Tensor, kernels: Tensor) -> Tensor:
     """The docstring's formula, pixel by pixel.  `kernels` is (N, 8, kh, kw)."""
     n, c, h, w = x.shape
     kh, kw = module.kernel
@@ -71,7 +71,7 @@ def test_strip_filters_follow_their_formula(kernel: tuple[int, int]) -> None:
     x = torch.randn(2, 16, 4, 5, dtype=torch.float64, generator=torch.manual_seed(0))
     with torch.no_grad():
         kernels = torch.tanh(torch.einsum('oc,nc->no', module.conv.weight[:, :, 0, 0], x.mean((2, 3))))
-        torch.testing.assert_close(module(x), literal_filter(module, x, kernels.reshape(2, 8, *kernel)))
+        torch.testing.assert_close(module(x), reference_filter(module, x, kernels.reshape(2, 8, *kernel)))
 
 
 @pytest.mark.parametrize('training', [True, False])
@@ -87,7 +87,7 @@ def test_square_filter_follows_its_formula(training: bool) -> None:
         mean = scores.mean(0) if training else bn.running_mean.clone()
         var = scores.var(0, unbiased=False) if training else bn.running_var.clone()
         kernels = torch.tanh((scores - mean) / (var + bn.eps).sqrt() * bn.weight + bn.bias)
-        torch.testing.assert_close(module(x), literal_filter(module, x, kernels.reshape(3, 8, 3, 3)))
+        torch.testing.assert_close(module(x), reference_filter(module, x, kernels.reshape(3, 8, 3, 3)))
 
 
 @pytest.mark.parametrize('training', [True, False])

@@ -64,7 +64,7 @@ def test_without_experts_only_their_keys_are_missing() -> None:
     assert set(state) == {name for name in names if not name.startswith(('encoder_level0.', 'refinement.'))}
 
 
-def literal_attention(attention: TopKSparseAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def reference_attention(attention: TopKSparseAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """One head of one image, (c, pixels) each: row by row, one softmax over the kept scores for each k."""
     c = q.shape[0]
     out = torch.zeros_like(v)
@@ -88,7 +88,7 @@ def test_attention_keeps_the_largest_scores() -> None:
         got = attention.attend(qkv)
         for image, out in zip(qkv, got, strict=True):
             heads = image.reshape(3, 2, 7, 15).unbind(1)
-            want = torch.cat([literal_attention(attention, *head) for head in heads])
+            want = torch.cat([reference_attention(attention, *head) for head in heads])
             torch.testing.assert_close(out.reshape(14, 15), want, rtol=1e-5, atol=1e-5)
 
 

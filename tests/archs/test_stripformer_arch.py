@@ -29,7 +29,7 @@ def test_conforms_to_the_official_implementation() -> None:
     assert check(Stripformer(), str(CONFORMANCE / 'stripformer.npz')) == []
 
 
-def literal_strip_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+def reference_strip_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """One sequence of tokens, (L, E), head by head."""
     out = []
     for a, b, c in zip(q.chunk(heads, 1), k.chunk(heads, 1), v.chunk(heads, 1), strict=True):
@@ -44,10 +44,10 @@ def test_intra_attends_within_each_row_and_column() -> None:
     for n in range(2):
         for y in range(5):
             q, k, v = block.qkv_local_h(horizontal[n, :, y].T).chunk(3, dim=1)
-            torch.testing.assert_close(got_h[n, :, y].T, literal_strip_attention(q, k, v, 2))
+            torch.testing.assert_close(got_h[n, :, y].T, reference_strip_attention(q, k, v, 2))
         for x in range(7):
             q, k, v = block.qkv_local_v(vertical[n, :, :, x].T).chunk(3, dim=1)
-            torch.testing.assert_close(got_v[n, :, :, x].T, literal_strip_attention(q, k, v, 2))
+            torch.testing.assert_close(got_v[n, :, :, x].T, reference_strip_attention(q, k, v, 2))
 
 
 def test_inter_attends_between_rows_and_between_columns() -> None:
@@ -57,11 +57,11 @@ def test_inter_attends_between_rows_and_between_columns() -> None:
     for n in range(2):
         rows = block.conv_h(horizontal[n : n + 1])[0].unbind(1)
         q, k, v = torch.stack([row.reshape(3, -1) for row in rows], dim=1)
-        want = literal_strip_attention(q, k, v, 2).reshape(5, 64, 7).transpose(0, 1)
+        want = reference_strip_attention(q, k, v, 2).reshape(5, 64, 7).transpose(0, 1)
         torch.testing.assert_close(got_h[n], want)
         columns = block.conv_v(vertical[n : n + 1])[0].unbind(2)
         q, k, v = torch.stack([column.reshape(3, -1) for column in columns], dim=1)
-        want = literal_strip_attention(q, k, v, 2).reshape(7, 64, 5).permute(1, 2, 0)
+        want = reference_strip_attention(q, k, v, 2).reshape(7, 64, 5).permute(1, 2, 0)
         torch.testing.assert_close(got_v[n], want)
 
 

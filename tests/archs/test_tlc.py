@@ -121,7 +121,7 @@ def reference_mdta(qkv: Tensor, temperature: Tensor) -> Tensor:
     return torch.cat(out).reshape(len(qkv), -1, *qkv.shape[2:])
 
 
-class LiteralPool(nn.Module):
+class ReferencePool(nn.Module):
     def __init__(self, window: tuple[int, int]) -> None:
         super().__init__()
         self.window = window
@@ -218,7 +218,7 @@ def reference_local(network: nn.Module, base: tuple[int, int]) -> nn.Module:
         window = training_window(name, base)
         if isinstance(module, nn.AdaptiveAvgPool2d):
             parent, _, child = name.rpartition('.')
-            setattr(network.get_submodule(parent), child, LiteralPool(window))
+            setattr(network.get_submodule(parent), child, ReferencePool(window))
         if name.endswith('.attn'):
 
             def forward(x: Tensor, attention: nn.Module = module, window: tuple[int, int] = window) -> Tensor:
@@ -243,19 +243,19 @@ def test_attention_equals_reference_windows(
 ) -> None:
     x = image(*size)
     whole = restored(build(name), x)
-    literal = restored(reference_local(build(name), base), x)
+    reference = restored(reference_local(build(name), base), x)
     local = restored(use_local_pooling(build(name), train), x)
-    assert difference(local, literal) < 1e-9
+    assert difference(local, reference) < 1e-9
     assert difference(local, whole) > 1e-6
 
 
 @pytest.mark.parametrize('attention', ['dtsas', 'mdta'])
 def test_dsgformer_equals_reference_windows(attention: str) -> None:
     network = DSGformer(width=8, num_blocks=[1, 1, 1, 1], attention=attention).double().eval()
-    literal = copy.deepcopy(network)
+    reference = copy.deepcopy(network)
     # Encoders at 1, 1/2, 1/4, 1/8 of the size, decoders at 1/4, 1/2, 1.
     shrunk = {f'encoder.{i}': 2**i for i in range(4)} | {f'decoder.{i}': 4 >> i for i in range(3)}
-    for name, block in literal.named_modules():
+    for name, block in reference.named_modules():
         if name.endswith('.0') and name.rpartition('.')[0] in shrunk:
             side = 24 // shrunk[name.rpartition('.')[0]]
 
@@ -268,7 +268,7 @@ def test_dsgformer_equals_reference_windows(attention: str) -> None:
     x = image(32, 40)
     whole = restored(network, x)
     local = restored(use_local_pooling(network, TRAIN), x)
-    assert difference(local, restored(literal, x)) < 1e-9
+    assert difference(local, restored(reference, x)) < 1e-9
     assert difference(local, whole) > 1e-6
 
 
@@ -292,13 +292,13 @@ def test_means_equal_reference_windows(name: str, windows: dict[str, int]) -> No
     pools = {name: module for name, module in network.named_modules() if isinstance(module, LocalAvgPool2d)}
     for prefix, side in windows.items():
         assert {pool.window for name, pool in pools.items() if name.startswith(prefix)} == {(side, side)}
-    literal = copy.deepcopy(network)
-    for module_name, module in list(literal.named_modules()):
+    reference = copy.deepcopy(network)
+    for module_name, module in list(reference.named_modules()):
         if isinstance(module, LocalAvgPool2d):
             parent, _, child = module_name.rpartition('.')
-            setattr(literal.get_submodule(parent), child, LiteralPool(module.window))
+            setattr(reference.get_submodule(parent), child, ReferencePool(module.window))
     x = image(32, 48)
-    assert difference(restored(network, x), restored(literal, x)) < 1e-9
+    assert difference(restored(network, x), restored(reference, x)) < 1e-9
     assert difference(restored(network, x), restored(build(name), x)) > 1e-6
 
 

@@ -67,8 +67,8 @@ def test_train_then_test_from_another_folder(tmp_path: Path, monkeypatch: pytest
     tested = json.loads((results / 'metrics_sample.json').read_text())
     assert tested['means'] == pytest.approx(trained['means'])
     assert {row['image'] for row in tested['images']} == {'test-0', 'test-1'}
-    pictures = sorted((results / 'visualization' / 'sample').iterdir())
-    assert [picture.name for picture in pictures] == ['test-0_tiny_test.png', 'test-1_tiny_test.png']
+    images = sorted((results / 'visualization' / 'sample').iterdir())
+    assert [image.name for image in images] == ['test-0_tiny_test.png', 'test-1_tiny_test.png']
     assert not list(elsewhere.iterdir())
 
 
@@ -92,7 +92,7 @@ def test_root_folder(tmp_path: Path) -> None:
         basicsr.root_folder(file, str(tmp_path / 'nowhere'))
 
 
-def test_interrupted_run_goes_on(tmp_path: Path) -> None:
+def test_interrupted_run_continues(tmp_path: Path) -> None:
     """Stopped after iteration 2 and resumed: same schedule, all steps counted, nothing done twice."""
     file = write_project(tmp_path, tiny_options(iterations=4))
     assert basicsr.main(['train', '-opt', str(file), '--force_yml', 'train:total_iter=2']) == 0

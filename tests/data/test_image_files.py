@@ -139,7 +139,7 @@ def test_no_pixel_is_decoded() -> None:
     assert cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) is None
 
 
-def test_turned_images_are_refused(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_rotated_images_are_refused(tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.mktemp('jpeg') / 'turned.jpg'
     picture = Image.fromarray(noise(8, 12))
     for orientation in (6, 1):

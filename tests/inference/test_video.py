@@ -164,7 +164,7 @@ def stopping() -> nn.Module:
     return network
 
 
-def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(video, 'PART', 6)
     source = write(tmp_path / 'in.mp4')
 

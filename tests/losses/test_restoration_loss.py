@@ -227,7 +227,7 @@ def vgg_file(vgg_state: dict[str, Tensor], tmp_path_factory: pytest.TempPathFact
     return str(path)
 
 
-def literal_features(state: dict[str, Tensor], x: Tensor) -> Tensor:
+def reference_features(state: dict[str, Tensor], x: Tensor) -> Tensor:
     for index in (0, 2, 5, 7, 10):
         x = F.max_pool2d(x, 2) if index in (5, 10) else x
         weight, bias = state[f'features.{index}.weight'], state[f'features.{index}.bias']
@@ -240,7 +240,7 @@ def test_contrast_equals_its_formula(vgg_state: dict[str, Tensor], vgg_file: str
     blurred = sharp.clone()
     blurred[:, :, :, 10:] += 0.2
     blurred[:, :, :, 2:5] += 0.005
-    f, g, h = (literal_features(vgg_state, image - 0.5) for image in (pred, sharp, blurred))
+    f, g, h = (reference_features(vgg_state, image - 0.5) for image in (pred, sharp, blurred))
     mask = reduced(((sharp - blurred).abs().mean(1, keepdim=True) > 0.01).double().numpy(), 4)
     ratio = (f - g).abs().mean(1, keepdim=True) / ((f - h).abs().mean(1, keepdim=True) + 1e-7)
     want = 0.5 * (ratio.numpy() * mask).sum() / mask.sum()

@@ -34,7 +34,7 @@ def test_warmup_then_cosine_to_the_end() -> None:
     assert values[middle] == pytest.approx(expected)
 
 
-def test_resumed_schedule_goes_on() -> None:
+def test_resumed_schedule_continues() -> None:
     settings = {'total_iter': 50, 'warmup_iter': 5, 'eta_min': 1e-6}
     whole = rates(WarmupCosineLR, 1e-3, 50, **settings)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 1e-3)

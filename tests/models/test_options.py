@@ -218,7 +218,7 @@ def change(path: str, value: Any) -> Any:
         (change('name', '../up'), ['name', 'folder']),
     ],
 )
-def test_fault_is_named_with_its_mend(edit: Any, words: list[str], project: Path) -> None:
+def test_fault_is_named_with_its_fix(edit: Any, words: list[str], project: Path) -> None:
     settings = tiny_options()
     edit(settings)
     message = fault(settings)

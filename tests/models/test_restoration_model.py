@@ -73,7 +73,7 @@ def test_several_outputs_are_judged_on_the_final_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures('_pyramid')
-def test_pictures_are_padded_to_what_a_network_needs(tmp_path: Path) -> None:
+def test_images_are_padded_to_what_a_network_needs(tmp_path: Path) -> None:
     model = build(tmp_path, network_g={'type': 'Pyramid'})
     model.feed_data({'lq': torch.rand(1, 3, 7, 17)})
     model.test()

@@ -110,7 +110,7 @@ def test_sharing_out_among_threads(size: tuple[int, int, int], threads: int) -> 
         torch.set_num_threads(before)
 
 
-def test_computing_again_what_is_not_kept() -> None:
+def test_recomputing_what_is_not_kept() -> None:
     _compare(_block(16, 1), _image(3, 16, 20, 9), 1e-12, recompute=True)
 
 

@@ -97,11 +97,11 @@ def test_gradients_equal_the_reference_implementations(
     if kept == 'some':
         monkeypatch.setitem(eager.KEPT_BYTES, 'cpu', 0)
     inputs = [X, *block.parameters()]
-    literal, fast = block.reference(X), block(X)
-    torch.testing.assert_close(fast, literal, rtol=1e-12, atol=1e-12)
-    seed = torch.randn_like(literal)
+    reference, fast = block.reference(X), block(X)
+    torch.testing.assert_close(fast, reference, rtol=1e-12, atol=1e-12)
+    seed = torch.randn_like(reference)
     for ours, theirs in zip(
-        torch.autograd.grad(fast, inputs, seed), torch.autograd.grad(literal, inputs, seed), strict=True
+        torch.autograd.grad(fast, inputs, seed), torch.autograd.grad(reference, inputs, seed), strict=True
     ):
         assert (ours - theirs).norm() <= 1e-12 * theirs.norm()
 
@@ -117,7 +117,7 @@ def test_gradcheck() -> None:
 
 
 def test_training_keeps_less_than_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    def kept(block: DSGA, X: Tensor, literal: bool) -> int:
+    def kept(block: DSGA, X: Tensor, reference: bool) -> int:
         """Bytes that the graph holds on to beyond the parameters and X."""
         sizes: dict[int, int] = {}
 
@@ -127,16 +127,16 @@ def test_training_keeps_less_than_the_reference(monkeypatch: pytest.MonkeyPatch)
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            output = (block.reference if literal else block)(X)
+            output = (block.reference if reference else block)(X)
         return sum(sizes.values()) + output.nbytes
 
     block, X = _block(), _image(1, 16, 64, 64).requires_grad_()
-    literal = kept(block, X, literal=True)
-    assert kept(block, X, literal=False) < literal
+    reference = kept(block, X, reference=True)
+    assert kept(block, X, reference=False) < reference
     monkeypatch.setitem(eager.KEPT_BYTES, 'cpu', 0)
-    assert kept(block, X, literal=False) < literal / 3
+    assert kept(block, X, reference=False) < reference / 3
     block.recompute = True
-    assert kept(block, X, literal=False) < literal / 8
+    assert kept(block, X, reference=False) < reference / 8
 
 
 @pytest.mark.parametrize('channels', [4, 16])
@@ -152,10 +152,10 @@ def test_float32(channels: int) -> None:
 def test_bfloat16_is_no_worse_than_the_reference(path: ops.Path, heads: int) -> None:
     block, X = _block(32, heads).bfloat16(), _image(1, 32, 40, 24).bfloat16()
     with torch.inference_mode(), ops.use(path):
-        ours, literal = block(X), block.reference(X)
+        ours, reference = block(X), block.reference(X)
         exact = block.double().reference(X.double())
     assert ours.dtype == torch.bfloat16
-    assert _error(ours, exact) < 1.2 * _error(literal, exact)
+    assert _error(ours, exact) < 1.2 * _error(reference, exact)
 
 
 @pytest.mark.parametrize('grad', [False, True])
@@ -163,9 +163,9 @@ def test_autocast_is_no_worse_than_the_reference(grad: bool) -> None:
     block, X = _block(32).float(), _image(1, 32, 16, 24).float()
     exact = copy.deepcopy(block).double().reference(X.double())
     with torch.set_grad_enabled(grad), torch.autocast('cpu', torch.bfloat16):
-        ours, literal = block(X), block.reference(X)
-    assert ours.dtype == literal.dtype
-    assert _error(ours, exact) < 1.2 * _error(literal, exact)
+        ours, reference = block(X), block.reference(X)
+    assert ours.dtype == reference.dtype
+    assert _error(ours, exact) < 1.2 * _error(reference, exact)
 
 
 def test_gradients_under_autocast() -> None:
@@ -222,7 +222,7 @@ def test_copies_and_pickles() -> None:
 
 
 @pytest.mark.parametrize('recompute', [False, True])
-def test_network_equals_its_literal_form(recompute: bool) -> None:
+def test_network_equals_its_reference(recompute: bool) -> None:
     network = DSGformer(width=8, num_blocks=(1, 1, 1, 1), recompute=recompute).double()
     X = torch.rand(2, 3, 41, 30, dtype=torch.float64)
     results = {}

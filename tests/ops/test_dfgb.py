@@ -41,9 +41,9 @@ def test_equals_the_fft(shape: tuple[int, ...]) -> None:
 def test_gradients_equal_those_of_the_fft() -> None:
     gate, U = _gate(3), torch.randn(2, 3, 10, 17, dtype=torch.float64, requires_grad=True)
     seed = torch.randn_like(U)
-    literal = torch.autograd.grad(gate(U), [U, gate.mask], seed)
+    reference = torch.autograd.grad(gate(U), [U, gate.mask], seed)
     fast = torch.autograd.grad(_filtered(gate, U), [U, gate.mask], seed)
-    for ours, theirs in zip(fast, literal, strict=True):
+    for ours, theirs in zip(fast, reference, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 

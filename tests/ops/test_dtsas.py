@@ -28,7 +28,7 @@ def _map(module: DTSAS, A: torch.Tensor) -> torch.Tensor:
 @EVERY_SCORE
 @EVERY_ATTENTION
 @pytest.mark.parametrize('width', [2, 5, 48])
-def test_map_equals_the_literal_sum(score: Score, attention: Attention, width: int) -> None:
+def test_map_equals_the_direct_sum(score: Score, attention: Attention, width: int) -> None:
     module = _module(2 * width, 2, attention, score)
     A = torch.randn(3, 2, width, width, dtype=torch.float64)
     torch.testing.assert_close(_map(module, A), module.attend(A), rtol=1e-12, atol=1e-14)
@@ -51,8 +51,8 @@ def test_gradients_of_the_map(score: Score, attention: Attention) -> None:
     seed = torch.randn_like(A)
     inputs = [A, module.weights] if module.top_k else [A]
     fast = torch.autograd.grad(_map(module, A), inputs, seed)
-    literal = torch.autograd.grad(module.attend(A), inputs, seed)
-    for ours, theirs in zip(fast, literal, strict=True):
+    reference = torch.autograd.grad(module.attend(A), inputs, seed)
+    for ours, theirs in zip(fast, reference, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
 
 

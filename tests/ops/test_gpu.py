@@ -133,9 +133,9 @@ def test_gradients_equal_those_of_the_reference(frozen: bool) -> None:
     block, X = _block(48, 1), _image(2, 48, 12, 9)
     inputs = [X.requires_grad_(not frozen), *block.parameters()]
     block.depthwise.requires_grad_(not frozen)
-    literal = block.reference(X)
-    seed = torch.randn_like(literal)
-    theirs = torch.autograd.grad(literal, [value for value in inputs if value.requires_grad], seed)
+    reference = block.reference(X)
+    seed = torch.randn_like(reference)
+    theirs = torch.autograd.grad(reference, [value for value in inputs if value.requires_grad], seed)
 
     block.float()
     x = X.detach().float().permute(0, 2, 3, 1).contiguous().requires_grad_(not frozen)
@@ -189,11 +189,11 @@ def test_the_network_restores_and_trains_with_them(
     monkeypatch.setattr(dispatch, '_operator_takes', lambda *_: True)
     image = torch.rand(1, 3, 9, 16)
     with ops.use('plain'):
-        literal = network(image)
-        theirs = torch.autograd.grad(literal.square().mean(), list(network.parameters()))
+        reference = network(image)
+        theirs = torch.autograd.grad(reference.square().mean(), list(network.parameters()))
     assert not calls
     with torch.inference_mode():
-        torch.testing.assert_close(network(image), literal)
+        torch.testing.assert_close(network(image), reference)
     assert len(calls) == 7
     ours = torch.autograd.grad(network(image).square().mean(), list(network.parameters()))
     assert len(calls) == 14
@@ -262,9 +262,9 @@ class TestOnAGpu:
         block.float()
         assert gpu.takes(X.device, dtype, channels, heads)
         with torch.set_grad_enabled(grad), torch.autocast('cuda', dtype):
-            ours, literal = block(X.to(dtype)), block.reference(X.to(dtype))
-        assert ours.dtype == literal.dtype
-        assert _error(ours, exact) < 1.2 * _error(literal, exact)
+            ours, reference = block(X.to(dtype)), block.reference(X.to(dtype))
+        assert ours.dtype == reference.dtype
+        assert _error(ours, exact) < 1.2 * _error(reference, exact)
 
     def test_gradients(self) -> None:
         block, X = _block(48, 1).cuda(), _image(2, 48, 24, 32).cuda()

@@ -75,7 +75,7 @@ def test_small_tensors_and_much_smaller_ones_take_none() -> None:
     assert pool.bytes == 13 << 20
 
 
-def test_idle_memory_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_idle_memory_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
     pool = MemoryPool()
     used = pool.empty(SHAPE, torch.float32)
     pool.empty(SHAPE, torch.float32)

@@ -48,10 +48,10 @@ def test_float32_equals_the_modules(case: str, size: tuple[int, int, int]) -> No
     with torch.inference_mode():
         ours = ops.resampling.up(module, *tensors)
         with ops.use('plain'):
-            literal = ops.resampling.up(module, *tensors)
+            reference = ops.resampling.up(module, *tensors)
     assert ours.is_contiguous(memory_format=torch.channels_last)
-    assert ours.shape == literal.shape
-    torch.testing.assert_close(ours, literal, rtol=1e-5, atol=1e-5)
+    assert ours.shape == reference.shape
+    torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize('size', [size for size in SIZES if size != (1, 1, 1)])  # too few to compare errors
@@ -66,10 +66,10 @@ def test_autocast_is_no_worse_than_the_modules(case: str, size: tuple[int, int, 
         with torch.autocast('cpu', torch.bfloat16):
             ours = ops.resampling.up(module, *tensors)
             with ops.use('plain'):
-                literal = ops.resampling.up(module, *tensors)
+                reference = ops.resampling.up(module, *tensors)
         exact = ops.resampling.up(module, x, skip)
-    assert ours.dtype == literal.dtype
-    error, theirs = ((x.float() - exact).norm() for x in (ours, literal))
+    assert ours.dtype == reference.dtype
+    error, theirs = ((x.float() - exact).norm() for x in (ours, reference))
     assert error <= 1.2 * theirs
 
 

@@ -1,7 +1,7 @@
-"""Training runs that differ in the network only; what `training` and `ablation` are made of.
+"""Training runs that differ in the network only, for `training`, `ablation` and `recipe`.
 
-Every run of a seed sees the same crops in the same order, flipped and turned
-alike, under the same loss, optimiser and schedule.
+All runs of a seed use the same crops in the same order, with the same flips and
+rotations, loss, optimiser and schedule.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dsgformer_arch.benchmark.measure.pairs import from_lmdbs
 from dsgformer_arch.losses.restoration_loss import FFTLoss
 from dsgformer_arch.metrics.metric import Image
 from dsgformer_arch.metrics.protocols import protocol, to_uint8
-from dsgformer_arch.restore import final_output, order_memory, predict, restore
+from dsgformer_arch.restore import final_output, predict, restore, set_memory_format
 from dsgformer_arch.utils.errors import UserError
 
 PROTOCOL = """\
@@ -42,11 +42,11 @@ Images = list[Image]
 
 @dataclass(frozen=True)
 class Recipe:
-    """What all runs share.
+    """The settings of a run.
 
     Attributes:
-        iterations: length of a run, or None where `seconds` bounds it.
-        seconds: the same as a time; exactly one of both is given.
+        iterations: length of a run, or None if `seconds` bounds it.
+        seconds: the length as a time; exactly one of the two is given.
         batch: crops in a step.
         patch: side of the crops.
         lr: peak of the learning rate.
@@ -98,8 +98,8 @@ class Data:
     """Pairs in memory, uint8 RGB: (sharp, blurred) for training and for validation.
 
     Attributes:
-        train: to learn from.
-        test: held out.
+        train: training pairs.
+        test: held-out pairs.
         digest: of all files; equal data, equal digest.
     """
 
@@ -132,7 +132,7 @@ def read(folder: str | Path, patch: int) -> Data:
 def batches(pairs: tuple[Images, Images], recipe: Recipe, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless batches of (sharp, blurred) crops, (batch, 3, patch, patch) in [0, 1].
 
-    They follow from the seed alone.
+    They depend on the seed only.
     """
     random = np.random.RandomState(seed)
     sharp, blurred = pairs
@@ -171,17 +171,17 @@ def train(
     Args:
         build: makes the network; its initial weights follow from `seed`.
         data: what `read` returned.
-        recipe: what all runs share.
-        seed: of the weights and of the data's order.
+        recipe: settings of the run.
+        seed: of the initial weights and of the order of the data.
         device: where to train.
-        tick: told after each iteration how much of the budget is spent.
+        tick: called after each iteration with the fraction of the budget that is spent.
 
     Returns:
         `psnr`, `ssim` of the end, `iterations`, `seconds`, and `curve`, a list of points with
         `iteration`, `seconds`, `psnr`, `ssim`, `loss` (mean since the point before).
     """
     torch.manual_seed(seed)
-    network = order_memory(build().to(device), torch.channels_last).train()
+    network = set_memory_format(build().to(device), torch.channels_last).train()
     offset = getattr(network, 'input_offset', 0.0)
     optimizer = torch.optim.AdamW(
         network.parameters(), recipe.lr, betas=recipe.betas, weight_decay=1e-4, fused=True
@@ -238,13 +238,13 @@ def validate(network: nn.Module, data: Data, device: torch.device) -> dict[str, 
 
 
 def blurred_scores(data: Data) -> dict[str, float]:
-    """The same of the blurred images themselves: what doing nothing reaches."""
+    """Mean PSNR and SSIM of the blurred images."""
     scores = [score(blurred, sharp) for sharp, blurred in zip(*data.test, strict=True)]
     return {key: float(np.mean([s[key] for s in scores])) for key in ('psnr', 'ssim')}
 
 
 def score(image: Image, sharp: Image) -> dict[str, float]:
-    """`psnr` and `ssim` of the protocol `gopro`, without the columns beside them."""
+    """`psnr` and `ssim` of the protocol `gopro`, without its other columns."""
     columns = protocol('gopro').columns
     pair = [np.ascontiguousarray(i[..., ::-1]) for i in (image, sharp)]
     return {key: columns[key](*pair) for key in ('psnr', 'ssim')}

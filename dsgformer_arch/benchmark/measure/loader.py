@@ -1,7 +1,7 @@
-"""Crops a second that a data loader delivers, against BasicSR's own on the same LMDB.
+"""Throughput of data loaders in crops per second, compared with BasicSR's on the same LMDB.
 
-A GPU that takes 15 steps a second at batch 8 asks for 120 pairs of crops a
-second; what a loader gives decides whether it waits.
+A GPU that trains 15 steps per second at batch 8 needs 120 pairs of crops per
+second; with a slower loader it waits.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def run(
         patch: side of the crops.
         batch: pairs in a batch.
         workers: loader processes.
-        rounds: turns.
-        seconds: of a turn.
+        rounds: rounds over the loaders.
+        seconds: duration of a measurement.
         out: results without their ending.
         resume: keep what `out`.json has.
         device: not used; loaders run on the CPU.

@@ -1,4 +1,4 @@
-"""What the machine can take: its devices, and its memory as a limit that a system can run into."""
+"""Devices of the machine, and a memory limit under which a system fails without ending the process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from dsgformer_arch.utils.errors import UserError
 
 OUT_OF_MEMORY = 'does not fit in memory'
-"""What a row says of a system that ran out of memory."""
+"""The error of a system that ran out of memory."""
 
 OUT_OF_MEMORY_SIGNS = ("can't allocate", 'cannot allocate', 'bad_alloc', 'out of memory')
 CGROUP = Path('/sys/fs/cgroup')
@@ -36,14 +36,14 @@ def device(text: str) -> torch.device:
 
 
 def release(device: torch.device) -> None:
-    """Give back the memory of what is no longer used."""
+    """Free unused memory."""
     gc.collect()
     if device.type == 'cuda':
         torch.cuda.empty_cache()
 
 
 def wait(device: torch.device) -> None:
-    """Until all work given to the device is done."""
+    """Wait until the device has finished all work."""
     if device.type == 'cuda':
         torch.cuda.synchronize(device)
 
@@ -61,10 +61,10 @@ def reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def bounded(device: torch.device, free: int | None = None) -> Iterator[None]:
-    """Let an allocation that the machine cannot hold fail inside, where Linux would end the process.
+    """Make allocations inside that exceed the memory raise, where Linux would kill the process.
 
-    Linux promises more memory than there is and kills whoever then uses it; one system too large would
-    so end the run for all.  A limit on the process's own data turns that into an error of this system.
+    Linux overcommits memory and kills the process that uses too much of it, so one large system would end
+    the run for all.  A limit on the data of the process turns that into an error of this system.
 
     Args:
         device: of the work; on a GPU nothing is limited, as its allocator raises when memory runs out.
@@ -87,7 +87,7 @@ def bounded(device: torch.device, free: int | None = None) -> Iterator[None]:
 
 
 def available() -> int | None:
-    """Bytes that can be allocated without swapping, a container's limit included; None if nothing tells."""
+    """Bytes that can be allocated without swapping, within a container's limit; None if unknown."""
     free = _field(Path('/proc/meminfo'), 'MemAvailable')
     try:
         limit, used = ((CGROUP / name).read_text().strip() for name in ('memory.max', 'memory.current'))

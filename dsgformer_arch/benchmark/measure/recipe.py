@@ -1,8 +1,7 @@
-"""What a training recipe is made of, one change at a time: initial values, k_n, optimiser, loss, resolution.
+"""A study of the training recipe, one change at a time: initial values, k_n, optimiser, loss, resolution.
 
-Every variant differs from the base in the one thing that its name says.  Runs of a seed see the same crops,
-so a variant is judged by its difference from the base of the same seed, and the interval of the mean
-difference is Student's over the seeds.
+Every variant differs from the base in one setting.  Runs of a seed use the same crops, so a variant is
+compared with the base of the same seed; the interval of the mean difference is Student's over the seeds.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ class Variant:
     """One change of the base.
 
     Attributes:
-        title: what is changed, for the table.
+        title: description for the table.
         network: settings of the network other than the preset's.
         recipe: fields of `learning.Recipe` other than the base's.
         cost: an iteration's cost relative to the base's, by MACs; the budget of iterations is
@@ -54,7 +53,7 @@ VARIANTS: dict[str, Variant] = {
     'quarter_resolution': Variant('patch 4 and twice the width, the same MACs', {'patch': 4, 'width': 32}),
     'one_head': Variant('one head a level', {'heads': (1, 1, 1, 1)}),
 }
-"""The changes, by the names that the command line takes.  A recipe's `lr` is a factor on the base's."""
+"""The variants by name.  A recipe's `lr` is a factor of the base's."""
 
 
 def run(

@@ -1,4 +1,4 @@
-"""What a device can do at best, measured: the least time that a system could take.
+"""Measured limits of a device, and the least time that a system could take.
 
 Two ceilings, the rate of a large product of matrices and that of a large copy, each the best of
 several runs on random numbers, in the precision of the system.
@@ -21,7 +21,7 @@ from dsgformer_arch.benchmark.measure import machine
 from dsgformer_arch.restore import PRECISIONS
 
 SIDE = {'cpu': 4096, 'cuda': 8192}
-"""Of the square matrices, by device type."""
+"""Sides of the square matrices, by device type."""
 
 COPIED = {'cpu': 1 << 28, 'cuda': 1 << 32}
 """Bytes of the copied tensor."""
@@ -78,12 +78,12 @@ def _least(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def least_traffic(name: str, height: int, width: int, precision: str) -> int:
-    """Bytes that a system's blocks have to move for one image, as far as they are known.
+    """Least memory traffic of a system's blocks for one image in bytes, if known.
 
-    Of DSGformer's block: X is read for Q Kᵀ, read again for what that map weighs, and Y is written.
+    DSGformer's block reads X for Q Kᵀ, reads it again for V and U, and writes Y.
 
     Returns:
-        0 for networks of other blocks, which would have to be counted each in its own way.
+        0 for networks of other blocks.
     """
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), ops.use('plain'):
         network = zoo.create(name).eval()

@@ -1,9 +1,9 @@
-"""How fast a system is and what it costs: latency, throughput, memory, MACs.
+"""Latency, throughput, memory and MACs of the systems.
 
-All systems of a run live in one process and are measured in turn, A B C A B C,
-so that a machine that slows down slows all of them; ratios to the first system
-are what to compare.  Inputs are random numbers, the weights are the initial
-ones: neither changes the work that these networks do.
+All systems of a run are in one process and are measured alternately, A B C A B C,
+so that a change of the machine's speed affects all of them; compare the ratios to
+the first system.  Inputs are random and the weights are the initial ones: the work
+of these networks depends on neither.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from dsgformer_arch.benchmark.measure import machine
 from dsgformer_arch.benchmark.measure import roofline as roofs
 from dsgformer_arch.benchmark.measure.complexity import multiply_adds
 from dsgformer_arch.cuda_graphs import CudaGraphs
-from dsgformer_arch.restore import PRECISIONS, final_output, order_memory, predict, restore
+from dsgformer_arch.restore import PRECISIONS, final_output, predict, restore, set_memory_format
 from dsgformer_arch.utils.allocator import keep_freed_memory
 from dsgformer_arch.utils.errors import UserError
 from dsgformer_arch.utils.progress import track
@@ -45,10 +45,10 @@ SWEEP = (128, 192, 256, 384, 512, 768)
 """Sides of the square images of `--scaling`."""
 
 SECONDS_A_TURN = 0.25
-"""A turn repeats a fast system until it has run this long, so that the clock's grain does not count."""
+"""A round repeats a fast system until it has run this long, because of the clock's resolution."""
 
 LARGEST_NORM = 0.1
-"""Of a training step's gradient; its value does not matter to the time."""
+"""Max gradient norm of a training step; it does not affect the time."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Variant:
     cuda_graph: bool = False
 
     def key(self) -> dict[str, Any]:
-        """What identifies its row."""
+        """The keys of its row."""
         return {
             'model': self.model,
             'size': f'{self.height}x{self.width}',
@@ -107,11 +107,11 @@ def run(
         train: a training step, see `training_step`, instead of restoring.
         best: for each system, every precision up to `precision` with each memory format; the fastest counts.
         scaling: sweep square sizes instead of `size` and fit the growth.
-        rounds: turns.
-        no_memory: leave peak memory out.
+        rounds: rounds over the systems.
+        no_memory: do not measure peak memory.
         keep_memory: on a CPU, let the process keep freed memory for its next tensors, see `allocator`.
         cuda_graphs: replay each system's kernels as a CUDA graph; with `best`, try that too.
-        roofline: measure what the device can do at best, and compare.
+        roofline: measure the limits of the device, and compare.
         out: results without their ending.
         resume: keep the rows that `out`.json has.
 
@@ -181,7 +181,7 @@ def measure(
     memory: bool,
     keep_memory: bool = False,
 ) -> list[dict[str, Any]]:
-    """One row for each variant; what fails has an `error` and no times."""
+    """One row per variant; those that fail have an `error` and no times."""
     rows: list[dict[str, Any]] = [{**variant.key(), **facts(variant)} for variant in variants]
     networks: dict[tuple[str, bool], nn.Module] = {}
     calls: dict[int, Callable[[], None]] = {}
@@ -191,12 +191,12 @@ def measure(
             key = variant.model, variant.channels_last
             network = None if alone else networks.get(key)
             if network is None:
-                network = order_memory(zoo.create(variant.model).to(device), memory_format(variant))
+                network = set_memory_format(zoo.create(variant.model).to(device), memory_format(variant))
             if not alone:
                 networks[key] = network
             call = prepare(network, variant, device, batch, train)
             started = time.perf_counter()
-            call()  # what is set up, compiled or cached at the first call
+            call()  # set-up, compilation and caches of the first call
             machine.wait(device)
             rows[i]['first_call_ms'] = 1e3 * (time.perf_counter() - started)
             calls[i] = call
@@ -227,7 +227,7 @@ def measure(
 
 
 def facts(variant: Variant) -> dict[str, Any]:
-    """What a variant costs by count, whatever the machine."""
+    """The costs of a variant that are independent of the machine."""
     macs = multiply_adds(variant.model, variant.height, variant.width)
     return {'parameters': zoo.get(variant.model).parameters, 'multiply_adds': macs}
 
@@ -245,9 +245,9 @@ def attempt(row: dict[str, Any], device: torch.device) -> Iterator[None]:
 def prepare(
     network: nn.Module, variant: Variant, device: torch.device, batch: int, train: bool
 ) -> Callable[[], None]:
-    """What is timed: a call without arguments that does the work of one turn.
+    """The function that is timed: one restoration or training step, without arguments.
 
-    The network's weights are in the variant's memory format already, so that no turn pays for it.
+    The network's weights already are in the variant's memory format.
     """
     generator = torch.Generator().manual_seed(0)
     shape = (batch, 3, variant.height, variant.width)
@@ -302,7 +302,8 @@ def training_step(network: nn.Module, image: Tensor, variant: Variant) -> Callab
 def compare(record: records.Record, device: torch.device, batch: int, train: bool) -> None:
     """Add to each row the least time that the measured ceilings of the device allow.
 
-    A training step takes three times the work of restoring: forward, and two products backward for each.
+    A training step is three times the work of restoring: each product of the forward pass has two in the
+    backward pass.
     """
     if all('floor_ms' in row for row in record.rows):
         return  # a resumed run that was complete
@@ -337,7 +338,7 @@ def clock(call: Callable[[], None], device: torch.device) -> float:
     return (time.perf_counter() - begun) / count
 
 
-# Peak memory: on a CPU only a process of its own can tell.
+# Peak memory: on a CPU it needs a separate process.
 
 
 def peak_memory(
@@ -367,7 +368,7 @@ def peak_memory_here(task: dict[str, Any]) -> dict[str, Any]:
     variant = Variant(**task)
     row: dict[str, Any] = {}
     with attempt(row, device):
-        network = order_memory(zoo.create(variant.model).to(device), memory_format(variant))
+        network = set_memory_format(zoo.create(variant.model).to(device), memory_format(variant))
         call = prepare(network, variant, device, batch, train)
         for _ in range(2 if train else 1):  # the optimiser creates its state in the first step
             call()

@@ -1,4 +1,4 @@
-"""Which system learns most at equal cost: PSNR against iterations and against time, over seeds."""
+"""Training of the systems at equal cost: PSNR against iterations and time, over seeds."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def run(
         data: folder of `{train,test}_{lq,gt}.lmdb`.
         match: scale every other system's width to the MACs of this one.
         iterations: budget of a run; or
-        seconds: the same as a time.
+        seconds: the budget as a time.
         seeds: repetitions; seed k is the same for all systems.
         batch: crops in a step.
         patch: side of the crops.
@@ -108,7 +108,7 @@ NARROWEST, WIDEST = 2, 128
 """Widths that `--match` tries for the first level of a system."""
 
 FARTHEST = 2.0
-"""How many times a scaled system's MACs may be the reference's, or the other way round."""
+"""Largest ratio between the MACs of a scaled system and the reference, in either direction."""
 
 
 def matched(name: str, reference: str) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def table(record: records.Record) -> str:
 
 
 def note(record: records.Record) -> str:
-    """What a reader of the table has to know."""
+    """The notes on the table."""
     s = record.settings
     return (
         f"PSNR in dB. The paper's rows are its table 2 on RealBlur-J after full training (its DFGB row "
@@ -81,7 +81,7 @@ def note(record: records.Record) -> str:
 
 
 def title(record: records.Record) -> str:
-    """What was measured, as a heading."""
+    """The heading of a run."""
     return f'Ablation of attention, score and gate: {record.settings["data"]}'
 
 

@@ -1,7 +1,7 @@
-"""What a training and a test run achieved: one figure and one record of it.
+"""The results of a training and a test run, as a figure and a record.
 
-`show` reads what `basicsr train` and `basicsr test` left, compares the restored images with the data set
-itself, and writes `before_after.png` and `report.json`.
+`show` reads the output of `basicsr train` and `basicsr test`, compares the restored images with the data set,
+and writes `before_after.png` and `report.json`.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def show(train_file: Path, test_file: Path, out: Path) -> dict[str, Any]:
     return report
 
 
-# --- what the runs left -------------------------------------------------------------------------------------
+# --- output of the runs -------------------------------------------------------------------------------------
 
 
 def _training_record(train_file: Path) -> dict[str, Any]:

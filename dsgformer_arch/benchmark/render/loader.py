@@ -27,7 +27,7 @@ def table(record: records.Record) -> str:
 
 
 def note(record: records.Record) -> str:
-    """What a reader of the table has to know."""
+    """The notes on the table."""
     s = record.settings
     return (
         f'Crops of {s["patch"]}×{s["patch"]} from `{s["data"]}`, batch {s["batch"]}, workers: {s["workers"]}.'
@@ -35,7 +35,7 @@ def note(record: records.Record) -> str:
 
 
 def title(record: records.Record) -> str:
-    """What was measured, as a heading."""
+    """The heading of a run."""
     return f'Data loaders: {record.settings["data"]}'
 
 

@@ -1,4 +1,4 @@
-"""What every page is made of: figures, Markdown tables, and how the numbers were made."""
+"""Parts of all pages: figures, Markdown tables, and how the numbers were made."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def logarithmic(axis: Axis) -> None:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, whole or not at all."""
+    """Write a figure as PNG, atomically."""
     put(lambda temporary: figure.savefig(temporary, dpi=130, format='png'), path)
 
 

@@ -172,7 +172,7 @@ class Beside:
 
 @dataclass(frozen=True)
 class Drawing:
-    """Figures side by side, drawn anew as SVG.
+    """Figures side by side, drawn as SVG.
 
     Attributes:
         plots: each draws on the axes that it is given.
@@ -252,7 +252,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Facts:
-    """How numbers were made, to be opened.
+    """How numbers were made, as a section that can be opened.
 
     Attributes:
         summary: what it is about.

@@ -83,7 +83,7 @@ def table(record: records.Record) -> str:
 
 
 def note(record: records.Record) -> str:
-    """What a reader of the table has to know."""
+    """The notes on the table."""
     s = record.settings
     return (
         f'PSNR in dB of {s["model"]} after {s["iterations"]} iterations, fewer where a variant costs more. '
@@ -94,7 +94,7 @@ def note(record: records.Record) -> str:
 
 
 def title(record: records.Record) -> str:
-    """What was measured, as a heading."""
+    """The heading of a run."""
     return f'Training recipe, one change at a time: {record.settings["data"]}'
 
 

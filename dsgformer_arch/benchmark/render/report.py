@@ -105,7 +105,7 @@ def run(inputs: Sequence[str], out: Path = Path('results/benchmark/report')) -> 
 
 
 def gather(inputs: Sequence[str]) -> list[Result]:
-    """Read the results; folders are searched, and what is no result in them is left aside.
+    """Read the results; folders are searched, and other files in them are ignored.
 
     Raises:
         UserError: an input is missing or no result, or there is none at all.
@@ -167,7 +167,7 @@ def lead(results: Sequence[Result]) -> list[Text]:
 
 
 def sections(own: Sequence[tuple[Result, Section]]) -> list[Section]:
-    """The page, from what matters most down."""
+    """The page, the most important sections first."""
     results = [result for result, _ in own]
     parts = [
         table_one(results),

@@ -1,4 +1,4 @@
-"""The README's table of systems, made of what `systems` and `complexity` know."""
+"""The README's table of systems, from `zoo.systems` and `complexity`."""
 
 from __future__ import annotations
 

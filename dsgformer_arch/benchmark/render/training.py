@@ -72,7 +72,7 @@ def width_text(value: int | Sequence[int]) -> str:
 
 
 def note(record: records.Record) -> str:
-    """What a reader of the table has to know."""
+    """The notes on the table."""
     budget = record.settings['iterations']
     text = f'{budget} iterations' if budget else f'{record.settings["seconds"]} seconds'
     seeds = record.settings['seeds']
@@ -82,7 +82,7 @@ def note(record: records.Record) -> str:
 
 
 def title(record: records.Record) -> str:
-    """What was measured, as a heading."""
+    """The heading of a run."""
     return f'Training at equal cost: {record.settings["data"]}'
 
 

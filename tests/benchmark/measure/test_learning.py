@@ -62,7 +62,7 @@ def test_all_systems_are_trained_on_the_same_crops(data: learning.Data) -> None:
         assert all(torch.equal(a, b) for a, b in zip(recorder.seen, expected, strict=True))
 
 
-def test_both_images_of_a_pair_are_cropped_flipped_and_turned_alike() -> None:
+def test_both_images_of_a_pair_are_cropped_flipped_and_rotated_alike() -> None:
     sharp = [photograph(i, 30, 34) // 2 for i in range(3)]
     stream = learning.batches((sharp, [image + 20 for image in sharp]), RECIPE, 0)
     for gt, lq in islice(stream, 20):

@@ -18,7 +18,7 @@ def test_devices() -> None:
             machine.device(name)
 
 
-def test_what_does_not_fit_fails_inside_and_the_process_goes_on() -> None:
+def test_what_does_not_fit_fails_inside_and_the_process_continues() -> None:
     before = resource.getrlimit(resource.RLIMIT_DATA)
     size = 512 * 2**20
     with pytest.raises(RuntimeError) as caught, machine.bounded(CPU, free=64 * 2**20):

@@ -52,7 +52,7 @@ def test_a_row_has_everything_that_was_asked_for(tmp_path: Path) -> None:
     assert cv2.imread(str(out.with_suffix('.png'))) is not None
 
 
-def test_systems_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_systems_are_measured_alternately(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     prepare = speed.prepare
 

@@ -1,4 +1,4 @@
-"""The picture and the record at the end of `make demo`, against independent metrics."""
+"""The figure and the record at the end of `make demo`, against independent metrics."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ HEIGHT, WIDTH = 64, 72
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What `basicsr train` and `basicsr test` leave behind, with restored pictures of known error."""
+    """What `basicsr train` and `basicsr test` leave behind, with restored images of known error."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'options').mkdir()
     for file in (TRAIN, TEST):
@@ -41,13 +41,13 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     torch.save(weights, experiment / 'models' / 'net_g_latest.pth')
     (experiment / 'training.json').write_text(json.dumps({'iterations': 1234, 'seconds': 56.5}))
     for name in NAMES:
-        path = picture(name)
+        path = restored_file(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         cv2.imwrite(str(path), restored(name))
     return tmp_path
 
 
-def picture(name: str) -> Path:
+def restored_file(name: str) -> Path:
     return Path('results', 'test_sample', 'visualization', 'sample', f'{name}_test_sample.png')
 
 
@@ -79,7 +79,7 @@ def ssim(image: np.ndarray, reference: np.ndarray) -> float:
     return float(values[5:-5, 5:-5].mean())
 
 
-def test_report_holds_means_and_each_photograph(project: Path) -> None:
+def test_report_holds_means_and_each_image(project: Path) -> None:
     report = show(TRAIN, TEST, Path('results/demo'))
     assert json.loads((project / 'results/demo/report.json').read_text()) == report
     assert report['iterations'] == 1234
@@ -98,14 +98,14 @@ def test_report_holds_means_and_each_photograph(project: Path) -> None:
     assert {'processor', 'cores', 'date', 'python'} <= report['environment'].keys()
 
 
-def test_picture_shows_blurred_restored_and_sharp_in_this_order(project: Path) -> None:
-    """The panels' colours are far apart: each third of the picture must be nearest to its own."""
+def test_figure_shows_blurred_restored_and_sharp_in_this_order(project: Path) -> None:
+    """The panels' colours are far apart: each third of the figure must be nearest to its own."""
     colours = {'lq': (250, 10, 10), 'restored': (10, 250, 10), 'gt': (10, 10, 250)}
     (project / 'datasets').rename(project / 'old')
     for side in ('lq', 'gt'):
         image = np.full((HEIGHT, WIDTH, 3), colours[side], np.uint8)
         write_lmdb(project / 'datasets' / 'sample' / f'test_{side}.lmdb', {'test-0': image})
-    cv2.imwrite(str(picture('test-0')), np.full((HEIGHT, WIDTH, 3), colours['restored'], np.uint8))
+    cv2.imwrite(str(restored_file('test-0')), np.full((HEIGHT, WIDTH, 3), colours['restored'], np.uint8))
     show(TRAIN, TEST, Path('results/demo'))
     drawn = drawn_in(Path('results/demo'))
     middle = drawn[drawn.shape[0] // 2].astype(int)
@@ -113,13 +113,13 @@ def test_picture_shows_blurred_restored_and_sharp_in_this_order(project: Path) -
         assert np.abs(third[len(third) // 2] - colour).max() <= 1
 
 
-def test_picture_has_one_row_for_each_photograph(project: Path) -> None:
+def test_figure_has_one_row_per_image(project: Path) -> None:
     show(TRAIN, TEST, Path('two'))
     write_pairs(project / 'more', 'test', 3, HEIGHT, WIDTH)
     (project / 'datasets').rename(project / 'old')
     (project / 'datasets').mkdir()
     (project / 'more').rename(project / 'datasets' / 'sample')
-    cv2.imwrite(str(picture('test-2')), sharp('test-0'))
+    cv2.imwrite(str(restored_file('test-2')), sharp('test-0'))
     show(TRAIN, TEST, Path('three'))
     two, three = drawn_in(Path('two')).shape, drawn_in(Path('three')).shape
     assert two[1] == three[1]
@@ -138,14 +138,14 @@ def break_(project: Path, what: str) -> str:
     if what == 'checkpoint':
         (experiment / 'models' / 'net_g_latest.pth').unlink()
         return 'there is no file experiments/train_sample/models/net_g_latest.pth'
-    if what == 'picture':
-        picture('test-1').unlink()
+    if what == 'image':
+        restored_file('test-1').unlink()
         return 'there is no image results/.*test-1_test_sample.png; run: basicsr test'
-    if what == 'fresh picture':
-        os.utime(picture('test-1'), (1, 1))
+    if what == 'fresh image':
+        os.utime(restored_file('test-1'), (1, 1))
         return 'test-1_test_sample.png is of an earlier checkpoint or data set; run: basicsr test'
-    if what == 'picture of this data set':
-        cv2.imwrite(str(picture('test-0')), np.zeros((8, 8, 3), np.uint8))
+    if what == 'image of this data set':
+        cv2.imwrite(str(restored_file('test-0')), np.zeros((8, 8, 3), np.uint8))
         return 'test-0_test_sample.png is of an earlier checkpoint or data set'
     if what == 'data set':
         (project / 'datasets' / 'sample' / 'test_gt.lmdb').rename(project / 'gone')
@@ -157,8 +157,8 @@ def break_(project: Path, what: str) -> str:
 @pytest.mark.parametrize(
     'what',
     [
-        'record', 'record of another program', 'checkpoint', 'picture', 'fresh picture',
-        'picture of this data set', 'data set', 'option file',
+        'record', 'record of another program', 'checkpoint', 'image', 'fresh image',
+        'image of this data set', 'data set', 'option file',
     ],
 )  # fmt: skip
 def test_what_is_missing_is_one_sentence(project: Path, what: str) -> None:
@@ -184,7 +184,7 @@ def test_the_tool_prints_the_gain_and_ends_with_status_2_where_something_is_miss
         with pytest.raises(SystemExit) as stop:
             runpy.run_path(str(ROOT / 'tools' / 'demo.py'), run_name='__main__')
         assert stop.value.code == expected
-        picture('test-1').unlink(missing_ok=True)
+        restored_file('test-1').unlink(missing_ok=True)
     output = capsys.readouterr()
     report = json.loads((project / 'results' / 'demo' / 'report.json').read_text())
     assert f'{report["psnr_restored"] - report["psnr_blurred"]:+.2f} dB' in output.out
