@@ -39,18 +39,25 @@ demo: $(READY)
 PRETRAIN := datasets/pretrain
 BLUR := datasets/pretrain_blur
 SYNTHESIZE := $(BIN)/python tools/synthesize_blur.py
-AVERAGED := --plain --saturation 0.5 --jpeg 0.2
+MAKE_CROPS := --out $(BLUR) --crop 256
+STREET := $(SYNTHESIZE) shake $(PRETRAIN)/pairs/sharp --settings options/blur/street.yml $(MAKE_CROPS)
+SHAKE := $(SYNTHESIZE) shake $(PRETRAIN)/photographs --settings options/blur/photographs.yml $(MAKE_CROPS)
+OBJECTS := $(SYNTHESIZE) objects $(PRETRAIN)/photographs --settings options/blur/photographs.yml $(MAKE_CROPS)
+# Averages of linear light, and of encoded levels as in the pairs of GoPro.
+LINEAR := --plain --saturation 0.5 --jpeg 0.2
+ENCODED := --plain --response linear
 
 # Calling this again continues an interrupted run.
 pretrained: $(READY)
-	$(SYNTHESIZE) shake $(PRETRAIN)/pairs/sharp --out $(BLUR) --name street --count 500 --crop 256 --seed 1 \
-		--settings options/blur/street.yml $(AVERAGED)
-	$(SYNTHESIZE) shake $(PRETRAIN)/photographs --out $(BLUR) --name shake --count 300 --crop 256 --seed 2 \
-		--settings options/blur/photographs.yml $(AVERAGED)
-	$(SYNTHESIZE) shake $(PRETRAIN)/photographs --out $(BLUR) --name camera --count 500 --crop 256 --seed 3 \
-		--settings options/blur/photographs.yml
-	$(SYNTHESIZE) objects $(PRETRAIN)/photographs --out $(BLUR) --name objects --count 100 --crop 256 --seed 4 \
-		--settings options/blur/photographs.yml $(AVERAGED)
+	$(STREET) --name street --count 1000 --seed 1 $(LINEAR)
+	$(STREET) --name street_encoded --count 500 --seed 22 $(ENCODED) --jpeg 0.2
+	$(SYNTHESIZE) shake $(PRETRAIN)/pairs/sharp --settings options/blur/court.yml $(MAKE_CROPS) \
+		--name court_encoded --count 250 --seed 21 $(ENCODED)
+	$(SHAKE) --name shake --count 300 --seed 2 $(LINEAR)
+	$(SHAKE) --name shake_encoded --count 400 --seed 24 $(ENCODED) --jpeg 0.2
+	$(SHAKE) --name camera --count 1000 --seed 3
+	$(OBJECTS) --name objects --count 100 --seed 4 $(LINEAR)
+	$(OBJECTS) --name objects_encoded --count 150 --seed 23 $(ENCODED) --jpeg 0.2
 	$(BIN)/basicsr train -opt options/pretrain.yml --auto_resume
 	$(BIN)/python tools/convert_checkpoint.py experiments/pretrain/models/net_g_latest.pth \
 		dsgformer_arch/weights/dsgformer_h.safetensors --system dsgformer_h --half

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,9 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for number in range(15):
         save(pretrain / 'frames' / 'run' / f'{200 + number:06d}.png', photograph(number, 260, 270))
         save(own / 'sharp' / f'{number}.png', photograph(number, 260, 270))
-    for kind in ('street', 'shake', 'camera', 'objects'):
+    sources = recipe('pretrain')['datasets']['train']['sources'].values()
+    blurred = [Path(source['dataroot_lq']) for source in sources if source['kind'] == 'pairs']
+    for kind in [path.stem.removesuffix('_lq') for path in blurred if path.suffix == '.lmdb']:
         for part in ('lq', 'gt'):
             write_lmdb(
                 tmp_path / 'datasets/pretrain_blur' / f'{kind}_{part}.lmdb', {'a': photograph(1, 260, 270)}
@@ -107,13 +110,24 @@ def test_no_held_out_scene_is_trained_on(project: Path) -> None:
         assert all(names in images[index]['lq_path'] for index in range(len(images)))
 
 
-def test_the_settings_of_the_synthetic_blur_leave_the_held_out_images_alone(project: Path) -> None:
-    settings = options.read(str(ROOT / 'options/blur/street.yml'))
-    street = from_options(ShakeSource, {**settings, 'root': 'datasets/pretrain/pairs/sharp'}, 'street')
-    street.prepare()
-    names = [file.stem for file in street.photographs.files]
-    assert names
-    assert not [name for name in names if any(scene in name for scene in (*HELD_OUT, 'gopro'))]
+@pytest.mark.parametrize(('name', 'scenes'), [('street', ['reds']), ('court', ['GOPR0384', 'GOPR0477'])])
+def test_the_settings_of_the_synthetic_blur_leave_the_held_out_images_alone(
+    project: Path, name: str, scenes: list[str]
+) -> None:
+    settings = options.read(str(ROOT / f'options/blur/{name}.yml'))
+    source = from_options(ShakeSource, {**settings, 'root': 'datasets/pretrain/pairs/sharp'}, name)
+    source.prepare()
+    names = [file.stem for file in source.photographs.files]
+    assert not [found for found in names if any(scene in found for scene in HELD_OUT)]
+    assert all(any(scene in found for found in names) for scene in scenes)
+    assert all(any(scene in found for scene in scenes) for found in names)
+
+
+def test_make_pretrained_makes_the_crops_that_the_recipe_reads() -> None:
+    makefile = (ROOT / 'Makefile').read_text(encoding='utf-8')
+    sources = recipe('pretrain')['datasets']['train']['sources'].values()
+    read = {Path(source['dataroot_lq']).stem for source in sources if source['kind'] == 'pairs'} - {'blur'}
+    assert {f'{name}_lq' for name in re.findall(r'--name (\w+)', makefile)} == read
 
 
 def test_fine_tuning_starts_from_weights_that_ship() -> None:

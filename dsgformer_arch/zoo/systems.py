@@ -362,7 +362,7 @@ SYSTEMS: tuple[System, ...] = (
         parameters=889_478,
         reported=(),
         weights=Weights(
-            'dsgformer_h.safetensors', 'f06058a9be7aba2b9bcf858e1cf77623ad5ba8d35b2b3514849aea101d6f32bf'
+            'dsgformer_h.safetensors', '40209207dd5f543330e6a33368bed96a208c102d0ccb6a0f66a5af4332312938'
         ),
     ),
     MHNET,
