@@ -52,12 +52,13 @@ setup(
     ],
     extras_require={
         'benchmark': ['matplotlib'],
+        'cluster': ['ray[data]'],
         'export': ['onnx', 'onnxscript', 'onnxruntime', 'openvino'],
         'loader': ['pyvips[binary]'],
         'metrics': ['pyiqa'],
         'video': ['av'],
         'dev': [
-            *('matplotlib', 'av', 'pytest', 'pytest-xdist', 'hypothesis', 'jsonschema'),
+            *('matplotlib', 'av', 'ray[data]', 'pytest', 'pytest-xdist', 'hypothesis', 'jsonschema'),
             *('onnx', 'onnxscript', 'onnxruntime', 'openvino'),
             *('ruff', 'mypy', 'types-PyYAML', 'mkdocs-material', 'mkdocstrings[python]'),
             'triton; platform_system == "Linux"',  # its interpreter runs the GPU's kernels in the tests

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -106,19 +106,44 @@ def deblur(
     return [results[job] for job in jobs]
 
 
-def summary(results: Sequence[Result], seconds: float) -> str:
+@dataclass
+class Tally:
+    """How many files were restored, skipped and failed.
+
+    Attributes:
+        restored, skipped, failed: numbers of files.
+        megapixels: restored.
+    """
+
+    restored: int = 0
+    skipped: int = 0
+    failed: int = 0
+    megapixels: float = 0.0
+
+    def add(self, status: str, megapixels: float) -> None:
+        """Count a file; `status` is that of a `Result`."""
+        setattr(self, status, getattr(self, status) + 1)
+        self.megapixels += megapixels
+
+    def summary(self, seconds: float) -> str:
+        """One line: the counts, and how fast."""
+        parts = [f'restored {self.restored}']
+        if self.skipped:
+            parts.append(f'skipped {self.skipped} done before (--force restores them again)')
+        if self.failed:
+            parts.append(f'failed {self.failed}')
+        speed = ''
+        if self.megapixels:
+            speed = f', {self.megapixels:.1f} megapixels, {self.megapixels / seconds:.2f} a second'
+        return f'{", ".join(parts)} in {timedelta(seconds=round(seconds))}{speed}'
+
+
+def summary(results: Iterable[Result], seconds: float) -> str:
     """One line: how many files were restored, skipped and failed, and how fast."""
-    counts = {
-        status: sum(r.status == status for r in results) for status in ('restored', 'skipped', 'failed')
-    }
-    parts = [f'restored {counts["restored"]}']
-    if counts['skipped']:
-        parts.append(f'skipped {counts["skipped"]} done before (--force restores them again)')
-    if counts['failed']:
-        parts.append(f'failed {counts["failed"]}')
-    megapixels = sum(r.megapixels for r in results)
-    speed = f', {megapixels:.1f} megapixels, {megapixels / seconds:.2f} a second' if megapixels else ''
-    return f'{", ".join(parts)} in {timedelta(seconds=round(seconds))}{speed}'
+    tally = Tally()
+    for result in results:
+        tally.add(result.status, result.megapixels)
+    return tally.summary(seconds)
 
 
 def _read(job: Job) -> Picture | None:

@@ -83,11 +83,10 @@ def plan(
             found.append((STREAM, out or STREAM))
             continue
         if os.path.isdir(given):
-            root = out if out is not None else os.path.normpath(given) + SUFFIX
-            found += [
-                (path, os.path.join(root, _renamed(os.path.relpath(path, given), suffix)))
-                for path in _below(given, root)
-            ]
+            tree = Tree(given, out if out is not None else os.path.normpath(given) + SUFFIX, suffix)
+            for path in tree.paths():
+                job = tree.job(path)
+                found.append((job.source, job.target))
             continue
         for path in [given] if os.path.exists(given) else _matches(given):
             if out is None:
@@ -103,6 +102,86 @@ def plan(
         raise UserError(f'no image or video in {", ".join(inputs)}')
     _check(jobs)
     return jobs if shard is None else jobs[shard[0] - 1 :: shard[1]]
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A folder whose tree is repeated below another one, for work on too many files to plan at once.
+
+    Attributes:
+        folder: of the inputs.
+        out: folder of the results.
+        suffix: of the images that are written, such as `'.png'`; by default that of the input.
+        listed: text file with one path below `folder` in each line; by default all images and videos there.
+    """
+
+    folder: str
+    out: str
+    suffix: str | None = None
+    listed: str | None = None
+
+    def paths(self) -> Iterator[str]:
+        """The inputs, relative to `folder`, in order, found while they are asked for."""
+        if self.listed is None:
+            for path in _below(self.folder, self.out):
+                yield os.path.relpath(path, self.folder)
+            return
+        with open(self.listed, encoding='utf-8') as file:
+            for number, line in enumerate(file, 1):
+                path = line.rstrip('\r\n')
+                if path.strip():
+                    yield self._below_folder(path, f'{self.listed}, line {number}')
+
+    def job(self, path: str) -> Job:
+        """The job of an input that `paths` named."""
+        return Job(os.path.join(self.folder, path), os.path.join(self.out, _renamed(path, self.suffix)))
+
+    def checked_paths(self) -> Iterator[str]:
+        """Like `paths`, each once.
+
+        Takes memory for the files of one folder at a time, and about 150 bytes for each line of a list.
+
+        Raises:
+            UserError: two inputs have the same result, or a result would lie where an input lies.
+        """
+        folder, out = os.path.realpath(self.folder), os.path.realpath(self.out)
+        if os.path.exists(self.out) and not os.path.isdir(self.out):
+            raise UserError(f'{self.out} is a file; name a folder for the results')
+        if inside(folder, out):
+            raise UserError(f'{self.folder} lies in {self.out}; name another folder for the results')
+        seen: dict[int, int] = {}  # hashes of target and source; whole paths would take gigabytes
+        parent = None
+        for path in self.paths():
+            if self.listed is None:
+                if os.path.dirname(path) != parent:
+                    parent = os.path.dirname(path)
+                    seen.clear()
+            elif inside(os.path.join(folder, path), out):
+                raise UserError(f'{path} in {self.listed} lies in {self.out}; results are no inputs')
+            target = hash(_renamed(path, self.suffix))
+            if target not in seen:
+                seen[target] = hash(path)
+                yield path
+            elif seen[target] != hash(path):
+                job = self.job(path)
+                raise UserError(
+                    f'{job.source} and another input would both be written to {job.target}; leave out '
+                    '--format, or restore them into folders of their own'
+                )
+
+    def _below_folder(self, path: str, where: str) -> str:
+        normal = os.path.normpath(path)
+        if os.path.isabs(path) or normal.split(os.sep)[0] == os.pardir:
+            raise UserError(f'{where}: {path} does not lie below {self.folder}, the folder of the list')
+        end = os.path.splitext(path)[1].lower()
+        if end not in FORMATS and end not in VIDEOS:
+            raise UserError(f'{where}: {path} is no image or video by its name')
+        return normal
+
+
+def inside(path: str, folder: str) -> bool:
+    """Whether a path is a folder or lies in it; both without symbolic links (`os.path.realpath`)."""
+    return path == folder or path.startswith(os.path.join(folder, ''))
 
 
 def _renamed(path: str, suffix: str | None) -> str:

@@ -42,12 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='file for one input, folder for several; by default beside the input, as *_deblurred',
     )
     add_network_arguments(parser)
-    parser.add_argument('--format', metavar='SUFFIX', help='write images as png, jpg, tif, webp or bmp')
+    add_output_arguments(parser)
     parser.add_argument(
         '--compare', action='store_true', help='write side-by-side images too (*_compare.jpg)'
     )
-    parser.add_argument('--json', action='store_true', help='print one JSON object for each file')
-    parser.add_argument('--force', action='store_true', help='restore what is done already too')
     parser.add_argument(
         '--shard', type=_shard, metavar='I/N', help='restore the I-th of N parts of the inputs, I from 1 to N'
     )
@@ -78,6 +76,29 @@ def add_network_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options about what is written and printed; `image_suffix` reads --format."""
+    parser.add_argument('--format', metavar='SUFFIX', help='write images as png, jpg, tif, webp or bmp')
+    parser.add_argument('--json', action='store_true', help='print one JSON object for each file')
+    parser.add_argument('--force', action='store_true', help='restore what is done already too')
+
+
+def image_suffix(arguments: argparse.Namespace) -> str | None:
+    """The suffix of --format, such as `'.png'`; None where it is not given.
+
+    Raises:
+        UserError: images of that format cannot be written.
+    """
+    from dsgformer_arch.inference.images import FORMATS
+
+    if not arguments.format:
+        return None
+    suffix = f'.{arguments.format.lower().lstrip(".")}'
+    if suffix not in FORMATS:
+        raise UserError(f'--format {arguments.format}: choose one of png, jpg, tif, webp and bmp')
+    return suffix
+
+
 def restorer(arguments: argparse.Namespace) -> Deblurrer:
     """The restorer that `add_network_arguments` describe.
 
@@ -106,16 +127,10 @@ def restorer(arguments: argparse.Namespace) -> Deblurrer:
 def run(arguments: argparse.Namespace) -> int:
     """Restore; returns the exit status."""
     from dsgformer_arch.inference.deblur import deblur, summary
-    from dsgformer_arch.inference.images import FORMATS
     from dsgformer_arch.inference.jobs import STREAM, plan
 
-    suffix = None
-    if arguments.format:
-        suffix = f'.{arguments.format.lower().lstrip(".")}'
-        if suffix not in FORMATS:
-            raise UserError(f'--format {arguments.format}: choose one of png, jpg, tif, webp and bmp')
     begun = time.monotonic()
-    jobs = plan(arguments.inputs, arguments.out, suffix, arguments.shard)
+    jobs = plan(arguments.inputs, arguments.out, image_suffix(arguments), arguments.shard)
     to_stream = any(job.target == STREAM for job in jobs)
     if arguments.json and to_stream:
         raise UserError('--json and an image cannot both go to standard output; name a file with -o')

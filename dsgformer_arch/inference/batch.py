@@ -1,0 +1,543 @@
+"""Restore millions of files on a Ray cluster.
+
+The driver lists the inputs as Arrow strings and gives them, some at a time, to a pool of Ray Data's actors.
+Each actor holds one `Deblurrer` and restores its files as `dsgformer deblur` does: it skips what is done,
+reads ahead, and moves a complete result to its name.  The result files are the checkpoint; there is no other
+state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import re
+import shutil
+import socket
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import dsgformer_arch
+from dsgformer_arch.inference.deblur import Result, Tally, deblur
+from dsgformer_arch.inference.jobs import Job, Tree, inside
+from dsgformer_arch.utils.errors import UserError
+from dsgformer_arch.utils.progress import track
+
+if TYPE_CHECKING:
+    from dsgformer_arch.inference.deblurrer import Deblurrer
+
+FAILED = 'failed.jsonl'
+"""File in the folder of the results: one JSON object for each image that failed."""
+
+RAY_LOG = 'ray.log'
+"""File in the folder of the results: what Ray printed before it ended the work."""
+
+ATTEMPTS = '.attempts'
+"""Folder in the folder of the results: see `Attempts`."""
+
+MOST_ATTEMPTS = 2
+"""Restarted workers that a file may end before it counts as failed."""
+
+BLOCK = 64
+"""The most files that a worker is given at once."""
+
+CPUS = 4
+"""Cores of a worker without a GPU."""
+
+LOCAL_STORE = 512 << 20
+"""Bytes of a local cluster's object store: it holds paths and records, never pixels."""
+
+ANSWER = 5.0
+"""Seconds within which a cluster has to answer."""
+
+LISTED = 20
+"""The most failed files that are named on standard error; `FAILED` names all of them."""
+
+
+# What a worker does
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all workers have in common.
+
+    Attributes:
+        tree: the files.
+        make: makes the restorer.
+        fingerprint: of the weights that the driver found, as `Deblurrer.fingerprint`.
+        force: restore what is done already too.
+        threads: of PyTorch, in a worker without a GPU; None leaves them as they are.
+        version: of this package.
+    """
+
+    tree: Tree
+    make: Callable[[], Deblurrer]
+    fingerprint: str
+    force: bool = False
+    threads: int | None = None
+    version: str = dsgformer_arch.__version__
+
+
+class Worker:
+    """An actor of the pool: called with a table of paths, returns a table of records.
+
+    A worker that cannot work says why in records of the status `'refused'`: an exception would reach the
+    driver as a part of a long text of Ray's.
+    """
+
+    def __init__(self, work: Work) -> None:
+        import ray
+
+        self.work = work
+        # Only a restarted worker writes down what it starts: a few files on the shared disk, not millions.
+        restarted = ray.get_runtime_context().was_current_actor_reconstructed
+        self.attempts = Attempts(os.path.join(work.tree.out, ATTEMPTS)) if restarted else None
+        self.refusal = ''
+        try:
+            self.restorer = prepare(work)
+        except UserError as error:
+            self.refusal = f'the worker on {socket.gethostname()}: {error}'
+
+    def __call__(self, table: Any) -> Any:
+        paths = table['path'].to_pylist()
+        if self.refusal:
+            return as_table([record(Result('', '', 'refused', error=self.refusal))])
+        return as_table(restored(self.work, self.restorer, paths, self.attempts))
+
+
+def prepare(work: Work) -> Deblurrer:
+    """The restorer of a worker.
+
+    Raises:
+        UserError: this machine has another version of the package, other weights, no such device, or does not
+            see the files.
+    """
+    import torch
+
+    from dsgformer_arch.utils.allocator import keep_freed_memory
+
+    if dsgformer_arch.__version__ != work.version:
+        raise UserError(
+            f'it has dsgformer {dsgformer_arch.__version__} and the driver {work.version}; install the same '
+            'version on all machines'
+        )
+    for folder in (work.tree.folder, work.tree.out):
+        if not os.path.isdir(folder):
+            raise UserError(
+                f'it does not see the folder {folder}; inputs and results have to lie on a file system that '
+                'all machines mount at the same place'
+            )
+    if work.threads is not None:
+        torch.set_num_threads(work.threads)
+        keep_freed_memory()
+    restorer = work.make()
+    if restorer.fingerprint != work.fingerprint:
+        raise UserError(f'its weights of {restorer.name} differ from those of the driver; copy the same file')
+    return restorer
+
+
+def restored(
+    work: Work, restorer: Deblurrer, paths: Iterable[str], attempts: Attempts | None = None
+) -> list[dict[str, Any]]:
+    """Restore files, as `deblur` does; returns one record for each, see `record`.
+
+    Args:
+        work: says where inputs and results lie.
+        restorer: restores images.
+        paths: see `Tree.paths`.
+        attempts: counts how often each file was started; then files are restored one after the other.
+    """
+    records, jobs = [], []
+    for path in paths:
+        job = work.tree.job(path)
+        if _leads_to_inputs(work.tree, os.path.dirname(job.target)):
+            error = f'{job.target} leads to {work.tree.folder} through a link; inputs are not overwritten'
+            records.append(record(Result(job.source, job.target, 'failed', error=error)))
+        else:
+            jobs.append(job)
+    run = functools.partial(deblur, make=lambda: restorer, force=work.force)
+    if attempts is None:
+        results = run(jobs)
+    else:
+        results = [result for job in jobs for result in attempts.counted(job, run)]
+    return records + [record(result) for result in results]
+
+
+def record(result: Result) -> dict[str, Any]:
+    """What the driver is told about a file: a `Result`, and the bytes that were read and written."""
+    done = result.status == 'restored'
+    return {**asdict(result), 'bytes': _size(result.input) + _size(result.output) if done else 0}
+
+
+def as_table(records: Sequence[dict[str, Any]]) -> Any:
+    """An Arrow table of records, with the same types whatever is in them."""
+    import pyarrow
+
+    types = {
+        'input': pyarrow.string(), 'output': pyarrow.string(), 'status': pyarrow.string(),
+        'seconds': pyarrow.float64(), 'megapixels': pyarrow.float64(), 'frames': pyarrow.int64(),
+        'bytes': pyarrow.int64(), 'error': pyarrow.string(), 'notes': pyarrow.list_(pyarrow.string()),
+    }  # fmt: skip
+    return pyarrow.Table.from_pylist(list(records), schema=pyarrow.schema(list(types.items())))
+
+
+class Attempts:
+    """Counts how often restarted workers started a file, in files that outlive them.
+
+    Ray restarts a worker that ends and gives it the same files again.  A file that ends every worker, for
+    instance because the decoder crashes, would be restored forever.
+
+    Args:
+        folder: of the counters.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def counted(self, job: Job, run: Callable[[Sequence[Job]], list[Result]]) -> list[Result]:
+        """Restore a file, unless workers have ended with it too often."""
+        counter = Path(self.folder, hashlib.sha256(job.target.encode()).hexdigest()[:32])
+        if _size(counter) >= MOST_ATTEMPTS:
+            error = (
+                f'{job.source}: {MOST_ATTEMPTS} restarted workers ended while they restored it; '
+                'restore it alone with `dsgformer deblur`, or with a smaller --tile'
+            )
+            return [Result(job.source, job.target, 'failed', error=error)]
+        counter.parent.mkdir(exist_ok=True)
+        with counter.open('ab') as file:
+            file.write(b'.')
+        results = run([job])
+        counter.unlink()
+        return results
+
+
+def _size(path: str | os.PathLike[str]) -> int:
+    try:
+        return os.path.getsize(path)
+    except OSError:
+        return 0
+
+
+@functools.lru_cache(maxsize=1024)
+def _leads_to_inputs(tree: Tree, folder: str) -> bool:
+    """Whether a folder of results is one of the inputs' folders, through a symbolic link."""
+    place = os.path.realpath(folder)
+    return inside(place, os.path.realpath(tree.folder)) and not inside(place, os.path.realpath(tree.out))
+
+
+# What the driver does
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The workers.
+
+    Attributes:
+        address: of the cluster, `HOST:PORT`; `'auto'` for the one that runs on this machine; `'local'` to
+            start one on this machine.
+        workers: how many at most; None for as many as the cluster has room for.
+        cpus: cores of a worker without a GPU; None for `CPUS`, or less where a machine has less.
+        device: `'auto'` (GPUs where the cluster has some), `'cuda'` or `'cpu'`.
+    """
+
+    address: str = 'local'
+    workers: int | None = None
+    cpus: int | None = None
+    device: str = 'auto'
+
+
+def batch(
+    tree: Tree,
+    make: Callable[[str], Deblurrer],
+    pool: Pool,
+    *,
+    force: bool = False,
+    as_json: bool = False,
+) -> Tally:
+    """Restore a tree of files on a Ray cluster.
+
+    Failed files are listed in `FAILED` and do not stop the others.  A worker that ends is restarted and its
+    files are given out again.  Started again after it was killed, this skips what is done.
+
+    Args:
+        tree: inputs and results, with absolute paths that are the same on all machines.
+        make: makes a restorer for a device, `'cpu'` or `'cuda'`; called here once and in each worker.
+        pool: the workers.
+        force: restore what is done already too.
+        as_json: print one JSON object for each file on standard output.
+
+    Raises:
+        UserError: nothing to restore, no Ray, no cluster, no room for a worker, or a worker that cannot work.
+    """
+    if pool.device not in ('auto', 'cpu', 'cuda', 'mps'):
+        raise UserError(f'--device {pool.device}: Ray chooses the GPU of each worker; give auto, cuda or cpu')
+    if importlib.util.find_spec('ray') is None or importlib.util.find_spec('pyarrow') is None:
+        raise UserError('batch needs Ray; install it with pip install "dsgformer[cluster]"')
+    paths = listing(tree)
+    # What is wrong with the network is said before a cluster is started.
+    fingerprint = make('cpu').fingerprint
+    tally = Tally()
+    failures: list[str] = []
+    with separate_output() as (out, err, log):
+        try:
+            connect(pool.address)
+            size, needs, device = room(pool)
+            os.makedirs(tree.out, exist_ok=True)
+            remove_leftovers(tree.out)
+            threads = None if device == 'cuda' else int(needs['num_cpus'])
+            work = Work(tree, functools.partial(make, device), fingerprint, force, threads)
+            records = _records(work, paths, min(size, len(paths)), needs)
+            with open_late(os.path.join(tree.out, FAILED)) as failed:
+                for found in track(records, 'restoring', len(paths), stream=err, unit='images'):
+                    if found['status'] == 'refused':
+                        raise UserError(found['error'])
+                    tally.add(found['status'], found['megapixels'])
+                    if found['status'] == 'failed':
+                        failed(json.dumps(found) + '\n')
+                        failures += [found['error']] if len(failures) < LISTED else []
+                    if as_json:
+                        print(json.dumps(found), file=out, flush=True)
+        except Exception as error:
+            if isinstance(error, UserError) or not type(error).__module__.startswith('ray.'):
+                raise
+            traceback.print_exc()
+            os.makedirs(tree.out, exist_ok=True)
+            kept = shutil.copy(log, os.path.join(tree.out, RAY_LOG))
+            raise UserError(
+                f'Ray ended the work: {_last_line(error)}; see {kept}, then give the same command again: '
+                'what is done is skipped'
+            ) from None
+        finally:
+            if 'ray' in sys.modules:
+                sys.modules['ray'].shutdown()
+    remove_leftovers(tree.out)
+    for text in failures:
+        print(f'error: {text}', file=sys.stderr)
+    if tally.failed > len(failures):
+        print(f'error: … and {tally.failed - len(failures)} more', file=sys.stderr)
+    if tally.failed:
+        print(f'error: {os.path.join(tree.out, FAILED)} lists the failed files', file=sys.stderr, flush=True)
+    return tally
+
+
+def listing(tree: Tree) -> Any:
+    """The inputs as an Arrow array of strings: 1 million of them take some 60 MB.
+
+    Raises:
+        UserError: there are none, or results would overwrite something; see `Tree.checked_paths`.
+    """
+    import pyarrow
+
+    chunks: list[Any] = []
+    some: list[str] = []
+    try:
+        for path in track(tree.checked_paths(), 'listing', unit='files', every=30):
+            some.append(path)
+            if len(some) == 10_000:
+                chunks.append(pyarrow.array(some, pyarrow.string()))
+                some = []
+    except UnicodeEncodeError:
+        raise UserError(f'{os.fsencode(some[-1])!r} is no name in UTF-8; rename the file') from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f'{tree.listed or tree.folder} cannot be read: {error}') from None
+    chunks.append(pyarrow.array(some, pyarrow.string()))
+    paths = pyarrow.chunked_array(chunks)
+    if not len(paths):
+        raise UserError(f'no image or video in {tree.listed or tree.folder}')
+    return paths
+
+
+def connect(address: str) -> None:
+    """Connect to a cluster, or start one on this machine that only this machine can reach.
+
+    Raises:
+        UserError: no cluster answers at the address, or it has another version of Ray or Python.
+    """
+    os.environ['RAY_USAGE_STATS_ENABLED'] = '0'
+    options: dict[str, Any] = {'address': address}
+    if address == 'local':
+        # Makes Ray use the loopback address, which it does by itself on other systems than Linux only.
+        os.environ['RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER'] = '0'
+        options |= {'include_dashboard': False, 'object_store_memory': LOCAL_STORE}
+        if hasattr(os, 'sched_getaffinity'):
+            options['num_cpus'] = len(os.sched_getaffinity(0))
+    elif address != 'auto':
+        _knock(address)
+    import ray
+
+    try:
+        ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
+    except ConnectionError as error:
+        raise UserError(
+            f'--ray {address}: {_sentence(error)}; start a cluster with `ray start --head`, join this '
+            'machine to one with `ray start --address HOST:PORT`, or leave out --ray to start one here'
+        ) from None
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f'--ray {address}: {_sentence(error)}') from None
+
+
+def _knock(address: str) -> None:
+    """Find out within seconds whether a cluster answers: Ray itself tries for minutes.
+
+    Raises:
+        UserError: no gRPC server, which Ray's is, answers.
+    """
+    host, _, port = address.rpartition(':')
+    if not host or '://' in address or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise UserError(f'--ray {address}: give HOST:PORT, auto, or local')
+    try:
+        with socket.create_connection((host.strip('[]'), int(port)), ANSWER) as connection:
+            if os.environ.get('RAY_USE_TLS', '0') in ('0', ''):
+                # The first bytes of HTTP/2, with an empty frame of settings (RFC 9113, section 3.4).
+                connection.sendall(b'PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n' + b'\0\0\0\4\0\0\0\0\0')
+                if connection.recv(9)[3:4] != b'\4':
+                    raise OSError('what answers is no Ray cluster')
+    except OSError as error:
+        reason = 'no answer' if isinstance(error, TimeoutError) else _sentence(error)
+        raise UserError(f'--ray {address}: {reason}; `ray start --head` prints the address') from None
+
+
+def room(pool: Pool) -> tuple[int, dict[str, Any], str]:
+    """How many workers the cluster has room for, what each needs, and the device of each.
+
+    Raises:
+        UserError: for none.
+    """
+    import ray
+
+    machines = [node['Resources'] for node in ray.nodes() if node['Alive']]
+    gpus = int(sum(machine.get('GPU', 0) for machine in machines))
+    if pool.device == 'cuda' and not gpus:
+        raise UserError('--device cuda: no machine of the cluster has a GPU')
+    if gpus and pool.device in ('auto', 'cuda'):
+        return pool.workers or gpus, {'num_gpus': 1, 'num_cpus': 1}, 'cuda'
+    cores = [int(machine.get('CPU', 0)) for machine in machines if machine.get('CPU', 0) >= 1]
+    if not cores:
+        raise UserError('no machine of the cluster has a free core or a GPU')
+    cpus = pool.cpus or min(CPUS, *cores)
+    fitting = sum(count // cpus for count in cores)
+    if not fitting:
+        raise UserError(f'--cpus {cpus}: the largest machine of the cluster has {max(cores)} cores')
+    return pool.workers or fitting, {'num_cpus': cpus}, 'cpu' if pool.device == 'auto' else pool.device
+
+
+def _records(work: Work, paths: Any, workers: int, needs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Give out the files; yields a record for each as soon as its block is done."""
+    import pyarrow
+    import ray.data
+
+    logging.getLogger('ray.data').setLevel(logging.ERROR)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.max_consecutive_actor_init_deaths = 10  # machines may vanish while they load the network
+    rows = block_rows(len(paths), workers)
+    tables = [
+        # Not a slice: Arrow would send the whole array with each.
+        pyarrow.table({'path': pyarrow.array(paths[start : start + rows].to_pylist(), pyarrow.string())})
+        for start in range(0, len(paths), rows)
+    ]
+    data: Any = ray.data.from_arrow(tables)
+    del tables
+    data = data.map_batches(
+        Worker,
+        fn_constructor_args=(work,),
+        # Starts with what the cluster has room for and goes on with what is left of it.
+        compute=ray.data.ActorPoolStrategy(
+            min_size=1, max_size=workers, initial_size=workers, max_tasks_in_flight_per_actor=2
+        ),
+        batch_size=None,
+        batch_format='pyarrow',
+        max_restarts=-1,
+        max_task_retries=-1,
+        **needs,
+    )
+    for table in data.iter_batches(batch_size=None, batch_format='pyarrow', prefetch_batches=0):
+        yield from table.to_pylist()
+
+
+def block_rows(files: int, workers: int) -> int:
+    """Files that a worker is given at once: few enough that all workers end at about the same time."""
+    return max(1, min(BLOCK, files // (8 * workers)))
+
+
+@contextlib.contextmanager
+def separate_output() -> Iterator[tuple[TextIO, TextIO, str]]:
+    """Send what Ray prints, from Python and from C++, to a temporary file.
+
+    Yields:
+        Streams to where standard output and standard error led before, and the path of the file.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(tempfile.NamedTemporaryFile(prefix='dsgformer-ray-', suffix='.log'))
+        streams = []
+        for descriptor in (1, 2):
+            kept = os.dup(descriptor)
+            stack.callback(os.close, kept)
+            streams.append(stack.enter_context(open(kept, 'w', encoding='utf-8', closefd=False)))
+            os.dup2(file.fileno(), descriptor)
+            stack.callback(os.dup2, kept, descriptor)
+        stack.callback(sys.stderr.flush)
+        stack.callback(sys.stdout.flush)
+        yield streams[0], streams[1], file.name
+
+
+@contextlib.contextmanager
+def open_late(path: str) -> Iterator[Callable[[str], None]]:
+    """Yields a function that appends a line to a file at once; without a line there is no file afterwards."""
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(path)
+    file: TextIO | None = None
+
+    def write(line: str) -> None:
+        nonlocal file
+        file = file or open(path, 'w', encoding='utf-8', buffering=1)  # noqa: SIM115 (closed below)
+        file.write(line)
+
+    try:
+        yield write
+    finally:
+        if file is not None:
+            file.close()
+
+
+def remove_leftovers(out: str) -> None:
+    """Remove what killed workers left below a folder: counters, and temporary files beside their results."""
+    shutil.rmtree(os.path.join(out, ATTEMPTS), ignore_errors=True)
+    for parent, _, names in os.walk(out):
+        for name in names:
+            # A temporary file that is newer than its result may belong to another run, which writes it now.
+            if match := re.fullmatch(r'(.+)\.part\d+', name):
+                part, result = os.path.join(parent, name), os.path.join(parent, match[1])
+                with contextlib.suppress(OSError):
+                    if os.stat(part).st_mtime <= os.stat(result).st_mtime:
+                        os.remove(part)
+
+
+def _sentence(error: BaseException) -> str:
+    """An exception's message on one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    return ' '.join(str(error).split()).rstrip('.')[:400]
+
+
+def _last_line(error: BaseException) -> str:
+    """What went wrong, from the end of the traceback in Ray's message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[-1] if lines else type(error).__name__)[:300]
+
+
+def absolute(tree: Tree) -> Tree:
+    """The same files, named independently of the working directory."""
+    listed = tree.listed and os.path.abspath(tree.listed)
+    return replace(tree, folder=os.path.abspath(tree.folder), out=os.path.abspath(tree.out), listed=listed)
