@@ -150,8 +150,13 @@ def complete(settings: dict[str, Any], arguments: argparse.Namespace, root: str)
         init_dist(arguments.launcher, **((settings.get('dist_params') or {}) if slurm else {}))
     rank, world_size = get_dist_info()
     opt = settings | {'dist': dist, 'rank': rank, 'world_size': world_size, 'is_train': is_train}
-    # A restart by torchrun continues where the previous processes ended.
+    # A restart by torchrun continues where the previous processes ended.  On several machines, an agent that
+    # restarts only because another one does counts no restart.
     restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')) > 0
+    if dist:
+        everywhere = [False] * world_size
+        torch.distributed.all_gather_object(everywhere, restarted)
+        restarted = any(everywhere)
     opt |= {'auto_resume': arguments.auto_resume or (is_train and restarted), 'root_path': root}
     if opt.get('manual_seed') is None:
         seed = [random.randint(1, 10000)]

@@ -246,12 +246,14 @@ class Pool:
             start one on this machine.
         workers: how many at most; None for as many as the cluster has room for.
         cpus: cores of a worker without a GPU; None for `CPUS`, or less where a machine has less.
+        per_gpu: workers on each GPU: several where encoding the results takes longer than the network.
         device: `'auto'` (GPUs where the cluster has some), `'cuda'` or `'cpu'`.
     """
 
     address: str = 'local'
     workers: int | None = None
     cpus: int | None = None
+    per_gpu: int = 1
     device: str = 'auto'
 
 
@@ -419,7 +421,8 @@ def room(pool: Pool) -> tuple[int, dict[str, Any], str]:
     if pool.device == 'cuda' and not gpus:
         raise UserError('--device cuda: no machine of the cluster has a GPU')
     if gpus and pool.device in ('auto', 'cuda'):
-        return pool.workers or gpus, {'num_gpus': 1, 'num_cpus': 1}, 'cuda'
+        needs = {'num_gpus': 1 / pool.per_gpu, 'num_cpus': 1}
+        return pool.workers or gpus * pool.per_gpu, needs, 'cuda'
     cores = [int(machine.get('CPU', 0)) for machine in machines if machine.get('CPU', 0) >= 1]
     if not cores:
         raise UserError('no machine of the cluster has a free core or a GPU')

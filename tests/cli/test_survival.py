@@ -166,7 +166,8 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def two_processes(file: Path, folder: Path, *extra: str) -> list[Child]:
+def two_processes(file: Path, folder: Path, *extra: str, restarts: tuple[int, int] = (0, 0)) -> list[Child]:
+    """`restarts` is what torchrun says to each process."""
     port = str(free_port())
     return [
         Child(
@@ -175,6 +176,7 @@ def two_processes(file: Path, folder: Path, *extra: str) -> list[Child]:
             {
                 'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': '2',
                 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port,
+                'TORCHELASTIC_RESTART_COUNT': str(restarts[rank]),
             },
         )
         for rank in (0, 1)
@@ -197,8 +199,14 @@ def shared(iterations: int, folder: Path, change: Callable[[dict[str, Any]], Any
 
 
 @pytest.mark.long
-def test_two_processes_stop_together_and_end_like_one(tmp_path: Path) -> None:
-    """Only one of them gets the signal; resumed, they end with the weights of one process."""
+@pytest.mark.parametrize('restarts', [None, (0, 1), (1, 0)])
+def test_two_processes_stop_together_and_end_like_one(
+    restarts: tuple[int, int] | None, tmp_path: Path
+) -> None:
+    """Only one of them gets the signal; resumed, they end with the weights of one process.
+
+    They are resumed with --auto_resume, or by torchrun on two machines, which counts the restarts of each.
+    """
 
     def batch_of(count: int) -> Callable[[dict[str, Any]], Any]:
         return lambda options: options['datasets']['train'].update(batch_size_per_gpu=count)
@@ -213,8 +221,12 @@ def test_two_processes_stop_together_and_end_like_one(tmp_path: Path) -> None:
     run = tmp_path / 'experiments' / 'tiny'
     stopped = max(int(path.stem) for path in (run / 'training_states').iterdir())
     assert 4 <= stopped < 12
-    children = two_processes(file, tmp_path, '--auto_resume')
+    if restarts is None:
+        children = two_processes(file, tmp_path, '--auto_resume')
+    else:
+        children = two_processes(file, tmp_path, restarts=restarts)
     assert [child.end() for child in children] == [0, 0], children[0].log.read_text()
+    assert [path.name for path in (tmp_path / 'experiments').iterdir() if 'archived' in path.name] == []
     alone = torch.load(tmp_path / 'experiments' / 'alone' / 'models' / 'net_g_12.pth', weights_only=True)
     together = torch.load(run / 'models' / 'net_g_12.pth', weights_only=True)
     for key in ('params', 'params_ema'):
@@ -275,3 +287,44 @@ def test_torchrun(killed: signal.Signals, tmp_path: Path) -> None:
         assert status != 0
         assert 'go on with --auto_resume' in rest, before + rest
         assert 5 <= newest < 12
+
+
+@pytest.mark.long
+def test_torchrun_on_two_machines(tmp_path: Path) -> None:
+    """Two agents of one process each; one process is killed, both restart, and they end like one process."""
+    import psutil
+
+    file = shared(12, tmp_path, lambda options: options['datasets']['train'].update(batch_size_per_gpu=2))
+    finish(['train', '-opt', str(file), '--force_yml', 'name=alone'], tmp_path / 'alone.log')
+    file = shared(12, tmp_path, lambda options: options['datasets']['train'].update(batch_size_per_gpu=1))
+    run, port = tmp_path / 'experiments' / 'tiny', free_port()
+    machines, logs = [], []
+    for number in (0, 1):
+        logs.append(tmp_path / f'machine{number}.log')
+        with logs[-1].open('wb') as log:
+            command = [
+                sys.executable, '-m', 'torch.distributed.run', '--nnodes', '2', '--nproc-per-node', '1',
+                '--node-rank', str(number), '--rdzv-id', 'tiny', '--rdzv-backend', 'c10d',
+                '--rdzv-endpoint', f'127.0.0.1:{port}', '--local-addr', '127.0.0.1', '--max-restarts', '3',
+                '-m', 'dsgformer_arch.cli.basicsr', 'train', '-opt', str(file), '--launcher', 'pytorch',
+            ]  # fmt: skip
+            machines.append(
+                psutil.Popen(command, stdout=log, stderr=log, env=os.environ | {'OMP_NUM_THREADS': '1'})
+            )
+    try:
+        while not (run / 'training_states' / '3.state').exists():
+            assert all(machine.poll() is None for machine in machines), logs[0].read_text()
+            time.sleep(0.02)
+        for child in machines[1].children():
+            child.kill()
+        assert [machine.wait() for machine in machines] == [0, 0], logs[0].read_text() + logs[1].read_text()
+    finally:
+        for machine in machines:
+            if machine.is_running():
+                machine.kill()
+    alone = torch.load(tmp_path / 'experiments' / 'alone' / 'models' / 'net_g_12.pth', weights_only=True)
+    together = torch.load(run / 'models' / 'net_g_12.pth', weights_only=True)
+    for key in ('params', 'params_ema'):
+        for name, value in alone[key].items():
+            torch.testing.assert_close(together[key][name], value, rtol=1e-4, atol=1e-5, msg=name)
+    assert [path.name for path in run.parent.iterdir() if 'archived' in path.name] == []

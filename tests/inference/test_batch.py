@@ -342,6 +342,7 @@ class TestCluster:
                 [{'CPU': 16.0}, {'CPU': 64.0, 'GPU': 8.0}, {'CPU': 64.0, 'GPU': 4.0}],
                 (12, {'num_gpus': 1, 'num_cpus': 1}, 'cuda'),
             ),
+            (Pool(per_gpu=2), [{'CPU': 64.0, 'GPU': 8.0}], (16, {'num_gpus': 0.5, 'num_cpus': 1}, 'cuda')),
             (Pool(device='cpu'), [{'CPU': 64.0, 'GPU': 8.0}], (16, {'num_cpus': 4}, 'cpu')),
         ],
     )

@@ -53,6 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--workers', type=_count, metavar='N', help='processes at most; default: one a GPU, or all cores'
     )
+    parser.add_argument(
+        '--per-gpu', type=_count, default=1, metavar='N', help='workers on each GPU (default: 1)'
+    )
     parser.add_argument('--cpus', type=_count, metavar='N', help='cores of a worker without GPU (default: 4)')
     add_network_arguments(parser)
     add_output_arguments(parser)
@@ -67,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
     tally = batch(
         tree,
         Maker(arguments),
-        Pool(arguments.ray, arguments.workers, arguments.cpus, arguments.device),
+        Pool(arguments.ray, arguments.workers, arguments.cpus, arguments.per_gpu, arguments.device),
         force=arguments.force,
         as_json=arguments.json,
     )
