@@ -517,11 +517,12 @@ def test_a_killed_driver_is_started_again_and_redoes_nothing(
     arguments = ('in', 'out', '--weights', weights, '--cpus', '1')
     driver = Driver(tmp_path, *arguments)
     driver.wait_for(lambda: len(results(tmp_path / 'out')) > 20)
-    helpers = psutil.Process(driver.process.pid).children(recursive=True)
+    workers = driver.workers()
     driver.process.kill()
     driver.end()
-    _, alive = psutil.wait_procs(helpers, timeout=60)
-    assert not alive
+    _, alive = psutil.wait_procs(workers, timeout=300)
+    assert workers
+    assert not alive, 'workers outlive their driver'
     before = results(tmp_path / 'out')
     assert 20 < len(before) < len(names)
     driver = Driver(tmp_path, *arguments)
