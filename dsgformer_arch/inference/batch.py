@@ -383,7 +383,7 @@ def connect(address: str) -> None:
             f'--ray {address}: {_sentence(error)}; start a cluster with `ray start --head`, join this '
             'machine to one with `ray start --address HOST:PORT`, or leave out --ray to start one here'
         ) from None
-    except (RuntimeError, ValueError) as error:
+    except Exception as error:  # other versions, a cluster that does not start: of no type of their own
         raise UserError(f'--ray {address}: {_sentence(error)}') from None
 
 

@@ -546,7 +546,7 @@ import sys
 from dsgformer_arch.inference.batch import Pool, batch
 from dsgformer_arch.inference.jobs import Tree
 from tests.inference.test_batch import Deadly
-print(batch(Tree(sys.argv[1], sys.argv[2]), Deadly(sys.argv[3]), Pool(cpus=1)))
+print(batch(Tree(sys.argv[1], sys.argv[2]), Deadly(sys.argv[3]), Pool(sys.argv[4], cpus=1)))
 """
 
 
@@ -569,13 +569,35 @@ class Deadly:
         return made
 
 
-@pytest.mark.long
-def test_an_image_that_kills_every_worker_is_listed(tmp_path: Path, weights: Path) -> None:
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[str]:
+    """A Ray cluster of two cores that was there before; its address."""
     pytest.importorskip('ray')
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        port = probe.getsockname()[1]
+    command = [
+        sys.executable, '-m', 'ray.scripts.scripts', 'start', '--head', '--block', '--port', str(port),
+        '--num-cpus', '2', '--include-dashboard', 'false', '--object-store-memory', str(1 << 28),
+    ]  # fmt: skip
+    environment = os.environ | {'PYTHONPATH': str(ROOT), 'RAY_USAGE_STATS_ENABLED': '0'}
+    with (tmp_path / 'cluster.log').open('wb') as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+    while 'Ray runtime started' not in (tmp_path / 'cluster.log').read_text(encoding='utf-8'):
+        assert process.poll() is None, (tmp_path / 'cluster.log').read_text(encoding='utf-8')
+        time.sleep(0.1)
+    yield f'127.0.0.1:{port}'
+    process.terminate()
+    process.wait()
+
+
+@pytest.mark.long
+def test_an_image_that_kills_every_worker_is_listed(tmp_path: Path, weights: Path, cluster: str) -> None:
+    """On a cluster that runs already."""
     names = fill(tmp_path / 'in', 12)
     Image.fromarray(scene(0, *DEADLY)).save(tmp_path / 'in' / 'deadly.png')
     driver = Driver(
-        tmp_path, tmp_path / 'in', tmp_path / 'out', weights, command=['-c', SCRIPT]
+        tmp_path, tmp_path / 'in', tmp_path / 'out', weights, cluster, command=['-c', SCRIPT]
     )  # fmt: skip
     assert driver.end() == 0, driver.text()
     assert 'failed=1' in driver.out

@@ -262,11 +262,11 @@ def as_installed(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess
 
 
 def test_help_loads_nothing_heavy(tmp_path: Path) -> None:
-    for arguments in (['--help'], ['deblur', '--help'], ['deblur']):
+    for arguments in (['--help'], ['deblur', '--help'], ['batch', '--help'], ['deblur']):
         done = as_installed(tmp_path, *arguments)
         imported = {line.rpartition('|')[2].strip() for line in done.stderr.splitlines()}
         assert 'dsgformer_arch.cli.dsgformer' in imported
-        assert not imported & {'torch', 'numpy', 'PIL', 'basicsr', 'tqdm', 'pyvips', 'av'}
+        assert not imported & {'torch', 'numpy', 'PIL', 'basicsr', 'tqdm', 'pyvips', 'av', 'ray', 'pyarrow'}
         assert done.returncode == (2 if arguments == ['deblur'] else 0)
 
 
