@@ -12,6 +12,7 @@ import contextlib
 import functools
 import hashlib
 import importlib.util
+import itertools
 import json
 import logging
 import os
@@ -332,26 +333,24 @@ def batch(
 
 
 def listing(tree: Tree) -> Any:
-    """The inputs as an Arrow array of strings: 1 million of them take some 60 MB.
+    """The inputs as an Arrow array of strings: 1 million of 30 characters take 35 MB.
 
     Raises:
         UserError: there are none, or results would overwrite something; see `Tree.checked_paths`.
     """
     import pyarrow
 
-    chunks: list[Any] = []
-    some: list[str] = []
+    found = track(tree.checked_paths(), 'listing', unit='files', every=30)
+    chunks = []
     try:
-        for path in track(tree.checked_paths(), 'listing', unit='files', every=30):
-            some.append(path)
-            if len(some) == 10_000:
-                chunks.append(pyarrow.array(some, pyarrow.string()))
-                some = []
-    except UnicodeEncodeError:
-        raise UserError(f'{os.fsencode(some[-1])!r} is no name in UTF-8; rename the file') from None
+        while True:
+            chunks.append(pyarrow.array(itertools.islice(found, 10_000), pyarrow.string()))
+            if not len(chunks[-1]):
+                break
+    except UnicodeEncodeError as error:
+        raise UserError(f'{os.fsencode(error.object)!r} is no name in UTF-8; rename the file') from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f'{tree.listed or tree.folder} cannot be read: {error}') from None
-    chunks.append(pyarrow.array(some, pyarrow.string()))
+        raise UserError(f'{tree.listed or tree.folder} cannot be read: {_sentence(error)}') from None
     paths = pyarrow.chunked_array(chunks)
     if not len(paths):
         raise UserError(f'no image or video in {tree.listed or tree.folder}')

@@ -130,6 +130,20 @@ class TestTree:
             list(Tree(str(tmp_path / 'in'), str(tmp_path / out)).checked_paths())
 
 
+def test_listing(tmp_path: Path) -> None:
+    pytest.importorskip('pyarrow')
+    names = fill(tmp_path / 'in', 5)
+    tree = Tree(str(tmp_path / 'in'), str(tmp_path / 'out'))
+    assert batch.listing(tree).to_pylist() == sorted(names)
+    (tmp_path / 'list.txt').write_bytes(b'\xff.png\n')
+    with pytest.raises(UserError, match=r'list.txt cannot be read'):
+        batch.listing(Tree(str(tmp_path), tree.out, listed=str(tmp_path / 'list.txt')))
+    with open(os.path.join(os.fsencode(tmp_path), b'in', b'\xff.png'), 'wb'):
+        pass
+    with pytest.raises(UserError, match='is no name in UTF-8'):
+        batch.listing(tree)
+
+
 class TestWorker:
     def work(self, folder: Path, restorer: Deblurrer, **settings: Any) -> Work:
         (folder / 'out').mkdir(exist_ok=True)
