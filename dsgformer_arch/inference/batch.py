@@ -309,12 +309,15 @@ def batch(
                         failures += [found['error']] if len(failures) < LISTED else []
                     if as_json:
                         print(json.dumps(found), file=out, flush=True)
+        except OSError as error:
+            raise UserError(f'{error.filename or tree.out}: {_sentence(error)}') from None
         except Exception as error:
             if isinstance(error, UserError) or not type(error).__module__.startswith('ray.'):
                 raise
-            traceback.print_exc()
             os.makedirs(tree.out, exist_ok=True)
             kept = shutil.copy(log, os.path.join(tree.out, RAY_LOG))
+            with open(kept, 'a', encoding='utf-8') as file:
+                traceback.print_exc(file=file)
             raise UserError(
                 f'Ray ended the work: {_last_line(error)}; see {kept}, then give the same command again: '
                 'what is done is skipped'

@@ -298,6 +298,8 @@ def test_torchrun_on_two_machines(tmp_path: Path) -> None:
     finish(['train', '-opt', str(file), '--force_yml', 'name=alone'], tmp_path / 'alone.log')
     file = shared(12, tmp_path, lambda options: options['datasets']['train'].update(batch_size_per_gpu=1))
     run, port = tmp_path / 'experiments' / 'tiny', free_port()
+    # A store that outlives the processes hands out the addresses of dead ones (pytorch/pytorch#135712).
+    environment = {'OMP_NUM_THREADS': '1', 'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '1'}
     machines, logs = [], []
     for number in (0, 1):
         logs.append(tmp_path / f'machine{number}.log')
@@ -308,9 +310,7 @@ def test_torchrun_on_two_machines(tmp_path: Path) -> None:
                 '--rdzv-endpoint', f'127.0.0.1:{port}', '--local-addr', '127.0.0.1', '--max-restarts', '3',
                 '-m', 'dsgformer_arch.cli.basicsr', 'train', '-opt', str(file), '--launcher', 'pytorch',
             ]  # fmt: skip
-            machines.append(
-                psutil.Popen(command, stdout=log, stderr=log, env=os.environ | {'OMP_NUM_THREADS': '1'})
-            )
+            machines.append(psutil.Popen(command, stdout=log, stderr=log, env=os.environ | environment))
     try:
         while not (run / 'training_states' / '3.state').exists():
             assert all(machine.poll() is None for machine in machines), logs[0].read_text()

@@ -31,7 +31,7 @@ from dsgformer_arch.cli import dsgformer
 from dsgformer_arch.cli.commands.batch import Maker
 from dsgformer_arch.inference import batch
 from dsgformer_arch.inference.batch import Attempts, Pool, Work, prepare, restored, room
-from dsgformer_arch.inference.deblur import deblur
+from dsgformer_arch.inference.deblur import Result, deblur
 from dsgformer_arch.inference.jobs import Tree, plan
 from dsgformer_arch.utils.errors import UserError
 from tests.small_systems import small
@@ -377,6 +377,80 @@ class TestCluster:
         fake.nodes = lambda: [{'Alive': True, 'Resources': machine} for machine in machines]
         with pytest.raises(UserError, match=message):
             room(pool)
+
+
+class TestDriver:
+    """What the driver does with the records of its workers, without Ray."""
+
+    @pytest.fixture
+    def drive(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+        pytest.importorskip('pyarrow')
+        fill(tmp_path / 'in', 3)
+        tree = Tree(str(tmp_path / 'in'), str(tmp_path / 'out'))
+        monkeypatch.setattr(batch, 'connect', lambda address: None)
+        monkeypatch.setattr(batch, 'room', lambda pool: (1, {'num_cpus': 1}, 'cpu'))
+
+        def drive(records: Callable[[], Iterator[dict[str, Any]]], **options: Any) -> Any:
+            monkeypatch.setattr(batch, '_records', lambda *arguments: records())
+            made = SimpleNamespace(fingerprint='')
+            return batch.batch(tree, lambda device: made, Pool(), **options)  # type: ignore[arg-type, return-value]
+
+        return drive
+
+    def test_failures_are_listed_and_counted(
+        self, drive: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(batch, 'LISTED', 1)
+        statuses = ('restored', 'failed', 'skipped', 'failed')
+        found = [
+            batch.record(Result(f'{i}', f'o{i}', status, error=f'{i}: broken' if status == 'failed' else ''))
+            for i, status in enumerate(statuses)
+        ]
+        tally = drive(lambda: iter(found), as_json=True)
+        assert (tally.restored, tally.skipped, tally.failed) == (1, 1, 2)
+        out, err = capfd.readouterr()
+        assert [json.loads(line) for line in out.splitlines()] == found
+        assert 'error: 1: broken' in err
+        assert 'error: 3: broken' not in err
+        assert '… and 1 more' in err
+        listed = (tmp_path / 'out' / batch.FAILED).read_text(encoding='utf-8').splitlines()
+        assert [json.loads(line) for line in listed] == [found[1], found[3]]
+        drive(lambda: iter(found[:1]))
+        assert not (tmp_path / 'out' / batch.FAILED).exists()
+
+    def test_a_worker_that_cannot_work_ends_the_job(self, drive: Any) -> None:
+        refused = batch.record(Result('', '', 'refused', error='the worker on a: it has dsgformer 9'))
+        with pytest.raises(UserError, match='the worker on a: it has dsgformer 9'):
+            drive(lambda: iter([refused]))
+
+    def test_what_ray_says_at_the_end_is_one_sentence(self, drive: Any, tmp_path: Path) -> None:
+        class ActorDiedError(Exception):
+            pass
+
+        ActorDiedError.__module__ = 'ray.exceptions'
+
+        def records() -> Iterator[dict[str, Any]]:
+            os.write(2, b'many lines of Ray')
+            raise ActorDiedError('Traceback\n  somewhere\nThe actor died because its node died.\n')
+            yield {}
+
+        with pytest.raises(UserError) as caught:
+            drive(records)
+        message = str(caught.value)
+        assert message.startswith('Ray ended the work: The actor died because its node died.; see ')
+        log = (tmp_path / 'out' / batch.RAY_LOG).read_text(encoding='utf-8')
+        assert 'many lines of Ray' in log
+        assert 'ActorDiedError' in log
+
+    def test_a_folder_that_cannot_be_written_is_named(
+        self, drive: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def makedirs(path: str, exist_ok: bool) -> None:
+            raise PermissionError(13, 'Permission denied', path)
+
+        monkeypatch.setattr(os, 'makedirs', makedirs)
+        with pytest.raises(UserError, match='out: permission denied'):
+            drive(lambda: iter([]))
 
 
 @pytest.mark.parametrize(
