@@ -381,6 +381,11 @@ def connect(address: str) -> None:
     try:
         ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
     except ConnectionError as error:
+        if 'AuthToken' in ''.join(traceback.format_exception(error)):
+            raise UserError(
+                f'--ray {address}: the cluster asks for its token; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN '
+                'or RAY_AUTH_TOKEN_PATH where this user has not the token of the cluster'
+            ) from None
         raise UserError(
             f'--ray {address}: {_sentence(error)}; start a cluster with `ray start --head`, join this '
             'machine to one with `ray start --address HOST:PORT`, or leave out --ray to start one here'

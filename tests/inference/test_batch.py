@@ -337,6 +337,14 @@ class TestCluster:
         )
         assert '\n' not in str(caught.value)
 
+    def test_a_cluster_asks_for_its_token(self, fake: Any) -> None:
+        def init(**_: Any) -> None:
+            raise ConnectionError('Failed to connect') from RuntimeError('RPC error: InvalidAuthToken: …')
+
+        fake.init = init
+        with pytest.raises(UserError, match='--ray auto: the cluster asks for its token; set RAY_AUTH_MODE'):
+            batch.connect('auto')
+
     def test_a_local_cluster_is_reached_from_this_machine_only_and_reports_to_nobody(self, fake: Any) -> None:
         batch.connect('local')
         assert fake.calls[0]['include_dashboard'] is False
@@ -657,6 +665,10 @@ class Deadly:
         return made
 
 
+TOKEN = {'RAY_AUTH_MODE': 'token', 'RAY_AUTH_TOKEN': 'f00d' * 16}
+"""What the cluster of the tests asks for, as Ray's clusters do unless they are told otherwise."""
+
+
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[str]:
     """A Ray cluster of two cores that was there before; its address."""
@@ -668,7 +680,7 @@ def cluster(tmp_path: Path) -> Iterator[str]:
         sys.executable, '-m', 'ray.scripts.scripts', 'start', '--head', '--block', '--port', str(port),
         '--num-cpus', '2', '--include-dashboard', 'false', '--object-store-memory', str(1 << 28),
     ]  # fmt: skip
-    environment = os.environ | {'PYTHONPATH': str(ROOT), 'RAY_USAGE_STATS_ENABLED': '0'}
+    environment = os.environ | {'PYTHONPATH': str(ROOT), 'RAY_USAGE_STATS_ENABLED': '0'} | TOKEN
     with (tmp_path / 'cluster.log').open('wb') as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
     while 'Ray runtime started' not in (tmp_path / 'cluster.log').read_text(encoding='utf-8'):
@@ -680,8 +692,12 @@ def cluster(tmp_path: Path) -> Iterator[str]:
 
 
 @pytest.mark.long
-def test_an_image_that_kills_every_worker_is_listed(tmp_path: Path, weights: Path, cluster: str) -> None:
-    """On a cluster that runs already."""
+def test_an_image_that_kills_every_worker_is_listed(
+    tmp_path: Path, weights: Path, cluster: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a cluster that runs already and asks for a token."""
+    for name, value in TOKEN.items():
+        monkeypatch.setenv(name, value)
     names = fill(tmp_path / 'in', 12)
     Image.fromarray(scene(0, *DEADLY)).save(tmp_path / 'in' / 'deadly.png')
     driver = Driver(
