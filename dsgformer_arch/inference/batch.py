@@ -383,8 +383,8 @@ def connect(address: str) -> None:
     except ConnectionError as error:
         if 'AuthToken' in ''.join(traceback.format_exception(error)):
             raise UserError(
-                f'--ray {address}: the cluster asks for its token; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN '
-                'or RAY_AUTH_TOKEN_PATH where this user has not the token of the cluster'
+                f'--ray {address}: the cluster asks for its token; set RAY_AUTH_MODE=token and '
+                'RAY_AUTH_TOKEN to that of the cluster'
             ) from None
         raise UserError(
             f'--ray {address}: {_sentence(error)}; start a cluster with `ray start --head`, join this '
