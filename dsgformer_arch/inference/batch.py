@@ -491,10 +491,12 @@ def separate_output() -> Iterator[tuple[TextIO, TextIO, str]]:
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(tempfile.NamedTemporaryFile(prefix='dsgformer-ray-', suffix='.log'))
         streams = []
-        for descriptor in (1, 2):
+        for descriptor, stream in ((1, sys.stdout), (2, sys.stderr)):
             kept = os.dup(descriptor)
             stack.callback(os.close, kept)
-            streams.append(stack.enter_context(open(kept, 'w', encoding='utf-8', closefd=False)))
+            encoding = getattr(stream, 'encoding', None) or 'utf-8'
+            led = open(kept, 'w', encoding=encoding, errors='backslashreplace', closefd=False)  # noqa: SIM115
+            streams.append(stack.enter_context(led))
             os.dup2(file.fileno(), descriptor)
             stack.callback(os.dup2, kept, descriptor)
         stack.callback(sys.stderr.flush)
