@@ -3,6 +3,7 @@
 
 #include <cstring>
 
+#include "fft8.h"
 #include "simd.h"
 
 namespace dsgformer {
@@ -28,78 +29,23 @@ inline vec gelu(vec x) {
   return x * (x < 0 ? tail : 1.0f - tail);
 }
 
-constexpr float ROOT_HALF = 0.70710678118654752f;
-
-// Real transform of 8 values; out = Re 0, Re 4, Re 1, Im 1, Re 2, Im 2, Re 3, Im 3.
-inline void real_fft(const vec x[8], vec out[8]) {
-  const vec a0 = x[0] + x[4], a1 = x[1] + x[5], a2 = x[2] + x[6], a3 = x[3] + x[7];
-  const vec b0 = x[0] - x[4], b1 = x[1] - x[5], b2 = x[2] - x[6], b3 = x[3] - x[7];
-  const vec s = a0 + a2, t = a1 + a3;
-  out[0] = s + t;
-  out[1] = s - t;
-  out[4] = a0 - a2;
-  out[5] = a3 - a1;
-  const vec c = (b1 - b3) * ROOT_HALF, d = (b1 + b3) * ROOT_HALF;
-  out[2] = b0 + c;
-  out[3] = -b2 - d;
-  out[6] = b0 - c;
-  out[7] = b2 - d;
-}
-
-// The inverse of real_fft times 8.
-inline void real_inverse(const vec in[8], vec x[8]) {
-  const vec s = in[0] + in[1], t = in[0] - in[1];
-  const vec r2 = in[4] + in[4], i2 = in[5] + in[5];
-  const vec a0 = s + r2, a2 = s - r2, a1 = t - i2, a3 = t + i2;
-  const vec b0 = 2.0f * (in[2] + in[6]), b2 = 2.0f * (in[7] - in[3]);
-  const vec c = (in[2] - in[6]) * (2.0f * ROOT_HALF), d = (in[3] + in[7]) * (-2.0f * ROOT_HALF);
-  const vec b1 = c + d, b3 = d - c;
-  x[0] = a0 + b0, x[4] = a0 - b0;
-  x[1] = a1 + b1, x[5] = a1 - b1;
-  x[2] = a2 + b2, x[6] = a2 - b2;
-  x[3] = a3 + b3, x[7] = a3 - b3;
-}
-
-// Complex transform of 8 values in place; e^(-2πi/8·jk), or its conjugate for SIGN = -1.
-template <int SIGN>
-inline void complex_fft(vec re[8], vec im[8]) {
-  vec er[4], ei[4], dr[4], di[4];
-  for (int j = 0; j < 4; ++j) {
-    er[j] = re[j] + re[j + 4], ei[j] = im[j] + im[j + 4];
-    dr[j] = re[j] - re[j + 4], di[j] = im[j] - im[j + 4];
-  }
-  // odd outputs: d_j turned by j eighths of a turn
-  const float g = SIGN;
-  const vec r1 = (dr[1] + g * di[1]) * ROOT_HALF, i1 = (di[1] - g * dr[1]) * ROOT_HALF;
-  const vec r2 = g * di[2], i2 = -g * dr[2];
-  const vec r3 = (g * di[3] - dr[3]) * ROOT_HALF, i3 = (-g * dr[3] - di[3]) * ROOT_HALF;
-  const vec or_[4] = {dr[0], r1, r2, r3}, oi[4] = {di[0], i1, i2, i3};
-  auto four = [&](const vec* ar, const vec* ai, int first) {
-    const vec sr = ar[0] + ar[2], si = ai[0] + ai[2], tr = ar[1] + ar[3], ti = ai[1] + ai[3];
-    const vec ur = ar[0] - ar[2], ui = ai[0] - ai[2], vr = ar[1] - ar[3], vi = ai[1] - ai[3];
-    re[first] = sr + tr, im[first] = si + ti;
-    re[first + 4] = sr - tr, im[first + 4] = si - ti;
-    re[first + 2] = ur + g * vi, im[first + 2] = ui - g * vr;
-    re[first + 6] = ur - g * vi, im[first + 6] = ui + g * vr;
-  };
-  four(er, ei, 0);
-  four(or_, oi, 1);
-}
+// A vector of 16 channels as a value: `vec` without the attributes of a place in memory, which templates drop.
+typedef float value __attribute__((vector_size(64)));
 
 // DFGB's filter of 16 channels of an 8×8 block, in place.
 // Row y of the block begins at U + y·row; a pixel is ld floats on.
 // mask: (8, 5, C) with 1/64 in it and equal values at ±u in the columns 0 and 4.
 void filter_block(float* U, int64_t row, int64_t ld, const float* mask, int64_t C) {
-  vec spectrum[8][8];
+  value spectrum[8][8];
   for (int y = 0; y < 8; ++y) {
-    vec x[8];
+    value x[8];
     for (int j = 0; j < 8; ++j) x[j] = load(U + y * row + j * ld);
     real_fft(x, spectrum[y]);
   }
   for (int j = 0; j < 2; ++j) {  // v = 0 and v = 4
     const float* m = mask + j * 4 * C;
     auto at = [&](int u) { return load(m + u * HALF * C); };
-    vec x[8], s[8];
+    value x[8], s[8];
     for (int y = 0; y < 8; ++y) x[y] = spectrum[y][j];
     real_fft(x, s);
     s[0] *= at(0), s[1] *= at(4);
@@ -108,7 +54,7 @@ void filter_block(float* U, int64_t row, int64_t ld, const float* mask, int64_t 
     for (int y = 0; y < 8; ++y) spectrum[y][j] = x[y];
   }
   for (int v = 1; v < 4; ++v) {
-    vec re[8], im[8];
+    value re[8], im[8];
     for (int y = 0; y < 8; ++y) re[y] = spectrum[y][2 * v], im[y] = spectrum[y][2 * v + 1];
     complex_fft<1>(re, im);
     for (int u = 0; u < 8; ++u) {
@@ -119,7 +65,7 @@ void filter_block(float* U, int64_t row, int64_t ld, const float* mask, int64_t 
     for (int y = 0; y < 8; ++y) spectrum[y][2 * v] = re[y], spectrum[y][2 * v + 1] = im[y];
   }
   for (int y = 0; y < 8; ++y) {
-    vec x[8];
+    value x[8];
     real_inverse(spectrum[y], x);
     for (int j = 0; j < 8; ++j) store(U + y * row + j * ld, x[j]);
   }
