@@ -34,16 +34,16 @@ def scores_of(record: records.Record, attention: str, gate: str, score: str) -> 
 
 
 COLUMNS = {
-    'whose': 'numbers of', 'attention': 'attention', 'gate': 'gate',
+    'origin': 'numbers of', 'attention': 'attention', 'gate': 'gate',
     **{score: TITLES[score] for score in SCORES},
 }  # fmt: skip
 
 
 def cells(record: records.Record) -> list[dict[str, str | None]]:
-    """The table's rows as text: gates in rows, scores in columns, and whose numbers they are in each row."""
+    """The table's rows as text: gates in rows, scores in columns, and the origin of the numbers in each row."""
     rows: list[dict[str, str | None]] = [
         {
-            'whose': '**the paper** (RealBlur-J)', 'attention': TITLES['dtsas'], 'gate': TITLES[gate],
+            'origin': '**the paper** (RealBlur-J)', 'attention': TITLES['dtsas'], 'gate': TITLES[gate],
             **{s: f'{PAPER[gate, s]:.2f}' if (gate, s) in PAPER else None for s in SCORES},
         }
         for gate in GATES
@@ -51,7 +51,7 @@ def cells(record: records.Record) -> list[dict[str, str | None]]:
     for attention in ATTENTIONS:
         for gate in GATES:
             row: dict[str, str | None] = {
-                'whose': 'this run',
+                'origin': 'this run',
                 'attention': TITLES[attention],
                 'gate': TITLES[gate],
             }

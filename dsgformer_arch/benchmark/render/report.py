@@ -327,11 +327,11 @@ def pareto_sections(speeds: Sequence[Result], results: Sequence[Result]) -> Iter
         rows: list[dict[str, str | None]] = [
             {
                 'model': p.name, 'latency': f'{p.latency_ms:.1f} ms', 'psnr': f'{p.psnr:.2f}',
-                'whose': 'measured here' if p.measured else 'reported',
+                'origin': 'measured here' if p.measured else 'reported',
             }
             for p in sorted(found, key=lambda p: p.latency_ms)
         ]  # fmt: skip
-        heads = {'model': 'system', 'latency': 'latency', 'psnr': 'PSNR on GoPro', 'whose': 'PSNR is'}
+        heads = {'model': 'system', 'latency': 'latency', 'psnr': 'PSNR on GoPro', 'origin': 'PSNR is'}
         what = speed.conditions(record)
         elements: list[Element] = [
             Beside(

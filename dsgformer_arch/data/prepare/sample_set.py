@@ -86,7 +86,8 @@ def create_sample_set(out: Path, seed: int = 0, say: Callable[[str], None] = pri
 def is_complete(out: Path, seed: int) -> bool:
     """Does `out` hold the whole sample set of this seed?"""
     try:
-        return read_json(out / RECORD) == {**_settings(seed), 'bytes': _data_bytes(out)}
+        record = read_json(out / RECORD)
+        return bool(record) and record == {**_settings(seed), 'bytes': _data_bytes(out)}
     except OSError:
         return False
 
