@@ -100,7 +100,7 @@ def tail(conv: nn.Conv2d, x: Tensor, image: Tensor) -> Tensor:
         dtype = trains_step(conv, x, (3, x.shape[1], 3, 3), x.shape[1])
         if dtype is not None:
             parameters = conv.weight.float(), _bias(conv), _channels_last(image, image.dtype)
-            return _channels_first(training_steps.summed(_channels_last(x, dtype), *parameters))
+            return _channels_first(training_steps.tail(_channels_last(x, dtype), *parameters))
     return cast(Tensor, conv(x)) + image
 
 

@@ -166,7 +166,7 @@ def downsampled(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return _stepped('down', call, x, weight, bias, None, (n, height // 2, width // 2, coarse))
 
 
-def summed(x: Tensor, weight: Tensor, bias: Tensor, skip: Tensor) -> Tensor:
+def tail(x: Tensor, weight: Tensor, bias: Tensor, skip: Tensor) -> Tensor:
     """A 3×3 convolution to 3 channels, with a padding of 1, and the sum with `skip`.
 
     Args:

@@ -77,7 +77,7 @@ def upsampled(x: Tensor, weight: Tensor, skip: Tensor | None) -> Tensor:
     return cast(Tensor, _Upsampled.apply(x, weight, skip))
 
 
-def summed(x: Tensor, weight: Tensor, bias: Tensor, skip: Tensor) -> Tensor:
+def tail(x: Tensor, weight: Tensor, bias: Tensor, skip: Tensor) -> Tensor:
     """A 3×3 convolution to 3 channels, with a padding of 1, and the sum with `skip`.
 
     Args:
@@ -89,7 +89,7 @@ def summed(x: Tensor, weight: Tensor, bias: Tensor, skip: Tensor) -> Tensor:
     Returns:
         (N, H, W, 3), contiguous, float32.
     """
-    return cast(Tensor, _Summed.apply(x, weight, bias, skip))
+    return cast(Tensor, _Tail.apply(x, weight, bias, skip))
 
 
 class _Convolved(torch.autograd.Function):
@@ -152,13 +152,13 @@ class _Upsampled(torch.autograd.Function):
         return dx, d_weight, dy if ctx.needs_input_grad[2] else None
 
 
-class _Summed(torch.autograd.Function):
+class _Tail(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, skip: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
         # (3, C, 3, 3) as ((row, column, 3), C): a pixel gives its numbers to the neighbours that see it there
         taps = weight.permute(2, 3, 0, 1).flatten(0, 2)
-        return binding.summed(x, F.pad(taps, (0, 0, 0, -len(taps) % binding.LANES)), bias, skip)
+        return binding.tail(x, F.pad(taps, (0, 0, 0, -len(taps) % binding.LANES)), bias, skip)
 
     @staticmethod
     @once_differentiable
