@@ -31,8 +31,8 @@ class PairsSource(Source):
         dataroot_lq: the blurred images.
         dataroot_gt: the sharp ones, of the same names.
         match: pattern of the names without suffix, to take some of them.
-        candidates: so many crops are drawn, and the one with most detail is taken; of folders only.
-        memory: megabytes for decoded images of folders; LMDBs are read as they are.
+        candidates: number of crops that are drawn from folders; the one with most detail is used.
+        memory: megabytes for decoded images of folders; LMDBs are not cached.
     """
 
     dataroot_lq: str

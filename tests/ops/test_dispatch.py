@@ -6,14 +6,16 @@ import copy
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.utils import parametrizations, prune
 
 from dsgformer_arch import ops
@@ -237,6 +239,36 @@ def test_parameters_that_are_tensor_subclasses() -> None:
     block.project_in.weight = nn.Parameter(block.project_in.weight.detach().as_subclass(Scaled))
     with torch.inference_mode():
         _like_the_reference(block, image)
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures('process_group')
+def test_convolutions_that_fsdp2_shards() -> None:
+    """FSDP2 gives each sharded module a class of its own, and its parameters are distributed tensors."""
+    fsdp = pytest.importorskip('torch.distributed.fsdp')
+    if not hasattr(fsdp, 'fully_shard'):
+        pytest.skip('this PyTorch has no FSDP2')
+    network, image = _network(), _image(1, 3, 24, 24)
+    sharded = copy.deepcopy(network)
+    mesh = init_device_mesh('cpu', (1,))
+    for module in [module for module in sharded.modules() if isinstance(module, nn.Conv2d)] + [sharded]:
+        fsdp.fully_shard(module, mesh=mesh)
+    with ops.use('plain'):
+        expected = network(image)
+        expected.square().mean().backward()
+    restored = sharded(image)
+    torch.testing.assert_close(restored, expected, rtol=1e-4, atol=1e-5)
+    restored.square().mean().backward()
+    gradients = {name: parameter.grad for name, parameter in sharded.named_parameters()}
+    for name, parameter in network.named_parameters():
+        gradient: Any = gradients[name]
+        torch.testing.assert_close(gradient.full_tensor(), parameter.grad, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize('shape', [(1, 32, 1, 1), (2, 32, 1, 7), (0, 32, 8, 8), (1, 16, 8, 8), (32, 8, 8)])

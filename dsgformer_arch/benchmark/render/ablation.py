@@ -40,7 +40,7 @@ COLUMNS = {
 
 
 def cells(record: records.Record) -> list[dict[str, str | None]]:
-    """The table's rows as text: gates in rows, scores in columns, and the origin of the numbers in each row."""
+    """The table's rows as text: gates in rows, scores in columns, and the origin of each row."""
     rows: list[dict[str, str | None]] = [
         {
             'origin': '**the paper** (RealBlur-J)', 'attention': TITLES['dtsas'], 'gate': TITLES[gate],

@@ -1,11 +1,11 @@
-"""Where each full data set keeps its pairs: one preset for each set, as its authors pack it.
+"""The layouts of the published data sets: one preset per set, as its authors distribute it.
 
 A preset turns a root folder into `Split`s: named lists of (key, blurred or rainy image, sharp or clean
-image), and whatever keeps the listing from being complete.  Nothing here opens an image.
+image), and the problems of the listing.  Images are not opened.
 
 Keys name the images in an LMDB, in logs and in results.  They follow from the files' own names, so they do
-not change when files are added: folders are joined by '-', and what BasicSR would cut a key at or a file
-system might not take is replaced (`make_key`).
+not change when files are added: folders are joined by '-', and characters that BasicSR or a file system does
+not accept are replaced (`make_key`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Pair:
 
 @dataclass
 class Split:
-    """The pairs of one split and what is wrong with its listing, one sentence a problem."""
+    """The pairs of one split and the problems of its listing, one sentence each."""
 
     name: str
     pairs: list[Pair] = field(default_factory=list)
@@ -45,12 +45,12 @@ class Split:
 
 @dataclass(frozen=True)
 class Preset:
-    """How one data set is laid out.
+    """The layout of one data set.
 
     Attributes:
         splits: the names of its splits, each also the stem of the LMDBs' names.
         layout: the expected files below the root, as a description for error messages.
-        read: lists one split's pairs; None where the root has nothing of this split.
+        read: lists the pairs of a split; returns None if the root has no such split.
     """
 
     splits: tuple[str, ...]
@@ -82,7 +82,7 @@ def read_splits(preset: str, root: Path, names: Sequence[str] = ()) -> list[Spli
         The splits in the preset's order.  Unpaired, missing and refused files are in their `problems`.
 
     Raises:
-        UserError: the root is not there, a split is unknown or not there, or a split has no pair at all.
+        UserError: the root is missing, a split is unknown or missing, or a split has no pairs.
     """
     layout = PRESETS[preset]
     _require_folder(root)
@@ -106,10 +106,10 @@ def read_pairs(root: Path, name: str, lq: Path | None = None, gt: Path | None = 
         root: the folder that holds both.
         name: the split's name, which becomes part of file names.
         lq: folder of the degraded images, relative to `root` or absolute.
-        gt: folder of the ground truth, likewise.  Where neither is given, `USUAL_FOLDERS` are tried.
+        gt: folder of the ground truth, likewise.  By default `USUAL_FOLDERS` are tried.
 
     Raises:
-        UserError: a folder is not there, the name is no plain name, or there is no pair at all.
+        UserError: a folder is missing, the name is not a plain name, or there are no pairs.
     """
     _require_folder(root)
     if not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9_-]*', name):
@@ -167,7 +167,7 @@ def _checked(split: Split, root: Path) -> Split:
     return split
 
 
-# --- sets whose folders say what belongs together -----------------------------------------------------------
+# --- sets with pairs by folders ----------------------------------------------------------------------------
 
 
 def _images(folder: Path) -> Iterator[Path]:
@@ -267,7 +267,7 @@ def _hide(root: Path, name: str) -> Split | None:
     return split
 
 
-# --- sets whose list files say what belongs together --------------------------------------------------------
+# --- sets with pairs by list files ------------------------------------------------------------------------
 
 
 def _read_lines(listing: Path) -> Iterator[tuple[int, list[str]]]:
@@ -278,7 +278,7 @@ def _read_lines(listing: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def _leaves(entry: str) -> bool:
-    """Would this path from a list file lead out of the folder that it is relative to?"""
+    """Whether a path of a list file leads out of the folder that it is relative to."""
     path = PurePosixPath(entry)
     return path.is_absolute() or '..' in path.parts or '\0' in entry
 
@@ -300,8 +300,8 @@ def _listed(
 ) -> Callable[[Path, str], Split | None]:
     """Make the reader of a set whose list files hold lines `<sharp> <blurred>`.
 
-    The root may be what holds `folder` or that folder itself, under any name; the lists may lie in the root
-    or beside it.  Links on disk are followed, but no entry may lead out of `folder`.
+    The root may be the parent of `folder` or that folder itself, under any name; the lists may be in the root
+    or next to it.  Links on disk are followed, but no entry may lead out of `folder`.
 
     Args:
         folder: the folder that the lists' paths begin with.

@@ -5,10 +5,10 @@ Blur" (IEEE TIP 2012), with the parameter ranges that Kupyn et al. (DeblurGAN, C
 from.  Light adds up linearly on a sensor, so the blur happens on linear intensities: gamma 2.2 is undone
 before and applied again after it, as Nah et al. (CVPR 2017) do for GoPro.
 
-A seed gives the same pixels on every machine: random numbers come from `numpy.random.RandomState`, whose
-streams NumPy has frozen; intensities and kernel weights are whole numbers, which hides the last bits in which
-mathematical libraries differ, and their sums of products stay so far below 2^53 that float64 additions in any
-order, or an FFT, round to the same whole number.
+A seed gives the same pixels on every machine: random numbers come from `numpy.random.RandomState`, which
+NumPy has frozen; intensities and kernel weights are integers, which removes the last bits in which
+mathematical libraries differ; and their sums of products are far below 2^53, so that float64 additions in any
+order, or an FFT, round to the same integer.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def blur_kernel(path: NDArray[np.complex128]) -> NDArray[np.int64]:
         path: positions in pixels, x + iy, about 0.
 
     Returns:
-        Whole-number weights that sum to `KERNEL_SUM`, square, with the smallest odd side that holds the path
+        Integer weights that sum to `KERNEL_SUM`, square, with the smallest odd side that holds the path
         about the centre.
     """
     radius = int(np.ceil(max(np.abs(path.real).max(), np.abs(path.imag).max())))
@@ -76,7 +76,7 @@ def blur_kernel(path: NDArray[np.complex128]) -> NDArray[np.int64]:
             np.add.at(weights, (top + radius + dy, left + radius + dx), y_part * x_part)
     weights = weights[:-1, :-1]
     kernel = np.rint(weights * (KERNEL_SUM / len(path))).astype(np.int64)
-    # Rounding leaves the sum a few units off; the largest weight takes them with the least relative change.
+    # Rounding changes the sum by a few units; the largest weight absorbs them with the least relative change.
     kernel[np.unravel_index(kernel.argmax(), kernel.shape)] += KERNEL_SUM - kernel.sum()
     return kernel
 
@@ -90,7 +90,7 @@ def blurred_pair(
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """Blur a photograph in linear light, add the sensor's noise, and round to 8 bits.
 
-    Only the pixels whose light comes from inside the photograph are kept, so no border is invented.
+    Only pixels that receive light from inside the photograph are kept, so no border has to be assumed.
 
     Args:
         photograph: sharp, H×W×3, 8 bits, gamma 2.2.
@@ -101,7 +101,7 @@ def blurred_pair(
         read_noise: b in that variance.
 
     Returns:
-        The blurred and the sharp photograph, both (H-k+1)×(W-k+1)×3, 8 bits, pixel upon pixel.
+        The blurred and the sharp photograph, both (H-k+1)×(W-k+1)×3, 8 bits, aligned.
     """
     linear = _linear_levels()[photograph]
     exposed = np.rint(oaconvolve(linear, kernel[..., None].astype(np.float64), mode='valid', axes=(0, 1)))
@@ -116,7 +116,7 @@ def blurred_pair(
 
 
 def _linear_levels() -> NDArray[np.float64]:
-    """Whole-number linear intensity of each of the 256 display levels."""
+    """Integer linear intensity of each of the 256 display levels."""
     return np.rint(LINEAR_WHITE * (np.arange(256) / 255) ** GAMMA)
 
 

@@ -1,4 +1,4 @@
-"""Making pairs of blurred and sharp images: one pipeline with the physics in order.
+"""Synthesis of pairs of blurred and sharp images, in the order of the physical process.
 
     photographs.py   sharp photographs, reduced in linear light      frames.py     runs of video frames
     response.py      display levels to linear light and back         settings.py   settings as data

@@ -1,9 +1,9 @@
 """Moving objects: a foreground that moves over a differently moving background.
 
-At every instant of the exposure the foreground, whose colours are multiplied by its coverage α, lies over the
-background: f + (1 - α)·b (Porter & Duff, SIGGRAPH 1984), in linear light.  The blurred image is the mean of
-those composites.  Blurring f, α and b on their own and compositing them afterwards would let the background
-shine through wherever the two motions are correlated.
+At every instant of the exposure the foreground f, premultiplied by its coverage α, is composited over the
+background b: f + (1 - α)·b (Porter & Duff, SIGGRAPH 1984), in linear light.  The blurred image is the mean of
+these composites.  Blurring f, α and b separately and compositing them afterwards would let the background
+shine through where the two motions are correlated.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ SHIFT = 8
 
 @dataclass(frozen=True)
 class Motion:
-    """What objects and their motions are drawn from.
+    """The distribution of objects and their motions.
 
     Attributes:
-        count: how many objects there are, the fewest and the most.
+        count: range of the number of objects.
         radius: mean radius of an object, as a share of the image's shorter side, drawn log-uniformly.
         roughness: how far the outline departs from an ellipse, relative to its radius.
         turn: weight of an object's rotation against its translation, by how far they move its outline.
@@ -83,7 +83,7 @@ class Outline:
 
     @property
     def box(self) -> Region:
-        """The whole pixels that it covers, and one around them."""
+        """The rectangle of pixels that it covers, with a margin of one."""
         left, top = np.floor(self.points.min(0)).astype(int) - 1
         right, bottom = np.ceil(self.points.max(0)).astype(int) + 2
         return Region(int(top), int(left), int(bottom - top), int(right - left))
@@ -105,7 +105,7 @@ class Layer:
 
 
 def draw_outline(rng: np.random.Generator, motion: Motion, height: int, width: int) -> Outline:
-    """Draw an ellipse of random size, place and direction with a few random lobes."""
+    """Draw an ellipse of random size, position and orientation with a few random lobes."""
     radius = log_uniform(rng, motion.radius) * min(height, width)
     centre = rng.random(2) * (width, height)
     angle = np.linspace(0, 2 * np.pi, OUTLINE_POINTS, endpoint=False)
@@ -121,7 +121,7 @@ def draw_outline(rng: np.random.Generator, motion: Motion, height: int, width: i
 
 
 def draw_motion(rng: np.random.Generator, motion: Motion, outline: Outline, length: float) -> Homographies:
-    """Draw how an object moves during the exposure: a path of `length` pixels, turning and growing on it."""
+    """Draw the motion of an object in the exposure: a path of `length` pixels, with rotation and scaling."""
     path = smooth_path(rng, 4, log_uniform(rng, motion.steadiness))
     turn, growth = rng.uniform(*motion.turn), rng.uniform(*motion.growth)
     path *= [1, 1, turn / outline.radius, growth / outline.radius]
@@ -146,7 +146,7 @@ def _similarities(path: NDArray[np.float64], centre: NDArray[np.float64]) -> Hom
 
 
 def coverage(outline: Outline, source: Region) -> NDArray[np.float32]:
-    """How much of each pixel of `source` an outline covers, float32 (h, w) in [0, 1]."""
+    """The coverage of each pixel of `source` by an outline, float32 (h, w) in [0, 1]."""
     # Pixel centres are whole numbers, so the larger drawing is shifted by half a pixel.
     points = (outline.points - (source.left, source.top) + 0.5) * OVERSAMPLING - 0.5
     large = np.zeros((source.height * OVERSAMPLING, source.width * OVERSAMPLING), np.uint8)
@@ -156,7 +156,7 @@ def coverage(outline: Outline, source: Region) -> NDArray[np.float32]:
 
 
 def touches(outline: Outline, views: Homographies, region: Region) -> bool:
-    """May an object that moves like this be seen in a region?"""
+    """Whether an object with this motion may be visible in a region."""
     box = outline.box
     margin = 1 + reach(views, region)
     return (
@@ -189,7 +189,7 @@ def composite(
         source: its position in the image.
         views: how the background moves, at `NODES` instants.
         layers: the objects, the nearest last, at the same instants.
-        region: what to expose.
+        region: the region to render.
 
     Returns:
         float32 (region.height, region.width, 3).

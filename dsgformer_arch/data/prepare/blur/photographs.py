@@ -1,4 +1,4 @@
-"""Sharp photographs in linear light, reduced first so that their own JPEG artefacts and softness vanish."""
+"""Sharp photographs in linear light, reduced in size to remove JPEG artefacts and softness."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from dsgformer_arch.utils.errors import UserError
 
 @dataclass(frozen=True)
 class Reduction:
-    """How photographs are reduced: by an area filter, in linear light.
+    """The reduction of photographs by an area filter, in linear light.
 
     Attributes:
-        least: both sides are divided by at least this; 1 leaves small images as they are.
-        longest_side: and by as much as makes the longer side at most this many pixels; 0 for no limit.
+        least: both sides are divided by at least this; 1 does not change small images.
+        longest_side: upper bound of the longer side in pixels; 0 for no limit.
     """
 
     least: float = 2.0
@@ -69,7 +69,7 @@ def reduce_photograph(image: NDArray[np.uint8], reduction: Reduction, camera: st
 
     Args:
         image: uint8 RGB (H, W, 3).
-        reduction: how far.
+        reduction: its settings.
         camera: its response; see `response`.
 
     Returns:
@@ -92,9 +92,9 @@ class Photographs:
         match: pattern of file names.
         reduction: how they are reduced.
         camera: their response; see `response`.
-        memory: megabytes for reduced photographs; others are read anew each time, which takes about 0.3 s for
-            one of 24 megapixels.
-        preload: read those that fit now; else when they are first asked for.
+        memory: megabytes for reduced photographs; others are read again each time, which takes about 0.3 s
+            for 24 megapixels.
+        preload: read those that fit now instead of on demand.
 
     Raises:
         UserError: there is no image, or one cannot be decoded.

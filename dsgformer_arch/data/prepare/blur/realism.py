@@ -1,4 +1,4 @@
-"""What a camera does to light besides averaging it: saturation, noise, colour, demosaicing, JPEG.
+"""Camera effects other than motion blur: saturation, noise, colour, demosaicing, JPEG.
 
 Networks trained on averaged frames fail on real blur because these are missing (Rim et al., "Realistic Blur
 Synthesis for Learning Image Deblurring", ECCV 2022).  The order is the camera's: the sensor saturates, sees
@@ -19,7 +19,7 @@ from dsgformer_arch.data.prepare.blur.settings import Range, check_probability, 
 from dsgformer_arch.data.prepare.blur.shake import log_uniform
 
 SATURATED = 0.95
-"""Linear light, as a share of white, from which on a pixel of a photograph counts as clipped."""
+"""Linear light relative to white above which a pixel of a photograph counts as clipped."""
 
 SHOT_TO_READ = (2.18, 1.20, 0.26)
 """log(read) = 2.18·log(shot) + 1.20, with a standard deviation of 0.26: fitted to the cameras of the
@@ -45,14 +45,14 @@ XYZ_TO_CAMERA = {
 """Colour matrices in units of 1/10000, as Adobe publishes them for raw files (tabulated in dcraw)."""
 
 MOSAIC_BLACK, MOSAIC_WHITE = 4096.0, 49152.0
-"""16-bit codes of darkness and white while demosaicing: noise must be free to fall below black."""
+"""16-bit codes of black and white during demosaicing; noise may fall below black."""
 
 
 @dataclass(frozen=True)
 class Realism:
-    """Switches and parameters of what a camera adds.
+    """Switches and parameters of the camera effects.
 
-    Each switch is the probability that an image gets it; true and false mean always and never.
+    Each switch is the probability of the effect; true and false mean always and never.
 
     Attributes:
         saturation: highlights that the photograph clips are made brighter before the exposure, so that they
@@ -88,7 +88,7 @@ class Realism:
         check_range('quality', self.quality, least=1, most=100)
 
     def draw(self, rng: np.random.Generator) -> Camera:
-        """One camera.  It takes the same random numbers whatever is on, so a switch changes no other."""
+        """Draw one camera.  All settings consume the same random numbers, so switches are independent."""
         on = rng.random(5) < [self.saturation, self.noise, self.isp, self.demosaic, self.jpeg]
         highlight = rng.uniform(*self.highlight)
         shot = log_uniform(rng, self.shot)
@@ -109,7 +109,7 @@ class Realism:
 
 
 PLAIN = Realism(saturation=0, noise=0, isp=0, demosaic=0, jpeg=0)
-"""Nothing but the exposure and the response."""
+"""Settings without any effect but the exposure and the response."""
 
 
 def _draw_colours(rng: np.random.Generator) -> NDArray[np.float32]:
@@ -127,7 +127,7 @@ def _draw_colours(rng: np.random.Generator) -> NDArray[np.float32]:
 
 @dataclass(frozen=True)
 class Camera:
-    """One camera with its settings; see `Realism`.  What is switched off is 0 or None.
+    """One camera with its settings; see `Realism`.  Effects that are off are 0 or None.
 
     Attributes:
         highlight: light beyond white of clipped pixels.
@@ -147,15 +147,15 @@ class Camera:
 
     @property
     def is_plain(self) -> bool:
-        """Does it add nothing?"""
+        """Whether it has no effect."""
         return not (self.highlight or self.shot or self.read or self.demosaic or self.quality)
 
     def brighten(self, light: NDArray[np.float32], white: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Give clipped highlights the light that they may have had.  To be done before the exposure.
+        """Brighten clipped highlights beyond white; applied before the exposure.
 
         Args:
             light: linear light, float32 (H, W, 3).
-            white: (3,): where the image clips.
+            white: (3,): the light at which the image clips.
         """
         if not self.highlight:
             return light
@@ -167,7 +167,7 @@ class Camera:
     def develop(
         self, light: NDArray[np.float32], curve: Response, rng: np.random.Generator
     ) -> NDArray[np.uint8]:
-        """Exposed light to the image that the camera stores.
+        """Convert exposed light to the image that the camera stores.
 
         Args:
             light: linear light, float32 (H, W, 3); what exceeds the response's white saturates here.
@@ -188,12 +188,12 @@ class Camera:
     def sense(
         self, light: NDArray[np.float32], rng: np.random.Generator, white: float = 1.0
     ) -> NDArray[np.float32]:
-        """Colours, mosaic and noise of the sensor, undone as far as an ISP can.
+        """Apply colours, mosaic and noise of the sensor, and invert colours and mosaic as an ISP does.
 
         Args:
             light: linear light, float32 (H, W, 3).
             rng: source of the noise.
-            white: the largest light of interest; 1 but for responses with more range than sRGB.
+            white: the largest light of interest; above 1 for responses with more range than sRGB.
 
         Returns:
             float32 (H, W, 3); not clipped.
@@ -226,7 +226,7 @@ def _transformed(light: NDArray[np.float32], matrix: NDArray[np.float32]) -> NDA
 
 
 def mosaic(raw: NDArray[np.float32]) -> NDArray[np.float32]:
-    """What an RGGB colour filter array leaves of an image (H, W, 3): (H, W)."""
+    """Sample an image (H, W, 3) with an RGGB colour filter array: (H, W)."""
     seen = raw[..., 1].copy()
     seen[::2, ::2] = raw[::2, ::2, 0]
     seen[1::2, 1::2] = raw[1::2, 1::2, 2]

@@ -1,7 +1,7 @@
 """Camera responses: from the 256 display levels to linear light, and back.
 
-Light adds up on a sensor, display levels do not.  Whatever averages images over an exposure therefore works
-on linear light, and the response says how linear light becomes display levels.
+Light adds up linearly on a sensor, display levels do not.  Averages over an exposure are therefore taken in
+linear light, and the response maps linear light to display levels.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from dsgformer_arch.utils.errors import UserError
 MID_GREY = 128
 """The level at which a tabulated response is scaled to sRGB's linear value, since its unit is arbitrary."""
 RELIABLE, SLOPE_OVER = 250, 15
-"""Estimators of responses trust levels the less, the nearer they are to black and white (Debevec & Malik,
-SIGGRAPH 1997); above this level a table is continued with the slope of so many levels before it.  Otherwise
-saturated pixels of the GoPro table would be four times as bright as those a level below, in each channel
-differently, and leave coloured fringes."""
+"""Estimated responses are unreliable near black and white (Debevec & Malik, SIGGRAPH 1997).  Above this level a
+table is extrapolated with the slope of so many levels before it.  Otherwise saturated pixels of the GoPro
+table would be four times as bright as those a level below, differently in each channel, and leave coloured
+fringes."""
 CODES = 2**16
 """Entries of the table that encodes.  The square root of linear light indexes it, which resolves the darkest
 levels of every response in use."""
 
 
 class Response:
-    """How a camera turns linear light into display levels.
+    """The mapping between linear light and display levels of a camera.
 
     Attributes:
         name: what it was made from: `'srgb'`, `'gamma2.2'`, `'linear'` or a file.
@@ -70,7 +70,7 @@ class Response:
         return np.asarray(cv2.LUT(image, self._decoder), dtype=np.float32)
 
     def to_display(self, linear: NDArray[np.float32]) -> NDArray[np.uint8]:
-        """Linear light to the nearest display levels; what is brighter than `white` saturates.
+        """Linear light to the nearest display levels; light above `white` saturates.
 
         Args:
             linear: float32 RGB (H, W, 3).
@@ -130,7 +130,7 @@ def _tabulated(path: Path) -> NDArray[np.floating]:
     if table.size != 256 * 3 or table.shape[0] != 256 or table.dtype.kind != 'f':
         raise UserError(f'{path} is no camera response: it should hold 256 × 3 numbers (blue, green, red)')
     levels = table.reshape(256, 3)[:, ::-1].astype(np.float64)
-    levels -= levels[0]  # what the sensor gives without light
+    levels -= levels[0]  # the sensor's output without light
     slope = (levels[RELIABLE] - levels[RELIABLE - SLOPE_OVER]) / SLOPE_OVER
     levels[RELIABLE:] = levels[RELIABLE] + slope * np.arange(256 - RELIABLE)[:, None]
     if not np.isfinite(levels).all() or levels[MID_GREY].min() <= 0 or levels[-1].min() <= 0:
@@ -140,7 +140,7 @@ def _tabulated(path: Path) -> NDArray[np.floating]:
 
 
 def _rising(curve: NDArray[np.floating]) -> NDArray[np.floating]:
-    """Interpolate where a curve falls: estimated tables do so here and there by noise."""
+    """Interpolate where a curve decreases, which estimated tables do because of noise."""
     index = np.arange(len(curve))
     good = curve > np.concatenate([[-np.inf], np.maximum.accumulate(curve)[:-1]])
     return np.interp(index, index[good], curve[good])

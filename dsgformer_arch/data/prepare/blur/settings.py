@@ -70,14 +70,14 @@ def check_probability(name: str, value: float) -> None:
 
 @dataclass(frozen=True)
 class Strength:
-    """How strong blurs are, and how often.
+    """The distribution of blur lengths.
 
     A blur's length is the extent of the path that a point of the image draws during the exposure (the
     diagonal of its bounding box), averaged over the image.
 
     Attributes:
-        none: the share of images that are not blurred at all.
-        length: the shortest and the longest blur of the others, in pixels.
+        none: fraction of images without blur.
+        length: range of the blur of the others, in pixels.
         power: lengths are `shortest + (longest - shortest)·u^power` with u uniform in [0, 1): 1 makes all
             lengths as frequent, 2 makes short blurs more frequent.
     """

@@ -19,16 +19,16 @@ from numpy.typing import NDArray
 from dsgformer_arch.data.prepare.blur.settings import Range, check_range
 
 LINEAR_WHITE = 65535
-"""Linear light 1 of images stored in 16 bits."""
+"""The 16-bit code of linear light 1."""
 NODES = 65
 """Instants of the exposure at which a path is drawn; between them it is straight."""
 SENSOR_WIDTH = 36.0
-"""Millimetres, to which focal lengths refer (35 mm film)."""
+"""Width of the sensor in millimetres to which focal lengths refer (35 mm film)."""
 SPACING = 1.25
 """Largest distance in pixels between two of the views that are averaged."""
 MOST_VIEWS = 96
 STILL = 1e-3
-"""Pixels in an exposure below which nothing moves."""
+"""Motion in pixels below which an image counts as static."""
 SHALLOWEST = 0.2
 """Smallest inverse depth of the scene in an image's corner, where the image's centre has 1."""
 
@@ -48,14 +48,14 @@ class Region(NamedTuple):
 
 @dataclass(frozen=True)
 class Shake:
-    """What camera paths are drawn from.
+    """The distribution of camera paths.
 
     Rotations about the sensor's two axes (pitch and yaw) dominate hand-held blur; the weights below compare
     the other four degrees of freedom with them, by how far they move the image.
 
     Attributes:
         roll: weight of the rotation about the optical axis, drawn from this range.
-        shift: weight of the translation parallel to the sensor, whose blur grows with nearness.
+        shift: weight of the translation parallel to the sensor, which blurs near objects more.
         approach: weight of the translation along the optical axis.
         tilt: angle between the scene's plane and the sensor in degrees.
         focal_length: in millimetres for a 36 mm wide sensor, drawn log-uniformly.
@@ -156,7 +156,7 @@ def centred(views: Homographies) -> Homographies:
 
 
 def displacements(views: Homographies, points: NDArray[np.float64]) -> NDArray[np.float64]:
-    """How far each view's light comes from, (N, P, 2) in pixels, at points (P, 2) of the form (x, y)."""
+    """Displacement of each view, (N, P, 2) in pixels, at points (P, 2) of the form (x, y)."""
     mapped = np.concatenate([points, np.ones((len(points), 1))], axis=1) @ views.transpose(0, 2, 1)
     return np.asarray(mapped[..., :2] / mapped[..., 2:] - points, dtype=np.float64)
 
@@ -175,9 +175,9 @@ def path_length(views: Homographies, height: int, width: int) -> float:
 
 
 def views_needed(views: Homographies, region: Region) -> int:
-    """How many views keep every point of a region from moving by more than `SPACING` between two of them.
+    """The number of views for which no point of a region moves by more than `SPACING` between two of them.
 
-    There are `MOST_VIEWS` at most, and one where nothing moves.
+    At most `MOST_VIEWS`, and one if nothing moves.
     """
     moved = displacements(views, grid(region, 2))
     speed = np.linalg.norm(np.diff(moved, axis=0), axis=2).max() * (len(views) - 1)
@@ -194,7 +194,7 @@ def resampled(views: Homographies, count: int) -> Homographies:
 
 
 def reach(views: Homographies, region: Region) -> int:
-    """How far outside a region its light comes from, in whole pixels."""
+    """The margin around a region from which it receives light, in whole pixels."""
     furthest = np.abs(displacements(views, grid(region, 3))).max()
     return int(np.ceil(furthest)) + 2 if furthest else 0
 
