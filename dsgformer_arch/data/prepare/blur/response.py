@@ -18,10 +18,10 @@ from dsgformer_arch.utils.errors import UserError
 MID_GREY = 128
 """The level at which a tabulated response is scaled to sRGB's linear value, since its unit is arbitrary."""
 RELIABLE, SLOPE_OVER = 250, 15
-"""Estimated responses are unreliable near black and white (Debevec & Malik, SIGGRAPH 1997).  Above this level a
-table is extrapolated with the slope of so many levels before it.  Otherwise saturated pixels of the GoPro
-table would be four times as bright as those a level below, differently in each channel, and leave coloured
-fringes."""
+"""Estimated responses are unreliable near black and white (Debevec & Malik, SIGGRAPH 1997).  Above this
+level a table is extrapolated with the slope of so many levels before it.  Otherwise saturated pixels of the
+GoPro table would be four times as bright as those one level below, differently in each channel, and leave
+coloured fringes."""
 CODES = 2**16
 """Entries of the table that encodes.  The square root of linear light indexes it, which resolves the darkest
 levels of every response in use."""
