@@ -85,14 +85,17 @@ def read_image_file(path: str, folder: str = '') -> NDArray[np.uint8]:
         raise UserError(f'the image {path} {error}; replace it') from None
 
 
-def check_size(stored: Any, size: tuple[int, int], key: str, folder: str) -> None:
+def check_size(
+    stored: Any, size: tuple[int, int], key: str, folder: str, again: str = 'make the LMDB again'
+) -> None:
     """Refuse a stored image whose header gives another size than `meta_info.txt`.
 
     Args:
         stored: the image's bytes.
         size: (height, width) by `meta_info.txt`.
         key: the image's key, for the message.
-        folder: the LMDB, for the message.
+        folder: the LMDB or stream, for the message.
+        again: how to fix it, for the message.
 
     Raises:
         UserError: it does, or it has no sound header.
@@ -100,9 +103,9 @@ def check_size(stored: Any, size: tuple[int, int], key: str, folder: str) -> Non
     try:
         shape = header_shape(stored)
     except BadImageError as error:
-        raise UserError(f'{folder}: the image {key} {error}; make the LMDB again') from None
+        raise UserError(f'{folder}: the image {key} {error}; {again}') from None
     if shape.size != size:
         raise UserError(
             f'{folder}: the image {key} is {shape.width}×{shape.height}, but meta_info.txt says '
-            f'{size[1]}×{size[0]}; make the LMDB again'
+            f'{size[1]}×{size[0]}; {again}'
         )

@@ -12,77 +12,50 @@ LMDB that is not whole; the next run keeps what is finished and makes the rest a
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass
 from functools import partial
 from pathlib import Path
 from threading import Event
-from typing import Any, TextIO, TypeVar
+from typing import Any, TextIO
 
-import cv2
 import lmdb
 import numpy as np
 from numpy.typing import NDArray
 
-from dsgformer_arch.data import meta_info, png_crop
-from dsgformer_arch.data.image_files import (
-    JPEG_START,
-    BadImageError,
-    Shape,
-    check_image,
-    decode_bgr,
-    raw_image,
-    read_file,
-)
+from dsgformer_arch.data import meta_info
 from dsgformer_arch.data.lmdb_files import open_lmdb
 from dsgformer_arch.data.prepare.layouts import Pair, Split
+from dsgformer_arch.data.prepare.pair_files import (
+    PNG_LEVEL,
+    SIDES,
+    CropGrid,
+    Image,
+    cut,
+    decode,
+    fingerprint,
+    in_order,
+    in_pixels,
+    in_words,
+    load,
+    prepare,
+    raise_problems,
+    shape_of,
+)
 from dsgformer_arch.utils.errors import UserError
 from dsgformer_arch.utils.files import disk_is_full, locked, read_json, sync_folder
 from dsgformer_arch.utils.progress import track
 
-T = TypeVar('T')
-R = TypeVar('R')
-
-SIDES = ('lq', 'gt')
 PARTIAL = '.create_lmdb.partial'
 RECORD = 'create_lmdb.json'
 
-PNG_LEVEL = 1  # BasicSR's default for LMDBs; for whole images a filler, since their level cannot be known
 BATCH_BYTES = 32 * 2**20  # what waits in memory for one write transaction
 FIRST_MAP_BYTES = 2**30  # address space, neither memory nor disk; doubled whenever it is full
 NEARLY_FULL_BYTES = 2 * BATCH_BYTES  # LMDB calls a write that a full disk cut short an input/output error
-
-
-@dataclass(frozen=True)
-class CropGrid:
-    """Overlapping square crops, placed as BasicSR's `extract_subimages` does with a threshold of 0.
-
-    Crops start at multiples of `step`; where that leaves a rest at the right or the bottom, one more crop
-    ends at the border.  With a step up to the size, every pixel is in some crop.
-
-    Attributes:
-        size: height and width of a crop in pixels.
-        step: distance between two crops' starts in pixels.
-    """
-
-    size: int
-    step: int
-
-    def corners(self, height: int, width: int) -> list[tuple[int, int]]:
-        """(top, left) of each crop, row by row; none where the image is smaller than a crop."""
-        return [(top, left) for top in self._starts(height) for left in self._starts(width)]
-
-    def _starts(self, length: int) -> list[int]:
-        last = length - self.size
-        starts = list(range(0, last + 1, self.step))
-        return starts if not starts or starts[-1] == last else [*starts, last]
 
 
 def create_lmdbs(
@@ -136,7 +109,7 @@ def create_lmdbs(
                     problems += _write_split(split, of_split, crop, raw, workers, dry)
             if verify and not problems:
                 problems += _verify([(target, target.partial) for target in missing], crop, raw, workers)
-            _raise_problems(problems)
+            raise_problems(problems, 'LMDB')
             _publish(missing, folder)
     for target in missing:
         say(f'wrote {target.final}: {target.describe()}')
@@ -184,28 +157,18 @@ class _Target:
 
     def describe(self) -> str:
         record = read_json(self.final / RECORD)
-        return f'{record["images"]} images, {_in_words(record["data_bytes"])}'
+        return f'{record["images"]} images, {in_words(record["data_bytes"])}'
 
 
 def _targets(split: Split, out: Path, preset: str, crop: CropGrid | None, raw: bool) -> list[_Target]:
-    digest = hashlib.sha256()
-    sizes = dict.fromkeys(SIDES, 0)
-    for pair in split.pairs:
-        digest.update(pair.key.encode())
-        for side, path in zip(SIDES, (pair.lq, pair.gt), strict=True):
-            try:
-                status = path.stat()
-            except OSError:
-                continue  # reading it will fail too, and say why
-            digest.update(f' {side} {status.st_size} {status.st_mtime_ns}'.encode())
-            sizes[side] += status.st_size
+    digest, sizes = fingerprint(split)
     how = {
         'format': 1,
         'preset': preset,
         'split': split.name,
         'crop': [crop.size, crop.step] if crop else None,
         'pairs': len(split.pairs),
-        'files': digest.hexdigest(),
+        'files': digest,
         **({'raw': True} if raw else {}),
     }
     return [
@@ -228,19 +191,6 @@ def _refuse_to_replace(paths: Iterable[Path]) -> None:
             f'{standing[0].parent} already holds {names}, made from other files or otherwise, or not whole; '
             'give another folder, or --force to replace'
         )
-
-
-def _raise_problems(problems: Sequence[str]) -> None:
-    if problems:
-        count = f'{len(problems)} problems' if len(problems) > 1 else '1 problem'
-        listed = '\n  '.join(problems)
-        raise UserError(
-            f'{count} with the images, so no LMDB was written; fix or remove what is named here:\n  {listed}'
-        )
-
-
-def _in_words(size: int) -> str:
-    return f'{size / 1e9:.1f} GB' if size >= 1e9 else f'{size / 1e6:.1f} MB'
 
 
 # --- the folder in which LMDBs grow -------------------------------------------------------------------------
@@ -295,7 +245,7 @@ def _require_space(out: Path, needed: int) -> None:
     free = shutil.disk_usage(out).free
     if needed > free:
         raise UserError(
-            f'the LMDBs need {_in_words(needed)}, but the disk of {out} has {_in_words(free)} free; '
+            f'the LMDBs need {in_words(needed)}, but the disk of {out} has {in_words(free)} free; '
             'free some space or give another folder'
         )
 
@@ -324,134 +274,6 @@ def _publish(targets: Sequence[_Target], folder: Path) -> None:
     sync_folder(folder.parent)
 
 
-# --- reading, checking and cutting images -------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Image:
-    """What is stored under one key."""
-
-    key: str
-    data: bytes
-    shape: Shape
-
-
-@dataclass
-class _Prepared:
-    """A pair that is ready to be stored, or what is wrong with it."""
-
-    images: dict[str, list[_Image]] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-
-
-def _prepare(pair: Pair, crop: CropGrid | None, raw: bool, dry: Event) -> _Prepared:
-    prepared = _Prepared()
-    whole: dict[str, _Image] = {}
-    for side, path in zip(SIDES, (pair.lq, pair.gt), strict=True):
-        image = _load(pair.key, path)
-        if isinstance(image, str):
-            prepared.problems.append(image)
-        else:
-            whole[side] = image
-    if prepared.problems:
-        return prepared
-    shape, partner = whole['lq'].shape, whole['gt'].shape
-    if shape.size != partner.size:
-        prepared.problems.append(
-            f'{pair.lq}: is {_size(shape)}, but its partner {pair.gt} is {_size(partner)}'
-        )
-    elif crop is None and not raw:
-        prepared.images = {side: [image] for side, image in whole.items()}
-    elif crop is not None and min(shape.size) < crop.size:
-        prepared.problems.append(
-            f'{pair.lq}: is {_size(shape)}, smaller than crops of {crop.size}x{crop.size}'
-        )
-    else:
-        for side, path in zip(SIDES, (pair.lq, pair.gt), strict=True):
-            pixels = _decode(whole[side].data)
-            if pixels is None:
-                prepared.problems.append(f'{path}: cannot be decoded')
-            elif raw and (pixels.dtype != np.uint8 or pixels.shape[2:] != (3,)):
-                prepared.problems.append(f'{path}: is no 8-bit RGB image, which --raw asks for')
-            elif not dry.is_set():
-                prepared.images[side] = list(_encoded(pair.key, pixels, crop, raw))
-    return prepared
-
-
-def _load(key: str, path: Path) -> _Image | str:
-    """Read and check a file; return what is wrong with it instead, if anything is."""
-    try:
-        data = read_file(path)
-        image = _Image(key, data, check_image(data))
-        _require_whole_jpeg(data)
-        return image
-    except OSError as error:
-        return f'{path}: cannot be read ({error.strerror})'
-    except BadImageError as error:
-        return f'{path}: {error}'
-
-
-def _size(shape: Shape) -> str:
-    return f'{shape.width}x{shape.height}'
-
-
-def _decode(data: bytes) -> NDArray[Any] | None:
-    """Decode with all channels and bits; None where OpenCV cannot."""
-    try:
-        return decode_bgr(data, cv2.IMREAD_UNCHANGED)
-    except BadImageError:
-        return None
-
-
-def _require_whole_jpeg(data: bytes) -> None:
-    """Refuse a JPEG whose image data end before the last row: decoders fill the rest with grey.
-
-    Only decoding tells, and OpenCV does not say it; without libvips nothing is refused.
-
-    Raises:
-        BadImageError: its image data end early.
-    """
-    vips = png_crop.library() if data.startswith(JPEG_START) else None
-    if vips is None:
-        return
-    try:
-        vips.Image.new_from_buffer(data, '', access='sequential', fail_on='warning').avg()
-    except vips.Error as error:
-        if 'premature end' in str(error).lower():
-            raise BadImageError('is damaged: its image data end before its last row') from None
-
-
-def _shape(pixels: NDArray[Any]) -> Shape:
-    return Shape(pixels.shape[0], pixels.shape[1], 1 if pixels.ndim == 2 else pixels.shape[2])
-
-
-def _encoded(key: str, pixels: NDArray[Any], crop: CropGrid | None, raw: bool) -> Iterator[_Image]:
-    for name, part in _cut(key, pixels, crop) if crop else [(key, pixels)]:
-        if raw:
-            data = raw_image(part)
-        else:
-            data = cv2.imencode('.png', part, [cv2.IMWRITE_PNG_COMPRESSION, PNG_LEVEL])[1].tobytes()
-        yield _Image(name, data, _shape(part))
-
-
-def _cut(key: str, pixels: NDArray[Any], crop: CropGrid) -> Iterator[tuple[str, NDArray[Any]]]:
-    for number, (top, left) in enumerate(crop.corners(*pixels.shape[:2]), 1):
-        cut = np.ascontiguousarray(pixels[top : top + crop.size, left : left + crop.size])
-        yield f'{key}_s{number:03d}', cut
-
-
-def _in_order(work: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
-    """Like `Executor.map`, but with a bounded number of results waiting."""
-    waiting: deque[Future[R]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        for item in items:
-            waiting.append(pool.submit(work, item))
-            if len(waiting) > 2 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
 # --- writing and verifying ----------------------------------------------------------------------------------
 
 
@@ -464,14 +286,14 @@ def _write_split(
     """
     problems: list[str] = []
     what = f'{"checking" if dry.is_set() else "writing"} {split.name}'
-    prepare = partial(_prepare, crop=crop, raw=raw, dry=dry)
+    read = partial(prepare, crop=crop, raw=raw, dry=dry)
     with ExitStack() as stack:
         files = (
             {}
             if dry.is_set()
             else {target.side: stack.enter_context(_LmdbFile(target)) for target in targets}
         )
-        for prepared in track(_in_order(prepare, split.pairs, workers), what, len(split.pairs)):
+        for prepared in track(in_order(read, split.pairs, workers), what, len(split.pairs)):
             if prepared.problems:
                 problems += prepared.problems
                 dry.set()
@@ -494,7 +316,7 @@ class _LmdbFile:
         self._folder.mkdir()
         self._meta_info = open(self._folder / f'{meta_info.NAME}.partial', 'w', encoding='ascii')  # noqa: SIM115
         self._environment = lmdb.open(str(self._folder), map_size=FIRST_MAP_BYTES, sync=False, lock=False)
-        self._batch: list[_Image] = []
+        self._batch: list[Image] = []
         self._batch_bytes = 0
         self._images = 0
 
@@ -505,7 +327,7 @@ class _LmdbFile:
         self._environment.close()
         self._meta_info.close()
 
-    def put(self, image: _Image) -> None:
+    def put(self, image: Image) -> None:
         self._batch.append(image)
         self._batch_bytes += len(image.data)
         if self._batch_bytes >= BATCH_BYTES:
@@ -570,7 +392,7 @@ def _verify(
         with closing(environment):
             check = partial(_verify_pair, environment, entries, target, crop, raw)
             pairs = target.split.pairs
-            found = track(_in_order(check, pairs, workers), f'verifying {name}', len(pairs))
+            found = track(in_order(check, pairs, workers), f'verifying {name}', len(pairs))
             counts = []
             for number, faults in found:
                 counts.append(number)
@@ -590,13 +412,13 @@ def _verify_pair(
 ) -> tuple[int, list[str]]:
     """How many images are stored of one file, and what is wrong with them."""
     path, name = target.path_of(pair), target.final.name
-    image = _load(pair.key, path)
+    image = load(pair.key, path)
     if isinstance(image, str):
         return 1, [image]
-    pixels = _decode(image.data)
+    pixels = decode(image.data)
     if pixels is None:
         return 1, [f'{path}: cannot be decoded']
-    parts = list(_cut(pair.key, pixels, crop)) if crop else [(pair.key, pixels)]
+    parts = list(cut(pair.key, pixels, crop)) if crop else [(pair.key, pixels)]
     problems = []
     for key, part in parts:
         with environment.begin() as transaction:
@@ -605,13 +427,13 @@ def _verify_pair(
         where = path if crop is None and not raw else f'{path}, key {key}'
         if stored is None or entry is None:
             problems.append(f'{where}: is missing in {name}')
-        elif (entry.height, entry.width, entry.channels) != astuple(_shape(part)):
-            problems.append(f'{where}: is {_size(_shape(part))}, which is not what {name} lists')
+        elif (entry.height, entry.width, entry.channels) != astuple(shape_of(part)):
+            problems.append(f'{where}: is {in_pixels(shape_of(part))}, which is not what {name} lists')
         elif not (stored == image.data if where is path else _same_pixels(stored, part)):
             problems.append(f'{where}: differs from what is stored of it in {name}')
     return len(parts), problems
 
 
 def _same_pixels(stored: bytes, part: NDArray[Any]) -> bool:
-    decoded = _decode(stored)
+    decoded = decode(stored)
     return decoded is not None and decoded.dtype == part.dtype and np.array_equal(decoded, part)

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from dsgformer_arch.data import png_crop
 from dsgformer_arch.data.image_files import raw_image
-from dsgformer_arch.data.prepare import lmdb_writer
+from dsgformer_arch.data.prepare import lmdb_writer, pair_files
 from dsgformer_arch.data.prepare.layouts import Pair, Split, read_pairs
 from dsgformer_arch.data.prepare.lmdb_writer import PARTIAL, RECORD, CropGrid, create_lmdbs
 from dsgformer_arch.utils.errors import UserError
@@ -206,7 +206,7 @@ def test_few_results_wait_in_memory() -> None:
             furthest = max(furthest, number - taken)
             yield number
 
-    for expected, result in enumerate(lmdb_writer._in_order(lambda number: -number, items(), workers=3)):
+    for expected, result in enumerate(pair_files.in_order(lambda number: -number, items(), workers=3)):
         assert result == -expected
         taken = expected + 1
     assert taken == 200
