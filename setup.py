@@ -56,10 +56,12 @@ setup(
         'export': ['onnx', 'onnxscript', 'onnxruntime', 'openvino'],
         'loader': ['pyvips[binary]'],
         'metrics': ['pyiqa'],
+        'stream': ['litdata>=0.2.76'],
         'video': ['av'],
         'dev': [
             *('matplotlib', 'av', 'ray[data]', 'pytest', 'pytest-xdist', 'hypothesis', 'jsonschema'),
             *('onnx', 'onnxscript', 'onnxruntime', 'openvino'),
+            *('litdata', 'boto3', 'moto[s3]', 'flask', 'flask-cors'),  # moto and Flask: the tests' S3 server
             *('ruff', 'mypy', 'types-PyYAML', 'mkdocs-material', 'mkdocstrings[python]'),
             'triton; platform_system == "Linux"',  # its interpreter runs the GPU's kernels in the tests
         ],

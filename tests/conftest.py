@@ -46,6 +46,44 @@ def vgg_weights(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture(scope='session')
+def s3_server() -> Iterator[str]:
+    """The address of an S3 server in this process."""
+    server = pytest.importorskip('moto.server').ThreadedMotoServer(
+        ip_address='127.0.0.1', port=0, verbose=False
+    )
+    server.start()
+    logging.getLogger('werkzeug').setLevel(logging.WARNING)
+    host, port = server.get_host_and_port()
+    yield f'http://{host}:{port}'
+    server.stop()
+
+
+@pytest.fixture
+def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """The address `s3://<bucket>` of an empty bucket, with the environment that leads to it."""
+    for name in ('AWS_PROFILE', 'AWS_SESSION_TOKEN', 'AWS_DEFAULT_PROFILE'):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv('AWS_ENDPOINT_URL', s3_server)
+    monkeypatch.setenv('AWS_ACCESS_KEY_ID', 'key')
+    monkeypatch.setenv('AWS_SECRET_ACCESS_KEY', 'secret')
+    monkeypatch.setenv('AWS_DEFAULT_REGION', 'us-east-1')
+    monkeypatch.setenv('AWS_CONFIG_FILE', str(tmp_path / 'none'))
+    monkeypatch.setenv('AWS_SHARED_CREDENTIALS_FILE', str(tmp_path / 'none'))
+    monkeypatch.setenv('AWS_EC2_METADATA_DISABLED', 'true')
+    from dsgformer_arch.data import stream_files
+
+    stream_files._client.cache_clear()
+    stream_files._downloader.cache_clear()
+    store = stream_files.client()
+    for entry in store.list_buckets()['Buckets']:
+        for item in store.list_objects_v2(Bucket=entry['Name']).get('Contents', ()):
+            store.delete_object(Bucket=entry['Name'], Key=item['Key'])
+        store.delete_bucket(Bucket=entry['Name'])
+    store.create_bucket(Bucket='pairs')
+    return 's3://pairs'
+
+
 settings.register_profile('suite', max_examples=100, deadline=None, derandomize=True, database=None)
 settings.register_profile('long', max_examples=20_000, deadline=None, database=None)
 settings.load_profile(os.environ.get('HYPOTHESIS_PROFILE', 'suite'))

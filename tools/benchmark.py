@@ -163,6 +163,10 @@ def loader(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         '--data', required=True, metavar='PATH', help='common start of PATH_lq.lmdb and PATH_gt.lmdb'
     )
+    command.add_argument(
+        '--stream', dest='streams', action='append', default=[], metavar='PATH or s3://…',
+        help='a stream of the same images, which tools/create_stream.py made; may be repeated',
+    )  # fmt: skip
     command.add_argument('--patch', type=positive, default=256, help='side of crops (default: %(default)s)')
     command.add_argument('--batch', type=positive, default=8, help='pairs (default: %(default)s)')
     command.add_argument('--workers', type=positive, default=1, help='processes (default: %(default)s)')

@@ -27,7 +27,14 @@ class Reader(Protocol):
     def __call__(self, side: str, top: int, left: int, length: int) -> NDArray[np.uint8]: ...
 
 
-def draw(read: Reader, size: tuple[int, int], key: str, place: str, opt: Mapping[str, Any]) -> dict[str, Any]:
+def draw(
+    read: Reader,
+    size: tuple[int, int],
+    key: str,
+    place: str,
+    opt: Mapping[str, Any],
+    rng: random.Random | None = None,
+) -> dict[str, Any]:
     """A random crop of a pair, augmented.
 
     Args:
@@ -36,6 +43,7 @@ def draw(read: Reader, size: tuple[int, int], key: str, place: str, opt: Mapping
         key: the pair's key.
         place: what holds the images, for messages.
         opt: `gt_size`, `use_hflip`, `use_rot` and `pad_to_gt_size`.
+        rng: draws crop, flips and turn; the module `random` by default.
 
     Returns:
         `gt` and `lq`, float32 RGB (3, gt_size, gt_size) in [0, 1]; `gt_path` and `lq_path`, the key.
@@ -50,10 +58,11 @@ def draw(read: Reader, size: tuple[int, int], key: str, place: str, opt: Mapping
     elif min(height, width) < side:
         raise UserError(f'{key} in {place} is {width}×{height}, smaller than gt_size {side}')
     # The draws of basicsr.data.transforms.paired_random_crop and augment, in their order.
-    top, left = random.randint(0, height - side), random.randint(0, width - side)
-    flip_h = opt['use_hflip'] and random.random() < 0.5
-    flip_v = opt['use_rot'] and random.random() < 0.5
-    transpose = opt['use_rot'] and random.random() < 0.5
+    randint, uniform = (rng or random).randint, (rng or random).random
+    top, left = randint(0, height - side), randint(0, width - side)
+    flip_h = opt['use_hflip'] and uniform() < 0.5
+    flip_v = opt['use_rot'] and uniform() < 0.5
+    transpose = opt['use_rot'] and uniform() < 0.5
     tensors = []
     for which in ('gt', 'lq'):
         crop = read(which, top, left, side)

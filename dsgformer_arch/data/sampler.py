@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -57,6 +57,7 @@ class SampleStream(Sampler[list[tuple[int, int]]]):
         start: position of the first sample; the number of samples read before by all processes.
         rank: number of this process.
         world_size: number of processes.
+        order: makes the permutation of a pass from its seed; every permutation is equally likely by default.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class SampleStream(Sampler[list[tuple[int, int]]]):
         start: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        order: Callable[[int], Sequence[int]] | None = None,
     ) -> None:
         if length < 1:
             raise UserError('the training set is empty; check dataroot_gt and dataroot_lq')
@@ -78,8 +80,9 @@ class SampleStream(Sampler[list[tuple[int, int]]]):
         self.start = start
         self.rank = rank
         self.world_size = world_size
+        self.permute = order or self.uniform_order
         self.pass_number = -1
-        self.order: list[int] = []
+        self.order: Sequence[int] = []
 
     def __len__(self) -> int:
         return self.batches
@@ -93,10 +96,15 @@ class SampleStream(Sampler[list[tuple[int, int]]]):
         """The image at a position of the stream."""
         pass_number, place = divmod(position, self.length)
         if pass_number != self.pass_number:
-            generator = torch.Generator().manual_seed(derived_seed(self.seed, PASS, pass_number))
-            self.order = torch.randperm(self.length, generator=generator).tolist()
+            self.order = self.permute(derived_seed(self.seed, PASS, pass_number))
             self.pass_number = pass_number
         return self.order[place]
+
+    def uniform_order(self, seed: int) -> list[int]:
+        """A permutation of the images, each equally likely."""
+        generator = torch.Generator().manual_seed(seed)
+        order: list[int] = torch.randperm(self.length, generator=generator).tolist()
+        return order
 
 
 class SeededSamples(Dataset[dict[str, Any]]):
@@ -133,7 +141,13 @@ class SeededSamples(Dataset[dict[str, Any]]):
         return {'error': f'{len(faults)} images in a row cannot be read; the first: {faults[0]}'}
 
     def read(self, position: int, index: int) -> dict[str, Any]:
-        """An image's sample.  A data set whose items depend on the epoch has a method `item`."""
+        """An image's sample.
+
+        A data set whose items depend on the epoch has a method `item`; one that draws from the position
+        itself, because something else in its process draws random numbers too, has a method `at`.
+        """
+        if hasattr(self.dataset, 'at'):
+            return self.dataset.at(index, position, self.seed)
         if hasattr(self.dataset, 'item'):
             return self.dataset.item(index, position // len(self.dataset))
         return self.dataset[index]
@@ -190,3 +204,12 @@ def training_loader(
         worker_init_fn=start_worker,
         prefetch_factor=ahead if workers else None,
     )
+
+
+def stop_workers(batches: Any) -> None:
+    """End the workers of a loader's iterator, which ignore the SIGTERM that ends other child processes."""
+    if hasattr(batches, '_shutdown_workers'):
+        batches._shutdown_workers()
+        for worker in batches._workers:
+            if worker.is_alive():  # it waits for a disk that does not answer
+                worker.kill()

@@ -156,7 +156,16 @@ class Dataset(Section):
     gt_size: Count | None = None
     """Side of the random crops."""
     pad_to_gt_size: bool = False
-    """PairedCropDataset: reflect images smaller than a crop at their right and lower border."""
+    """PairedCropDataset, StreamingPairedDataset: reflect images smaller than a crop at their right and lower
+    border."""
+    dataroot: Text | None = None
+    """StreamingPairedDataset: a folder that tools/create_stream.py made, or s3://bucket/prefix."""
+    cache_dir: Text | None = None
+    """StreamingPairedDataset: folder for downloaded shards; ~ for ~/.cache/dsgformer/streams."""
+    max_cache_size: Positive = 50
+    """StreamingPairedDataset: most gigabytes (10^9 bytes) of downloaded shards in cache_dir."""
+    shuffle_shards: Count = 32
+    """StreamingPairedDataset: shards that training samples are drawn from at a time."""
     use_hflip: bool | None = None
     """Random horizontal flips."""
     use_rot: bool | None = None

@@ -37,7 +37,7 @@ from basicsr.utils import (
 from basicsr.utils.options import copy_opt_file, dict2str
 from filelock import FileLock, Timeout
 
-from dsgformer_arch.data.sampler import SampleStream, training_loader
+from dsgformer_arch.data.sampler import SampleStream, stop_workers, training_loader
 from dsgformer_arch.models import checkpointing
 from dsgformer_arch.models.history import History, draw_curves, lock_path
 from dsgformer_arch.models.restoration_model import Interrupted, RestorationModel
@@ -173,7 +173,7 @@ class Training:
             workers = max(1, workers)  # workers read ahead
         stream = SampleStream(
             len(self.train_set), self.batch_size, max(0, self.total - self.start), opt['manual_seed'],
-            self.model.position, opt['rank'], opt['world_size'],
+            self.model.position, opt['rank'], opt['world_size'], getattr(self.train_set, 'order', None),
         )  # fmt: skip
         self.loader = training_loader(
             self.train_set, stream, workers, settings.get('corrupt_images', 'fail') == 'replace',
@@ -358,15 +358,6 @@ class Training:
                 self.board.add_scalar(f'losses/{name}', value, iteration)
             self.board.add_scalar('lr', rate, iteration)
             self.board.add_scalar('images_per_second', speed, iteration)
-
-
-def stop_workers(batches: Any) -> None:
-    """End the workers of a loader's iterator, which ignore the SIGTERM that ends other child processes."""
-    if hasattr(batches, '_shutdown_workers'):
-        batches._shutdown_workers()
-        for worker in batches._workers:
-            if worker.is_alive():  # it waits for a disk that does not answer
-                worker.kill()
 
 
 def build_data_sets(opt: Options) -> tuple[Any, list[Any]]:

@@ -9,7 +9,7 @@ COLUMNS = {'dataset': 'data set class', 'rate': 'pairs a second', 'ratio': 'rati
 
 
 def cells(record: records.Record) -> list[dict[str, str | None]]:
-    """The table's rows as text: both loaders, and how many times BasicSR's own each delivers."""
+    """The table's rows as text: each loader, and how many times BasicSR's own it delivers."""
     base = record.rows[0]['pairs_per_second']
     return [
         {
@@ -22,7 +22,7 @@ def cells(record: records.Record) -> list[dict[str, str | None]]:
 
 
 def table(record: records.Record) -> str:
-    """Both loaders as a Markdown table."""
+    """The loaders as a Markdown table."""
     return output.markdown_table(COLUMNS, cells(record))
 
 
