@@ -61,7 +61,7 @@ class StreamingPairedDataset(Dataset[dict[str, Any]]):
         self.starts = np.cumsum([0, *sizes])
         self.shard_order = ShardOrder(sizes, window(opt))
         limit = int((opt.get('max_cache_size') or CACHE) * GIGABYTE)
-        most_open = min(window(opt), len(sizes)) + AHEAD
+        most_open = in_use(opt, len(sizes))
         self.shards = Shards(listing, opt.get('cache_dir') or DEFAULT_FOLDER, limit, most_open)
 
     @classmethod
@@ -154,7 +154,7 @@ def check(opt: Mapping[str, Any]) -> Listing:
         )
     shards = listing.index.chunks
     if isinstance(listing.place, Bucket):
-        count = min(window(opt) + AHEAD, len(shards))
+        count = in_use(opt, len(shards))
         needed = count * max(shard.chunk_bytes for shard in shards)
         limit = opt.get('max_cache_size') or CACHE
         if needed > limit * GIGABYTE:
@@ -168,6 +168,11 @@ def check(opt: Mapping[str, Any]) -> Listing:
 def window(opt: Mapping[str, Any]) -> int:
     """`shuffle_shards`."""
     return int(opt.get('shuffle_shards') or WINDOW)
+
+
+def in_use(opt: Mapping[str, Any], shards: int) -> int:
+    """The most shards that are in use or downloaded ahead at a time (see `ShardOrder`)."""
+    return min(window(opt) + 1 + AHEAD, shards)
 
 
 class ShardOrder:

@@ -32,7 +32,7 @@ from dsgformer_arch.utils.errors import UserError
 from tests.cli.test_basicsr import assert_same_end
 from tests.cli.test_survival import Child, finish, free_port
 from tests.streams import options, write_images, write_lmdbs, write_stream
-from tests.trees import tiny_options, write_project
+from tests.trees import ROOT, tiny_options, write_project
 
 pytest.importorskip('litdata')
 
@@ -333,7 +333,7 @@ def test_wrong_options_are_one_sentence(changes: dict[str, Any], sentence: str, 
 
 def test_a_small_cache_is_refused(remote: str, tmp_path: Path) -> None:
     fault = refused(options(remote, tmp_path, max_cache_size=1e-5))
-    assert 'max_cache_size is 1e-05, but 4 shards take up to' in fault
+    assert 'max_cache_size is 1e-05, but 5 shards take up to' in fault
     assert 'or lower shuffle_shards' in fault
 
 
@@ -466,7 +466,7 @@ try:
 except UserError as error:
     print(error)
 """
-    ran = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    ran = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
     assert ran.stderr == ''
     assert ran.stdout.startswith('torch.Size([3, 16, 16])')
     assert "which is missing; install it: pip install 'dsgformer[stream]'" in ran.stdout
