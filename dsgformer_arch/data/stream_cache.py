@@ -65,7 +65,7 @@ class Shards:
                 os.close(descriptor)
 
     def descriptor(self, number: int) -> int:
-        """The file of a shard, open for reading; downloaded where it is not here.
+        """The file of a shard, open for reading; downloaded if the cache lacks it.
 
         Raises:
             UserError: it is missing, truncated or damaged, or cannot be downloaded.
@@ -103,7 +103,7 @@ class Shards:
                 os.close(self._open.pop(number))
 
     def fetch(self, shard: Shard, wait: bool = True) -> Path:
-        """Download a shard, unless it is here.
+        """Download a shard, unless the cache has it.
 
         Args:
             shard: the shard.
@@ -147,7 +147,7 @@ class Shards:
     def make_room(self, shard: Shard, path: Path) -> None:
         """Remove the shards that were opened longest ago until this one fits.
 
-        The room is taken by a sparse file, so that processes that download at once see each other.
+        A sparse file reserves the space, so that concurrent downloads count each other.
         """
         with FileLock(self.root / 'lock'):
             kept = []
@@ -182,7 +182,7 @@ class Shards:
 class ReadAhead:
     """A thread that downloads shards before they are needed.
 
-    A fault is not reported: it comes up again where the shard is read.
+    Errors are not reported here: reading the shard raises them again.
     """
 
     def __init__(self, shards: Shards) -> None:
@@ -219,7 +219,7 @@ def _random_kept() -> Iterator[None]:
 
 
 def _touched(path: Path) -> bool:
-    """Mark a shard as opened now; False where it is not here."""
+    """Set the time at which a shard was opened last; False if there is no such file."""
     try:
         os.utime(path)
     except FileNotFoundError:

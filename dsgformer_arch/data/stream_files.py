@@ -33,7 +33,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from dsgformer_arch.data import meta_info
 from dsgformer_arch.utils.errors import UserError
-from dsgformer_arch.utils.files import write_atomically
+from dsgformer_arch.utils.files import write_atomically, write_bytes
 
 INDEX = 'index.json'
 S3 = 's3://'
@@ -131,7 +131,7 @@ class Place(Protocol):
 
 
 def place_of(address: str) -> Folder | Bucket:
-    """Where an address leads: `s3://bucket/prefix`, or a folder.
+    """The folder or the bucket of an address.
 
     Raises:
         UserError: the address is malformed, or S3 is asked for without LitData.
@@ -174,7 +174,7 @@ class Folder:
         if isinstance(content, Path):  # it was made below this folder
             write_atomically(lambda temporary: os.replace(content, temporary), path)
         else:
-            write_atomically(lambda temporary: Path(temporary).write_bytes(content), path)
+            write_bytes(content, path)
 
     def delete(self, name: str) -> None:
         (self.path / name).unlink(missing_ok=True)
@@ -257,7 +257,7 @@ class Bucket:
 
     @contextlib.contextmanager
     def told(self) -> Iterator[None]:
-        """Say in one sentence what is wrong with the address, the credentials or the connection."""
+        """Turn errors of the address, the credentials and the connection into a `UserError`."""
         from boto3.exceptions import Boto3Error
         from botocore import exceptions
 

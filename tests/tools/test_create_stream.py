@@ -3,44 +3,28 @@
 from __future__ import annotations
 
 import errno
-import importlib.util
 import os
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 from dsgformer_arch.data.prepare import stream_writer
 from dsgformer_arch.data.stream_files import INDEX, Bucket, Folder, open_stream, place_of
 from dsgformer_arch.data.streaming_paired_dataset import StreamingPairedDataset
-from dsgformer_arch.utils.errors import UserError, guarded
+from dsgformer_arch.utils.errors import UserError
 from tests.streams import options, write_images, write_stream
+from tests.tools import scripts
 from tests.tools.test_create_lmdb import save
 
 pytest.importorskip('litdata')
 
-SCRIPT = Path(__file__).resolve().parents[2] / 'tools' / 'create_stream.py'
-
-
-def load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location('create_stream', SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 def run(*arguments: object) -> int:
     """The status that the command would exit with."""
-    module = load()
-    try:
-        return guarded(lambda: module.main([str(argument) for argument in arguments]))
-    except SystemExit as stop:
-        return int(stop.code or 0)
+    return scripts.run('create_stream', *arguments)
 
 
 @pytest.fixture

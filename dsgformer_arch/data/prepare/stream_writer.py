@@ -7,7 +7,6 @@ below `partial/` says what it holds and what it was made from.  `index.json` is 
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import re
@@ -20,8 +19,6 @@ from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from dsgformer_arch.data import meta_info
 from dsgformer_arch.data.prepare.layouts import Pair, Split
@@ -51,10 +48,10 @@ from dsgformer_arch.data.stream_files import (
     require_litdata,
 )
 from dsgformer_arch.utils.errors import UserError
+from dsgformer_arch.utils.files import disk_is_full, locked
 from dsgformer_arch.utils.progress import track
 
 DONE = 'partial/{}.json'
-LOCK = '.create_stream.lock'
 STAGING = '.create_stream.shard.'
 SHARD = re.compile(r'chunk-[0-9]+-[0-9]+\.bin')
 OURS = re.compile(
@@ -75,7 +72,7 @@ def create_streams(
 ) -> None:
     """Write a stream of each split: all of them or, where an image is wrong, none.
 
-    A stream that stands there already and was made from the same files in the same way is kept.
+    An existing stream that was made from the same files with the same settings is kept.
 
     Args:
         splits: what to write, from `layouts`.
@@ -84,12 +81,12 @@ def create_streams(
         shard_bytes: a shard ends before it has more bytes of images; a larger pair is a shard of its own.
         workers: threads that read and check images.
         verify: compare every stored image with its file afterwards.
-        force: replace the streams that stand there, whatever they were made from.
+        force: replace existing streams, whatever they were made from.
         say: takes one line on what was done.
 
     Raises:
         UserError: LitData is missing; images are unpaired, unreadable, damaged or of different sizes (all of
-            them named); other streams stand in the way; another run is at work; the place cannot be written.
+            them named); other streams exist there; another run is writing; the place cannot be written.
     """
     require_litdata(out)
     targets = [_Target(split, out, preset, shard_bytes) for split in splits]
@@ -179,7 +176,7 @@ class _Target:
         ]
 
     def index(self) -> Index | None:
-        """The index of the stream that stands there; None where there is none, or a damaged one."""
+        """The index of the existing stream; None if there is none, or a damaged one."""
         text = self.place.read(INDEX, MAX_INDEX_BYTES)
         if text is None:
             return None
@@ -188,7 +185,7 @@ class _Target:
         return None
 
     def is_finished(self) -> bool:
-        """Does the whole stream stand there, made from the files as they are now?"""
+        """Whether the stream is complete and was made from the files as they are now."""
         index = self.index()
         return (
             index is not None
@@ -260,13 +257,12 @@ class _Target:
         self._remove({chunk['filename'] for chunk in chunks})
 
     def discard(self) -> None:
-        """Remove what was written; a stream that stood there stays."""
+        """Remove what was written; an existing stream stays."""
         index = self.index()
         if index is not None or self.place.size(INDEX) is None:
             self._remove({shard.filename for shard in index.chunks} if index else set())
         if isinstance(self.place, Folder):
             with suppress(OSError):  # where it holds nothing else
-                (self.place.path / LOCK).unlink()
                 self.place.path.rmdir()
 
     def _remove(self, kept: set[str]) -> None:
@@ -318,19 +314,12 @@ def _alone(target: _Target) -> Iterator[None]:
     if not isinstance(target.place, Folder):
         yield
         return
-    with _told(target.out):
-        target.place.path.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(target.place.path / LOCK, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise UserError(
-            f'another run is writing to {target.place.path}; wait for it to end, or give another folder'
-        ) from None
-    try:
+    folder = target.place.path
+    with ExitStack() as stack:
+        with _told(target.out):
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(folder, folder))
         yield
-    finally:
-        lock.release()
 
 
 @contextmanager
@@ -338,11 +327,11 @@ def _told(out: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if disk_is_full(error):
             where = f'the disk of {tempfile.gettempdir()}' if out.startswith(S3) else f'the disk of {out}'
             raise UserError(
-                f'{where} is full; free some space and run the same command again: it goes on with the shard '
-                'where it stopped'
+                f'{where} is full; free some space and run the same command again: it continues with the '
+                'missing shards'
             ) from None
         raise UserError(f'cannot write to {out} ({error.strerror}); give another place') from None
 
