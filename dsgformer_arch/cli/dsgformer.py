@@ -11,7 +11,7 @@ from typing import Any
 
 from dsgformer_arch.utils.errors import guarded
 
-COMMANDS = ('deblur', 'batch', 'models', 'info', 'weights', 'export', 'doctor')
+COMMANDS = ('deblur', 'batch', 'models', 'info', 'weights', 'export', 'serve', 'doctor')
 """Modules of `dsgformer_arch.cli.commands`, in the order of the help."""
 
 

@@ -155,6 +155,51 @@ def sniff(head: bytes) -> str | None:
     return 'BMP' if head.startswith(b'BM') else None
 
 
+def image_header(path: str | os.PathLike[str], name: str | None = None) -> tuple[str, tuple[int, int]]:
+    """Format and size of an image file from its header; no pixel is decoded.
+
+    Args:
+        path: the file.
+        name: what to call it in messages; by default the path.
+
+    Returns:
+        The format as in `Picture`, and (height, width) as stored: the orientation is not applied.
+
+    Raises:
+        ImageError: the file is missing, no image, or its header is damaged.
+    """
+    name = name or os.fspath(path)
+    try:
+        head = _head(path)
+        kind = sniff(head)
+        if kind is None:
+            raise ImageError(f'{name} is no image; JPEG, PNG, TIFF, WebP and BMP can be read')
+        if kind == 'PNG':
+            width, height = struct.unpack('>II', head[16:24])
+            return kind, (int(height), int(width))
+        if kind == 'TIFF':
+            import pyvips
+
+            try:
+                image = pyvips.Image.new_from_file(os.fspath(path), access='sequential')
+            except pyvips.Error as error:
+                raise ImageError(f'{name} cannot be read: {_sentence(error)}') from None
+            return kind, (image.height, image.width)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', Image.DecompressionBombWarning)
+            try:
+                with Image.open(path, formats=[kind]) as opened:
+                    return kind, (opened.height, opened.width)
+            except Image.UnidentifiedImageError:
+                raise ImageError(f'{name} begins like {kind} but is damaged') from None
+            except Image.DecompressionBombError as error:
+                raise ImageError(f'{name} is too large: {_sentence(error)}') from None
+    except FileNotFoundError:
+        raise ImageError(f'{name}: there is no such file') from None
+    except (OSError, ValueError, SyntaxError, EOFError, struct.error, IndexError) as error:
+        raise ImageError(f'{name} cannot be read: {_sentence(error)}') from None
+
+
 class Output:
     """An image file that is being written: rows come in, the file appears whole at the end.
 

@@ -1,0 +1,334 @@
+"""The bounded queue that the page and the API share: one image is restored at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import CancelledError, Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dsgformer_arch.inference.images import ImageError, Output, image_header, open_image
+from dsgformer_arch.inference.weights import DEFAULT_MODEL
+from dsgformer_arch.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from dsgformer_arch.inference.deblurrer import Deblurrer
+
+SUFFIXES = {'JPEG': '.jpg', 'PNG': '.png', 'TIFF': '.tif', 'WEBP': '.webp', 'BMP': '.bmp'}
+"""Suffixes of results by format."""
+
+
+class TooLargeError(UserError):
+    """A file of more bytes, or an image of more pixels, than this server takes."""
+
+
+class BusyError(UserError):
+    """As many images wait as are allowed to."""
+
+
+class StoppedError(UserError):
+    """The server is shutting down."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a server takes.
+
+    Attributes:
+        most_bytes: of an uploaded file.
+        most_pixels: of an image.
+        most_waiting: images that wait while another one is restored.
+    """
+
+    most_bytes: int = 50_000_000
+    most_pixels: int = 50_000_000
+    most_waiting: int = 20
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How one image is restored; `model` is a key of the service's restorers, the rest as in `Deblurrer`."""
+
+    model: str
+    strength: float = 1.0
+    tile: int | str = 'auto'
+    precision: str = 'auto'
+
+
+@dataclass
+class Result:
+    """A restored image.
+
+    Attributes:
+        path: the file.
+        format: `'JPEG'`, `'PNG'`, `'TIFF'`, `'WEBP'` or `'BMP'`; that of the input.
+        size: height and width, upright.
+        seconds: for decoding, restoring and encoding.
+        notes: sentences about what did not go as asked.
+    """
+
+    path: Path
+    format: str
+    size: tuple[int, int]
+    seconds: float
+    notes: list[str]
+
+
+@dataclass(eq=False)
+class Job:
+    """One image in the queue.
+
+    Attributes:
+        source, target: the files to read and to write.
+        name: of the image, for messages.
+        settings: how to restore it.
+        done: becomes a `Result`; raises `UserError` where the image cannot be restored, `CancelledError`
+            where nobody waits for it any more.
+        fraction: of the image that is restored, from 0 to 1.
+    """
+
+    source: Path
+    target: Path
+    name: str
+    settings: Settings
+    done: Future[Result] = field(default_factory=Future)
+    fraction: float = 0.0
+    abandoned: bool = False
+
+
+class RestorationService:
+    """Restores images one after the other in a thread of its own.
+
+    Args:
+        restorers: what makes the `Deblurrer` of each model that is offered; called at the first use of the
+            model, or by `load`.  The first is the default.
+        limits: see `Limits`.
+    """
+
+    def __init__(self, restorers: Mapping[str, Callable[[], Deblurrer]], limits: Limits) -> None:
+        self.limits = limits
+        self._makers = dict(restorers)
+        self._restorers: dict[str, Deblurrer] = {}
+        self._waiting: deque[Job] = deque()
+        self._current: Job | None = None
+        self._stopped = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._work, name='restoration', daemon=True)
+        self._thread.start()
+
+    @property
+    def models(self) -> list[str]:
+        """Names of the models on offer, the default one first."""
+        return list(self._makers)
+
+    def load(self, model: str) -> Deblurrer:
+        """The restorer of a model, made at the first call.
+
+        Not for use beside running jobs: the service's thread calls it too.
+
+        Raises:
+            UserError: its weights cannot be loaded.
+        """
+        if model not in self._restorers:
+            self._restorers[model] = self._makers[model]()
+        return self._restorers[model]
+
+    def check(self, path: str | os.PathLike[str], name: str) -> tuple[str, tuple[int, int]]:
+        """Format and (height, width) of an uploaded file, by its header.
+
+        Raises:
+            TooLargeError: more bytes or pixels than the limits.
+            ImageError: no image.
+        """
+        size = os.path.getsize(path)
+        if size > self.limits.most_bytes:
+            raise TooLargeError(too_many_bytes(name, self.limits))
+        if size == 0:
+            raise ImageError(f'{name} is empty')
+        kind, (height, width) = image_header(path, name)
+        if height * width > self.limits.most_pixels:
+            raise TooLargeError(
+                f'{name} has {width}×{height} pixels; this server takes at most '
+                f'{self.limits.most_pixels / 1e6:g} megapixels'
+            )
+        return kind, (height, width)
+
+    def submit(self, source: Path, target: Path, name: str, settings: Settings) -> Job:
+        """Put an image in the queue.
+
+        Args:
+            source: the image; it has to stay until the job is done.
+            target: where the result is written, in the input's format.
+            name: for messages.
+            settings: how to restore it.
+
+        Raises:
+            UserError: unknown model.
+            TooLargeError, ImageError: see `check`.
+            BusyError: the queue is full.
+            StoppedError: the server is shutting down.
+        """
+        if settings.model not in self._makers:
+            raise UserError(
+                f'there is no model {settings.model!r} on this server; choose one of {", ".join(self.models)}'
+            )
+        self.check(source, name)
+        job = Job(source, target, name, settings)
+        with self._changed:
+            if self._stopped:
+                raise StoppedError('the server is shutting down')
+            self._refuse_if_full()
+            self._waiting.append(job)
+            self._changed.notify_all()
+        return job
+
+    def refuse_if_full(self) -> None:
+        """Raise `BusyError` where `submit` would now."""
+        with self._changed:
+            self._refuse_if_full()
+
+    def _refuse_if_full(self) -> None:
+        waiting = len(self._waiting) + (self._current is not None)
+        if waiting > self.limits.most_waiting:
+            raise BusyError(
+                f'the queue is full: {self.limits.most_waiting} images wait already; try again in a moment'
+            )
+
+    def ahead(self, job: Job) -> int:
+        """How many images come before a job; 0 once it has begun."""
+        with self._changed:
+            if job not in self._waiting:
+                return 0
+            return self._waiting.index(job) + (self._current is not None)
+
+    def abandon(self, job: Job) -> None:
+        """Nobody waits for this job any more: it is taken out of the queue, or stopped at its next tile."""
+        with self._changed:
+            job.abandoned = True
+            if job in self._waiting:
+                self._waiting.remove(job)
+                job.done.cancel()
+
+    def stop(self) -> None:
+        """Take no more images: waiting ones get `StoppedError`, the current one stops at its next tile."""
+        with self._changed:
+            self._stopped = True
+            for job in self._waiting:
+                job.done.set_exception(StoppedError('the server is shutting down'))
+            self._waiting.clear()
+            if self._current is not None:
+                self._current.abandoned = True
+            self._changed.notify_all()
+
+    def join(self, seconds: float) -> bool:
+        """Wait for the thread to end after `stop`; whether it did."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._stopped)
+                if self._stopped:
+                    return
+                job = self._current = self._waiting.popleft()
+                job.done.set_running_or_notify_cancel()
+            try:
+                result = self._restore(job)
+            except BaseException as error:  # the thread serves the next image whatever this one did
+                outcome: Result | BaseException = self._reason(job, error)
+            else:
+                outcome = result
+            # Whoever waits for this job may submit the next one at once: the place is free before.
+            with self._changed:
+                self._current = None
+            if isinstance(outcome, Result):
+                job.done.set_result(outcome)
+            else:
+                with contextlib.suppress(OSError):
+                    job.target.unlink(missing_ok=True)
+                job.done.set_exception(outcome)
+
+    def _reason(self, job: Job, error: BaseException) -> BaseException:
+        """What to tell the one who waits."""
+        if job.abandoned:
+            return StoppedError('the server is shutting down') if self._stopped else CancelledError()
+        from dsgformer_arch.restore import is_out_of_memory
+
+        if isinstance(error, MemoryError) or is_out_of_memory(error):
+            return BusyError(
+                f'not enough memory for {job.name} now; choose a smaller tile or try again later'
+            )
+        return error
+
+    def _restore(self, job: Job) -> Result:
+        from dsgformer_arch.inference.deblurrer import Report
+
+        begun = time.perf_counter()
+        restorer = self.load(job.settings.model)
+        # One thread restores, so that one network serves all settings.
+        restorer.strength, restorer.tile = job.settings.strength, job.settings.tile
+        restorer.precision, restorer.report = job.settings.precision, Report()
+        picture = open_image(job.source, job.name)
+
+        def tick(fraction: float) -> None:
+            if job.abandoned:
+                raise CancelledError
+            job.fraction = fraction
+
+        output = Output(picture, job.target, picture.format)
+        try:
+            for band in restorer.bands(picture.rows, picture.size, tick):
+                output.write(band)
+            output.finish()
+        finally:
+            output.close()
+        notes = [*picture.notes, *output.notes, *restorer.report.notes]
+        return Result(job.target, picture.format, picture.size, time.perf_counter() - begun, notes)
+
+
+def too_many_bytes(name: str, limits: Limits) -> str:
+    """The sentence about a file of too many bytes."""
+    return f'{name} is too large; this server takes files of at most {limits.most_bytes / 1e6:g} MB'
+
+
+def offered(
+    models: list[str] | None = None, weights: str | None = None, device: str = 'auto'
+) -> dict[str, Callable[[], Deblurrer]]:
+    """What makes the restorer of each model, by the name of the model; nothing is loaded yet.
+
+    Args:
+        models: systems, or official weights such as `restormer/motion`, the default one first; None for the
+            weights in the package and all official weights that were downloaded.
+        weights: a checkpoint to serve instead; `models` may name its system.
+        device: as in `Deblurrer`.
+
+    Raises:
+        UserError: several models for one file of weights.
+    """
+    from dsgformer_arch.inference import official_weights
+
+    def maker(model: str | None, file: str | Path | None) -> Callable[[], Deblurrer]:
+        def make() -> Deblurrer:
+            from dsgformer_arch.inference.deblurrer import Deblurrer
+
+            return Deblurrer(model, weights=file, device=device)
+
+        return make
+
+    if weights is not None:
+        if models and len(models) > 1:
+            raise UserError('--weights is one file of one system; give --model once, or not at all')
+        return {Path(weights).name: maker(models[0] if models else None, weights)}
+    if models:
+        return {name: maker(name, None) for name in models}
+    # With the path of its file a model is never downloaded, whatever becomes of the file.
+    files = {entry: official_weights.cached(entry) for entry in official_weights.TABLE}
+    found = {entry.key: maker(entry.system, file) for entry, file in files.items() if file}
+    return {DEFAULT_MODEL: maker(DEFAULT_MODEL, None), **found}
