@@ -10,6 +10,9 @@ version = re.search(
     r"__version__ = '(.+)'", (here / 'dsgformer_arch' / '__init__.py').read_text(encoding='utf-8')
 )
 
+# `dsgformer serve`.  FastAPI and uvicorn come with Gradio, but are used directly too.
+WEB = ['gradio>=6.31,<7', 'fastapi', 'uvicorn', 'python-multipart']
+
 setup(
     name='dsgformer',
     version=version[1],
@@ -58,10 +61,12 @@ setup(
         'metrics': ['pyiqa'],
         'stream': ['litdata>=0.2.76'],
         'video': ['av'],
+        'web': WEB,
         'dev': [
             *('matplotlib', 'av', 'ray[data]', 'pytest', 'pytest-xdist', 'hypothesis', 'jsonschema'),
             *('onnx', 'onnxscript', 'onnxruntime', 'openvino'),
             *('litdata', 'boto3', 'moto[s3]', 'flask', 'flask-cors'),  # moto and Flask: the tests' S3 server
+            *(*WEB, 'playwright'),
             *('ruff', 'mypy', 'types-PyYAML', 'mkdocs-material', 'mkdocstrings[python]'),
             'triton; platform_system == "Linux"',  # its interpreter runs the GPU's kernels in the tests
         ],

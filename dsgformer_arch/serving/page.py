@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import threading
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from PIL import Image
 
 from dsgformer_arch.inference.images import open_image
 from dsgformer_arch.serving.folder import ServerFolder
-from dsgformer_arch.serving.service import SUFFIXES, Limits, RestorationService, Result, Settings
+from dsgformer_arch.serving.service import SUFFIXES, Job, Limits, RestorationService, Result, Settings
 from dsgformer_arch.utils.errors import UserError
 
 TILES = ('auto', '256', '384', '512', '768', '1024')
@@ -38,8 +39,7 @@ _shrinking = threading.Lock()
 """Held while an image is decoded for the slider: one at a time."""
 
 CSS = """
-.gradio-container {max-width: 1280px !important; margin: 0 auto !important;}
-.gradio-container > main, .gradio-container > main > .wrap {width: 100%;}
+.gradio-container {width: 100%; max-width: 1280px !important; margin: 0 auto !important;}
 #title h1 {margin: 0.2em 0 0.1em;}
 #title p {margin: 0;}
 #status p {margin: 0.2em 0;}
@@ -57,6 +57,7 @@ def create_page(service: RestorationService, folder: ServerFolder, keep: float) 
         keep: seconds that files are kept, for the note about it.
     """
     limits = service.limits
+    sessions: dict[str, list[Job]] = defaultdict(list)  # the images of each visitor that are not done
 
     def looked_at(path: str | None) -> tuple[Any, Any, str, Any]:
         """A file was dropped or removed: say what it is, or why it cannot be restored."""
@@ -75,19 +76,29 @@ def create_page(service: RestorationService, folder: ServerFolder, keep: float) 
         strength: float,
         tile: str,
         precision: str,
+        request: gr.Request,
         progress: gr.Progress = gr.Progress(),  # noqa: B008 (how Gradio passes it)
     ) -> tuple[Any, Any, str]:
         """The button was pressed."""
+        own = sessions[request.session_hash or '']
         settings = Settings(model, strength, tile if tile == 'auto' else int(tile), precision)
         try:
             upload = _uploaded(folder, path)
-            shown, result, name = await _restored(service, folder, upload, settings, progress)
+            shown, result, name = await _restored(service, folder, upload, settings, own, progress)
         except UserError as error:
             return None, gr.update(value=None, interactive=False), _html(str(error), 'error')
+        finally:
+            if not own:
+                sessions.pop(request.session_hash or '', None)
         height, width = result.size
         told = _html(f'Restored {width}×{height} pixels in {result.seconds:.1f} s')
         told += ''.join(_html(f'Note: {note}') for note in result.notes)
         return shown, gr.update(value=str(name), interactive=True), told
+
+    def left(request: gr.Request) -> None:
+        """The tab was closed: nobody waits for its images."""
+        for job in list(sessions.get(request.session_hash or '', [])):
+            service.abandon(job)
 
     with gr.Blocks(title='DSGformer', analytics_enabled=False) as page:
         gr.Markdown('# DSGformer\nRemoves motion blur from images.', elem_id='title')
@@ -125,6 +136,7 @@ def create_page(service: RestorationService, folder: ServerFolder, keep: float) 
             restore, [file, model, strength, tile, precision], [slider, download, status],
             show_progress='full', show_progress_on=slider, concurrency_limit=None, api_visibility='private',
         )  # fmt: skip
+        page.unload(left)
     page.queue(default_concurrency_limit=None)
     return page
 
@@ -147,15 +159,24 @@ def _theme() -> gr.themes.Base:
 
 
 async def _restored(
-    service: RestorationService, folder: ServerFolder, upload: Path, settings: Settings, progress: gr.Progress
+    service: RestorationService,
+    folder: ServerFolder,
+    upload: Path,
+    settings: Settings,
+    own: list[Job],
+    progress: gr.Progress,
 ) -> tuple[tuple[str, str], Result, Path]:
-    """The paths of before and after for the slider, the result, and the path of the download."""
+    """The paths of before and after for the slider, the result, and the path of the download.
+
+    The job is in `own` while it is not done.
+    """
     name = upload.name
     with folder.job() as place:
         source = place / 'source'
         # The upload may be swept while the image waits; a second link to it may not.
         await asyncio.to_thread(_link, upload, source)
         job = await asyncio.to_thread(service.submit, source, place / 'result', name, settings)
+        own.append(job)
         waiting = asyncio.wrap_future(job.done)
         try:
             while not (await asyncio.wait({waiting}, timeout=LOOK))[0]:
@@ -165,9 +186,9 @@ async def _restored(
                 else:
                     progress(job.fraction, desc='restoring' if job.fraction < 1 else 'writing')
             result = waiting.result()
-        except BaseException:  # the visitor left
-            service.abandon(job)
-            raise
+        finally:
+            service.abandon(job)  # where it is not done
+            own.remove(job)
         shown = folder.shown()
         target = shown / f'{upload.stem}_deblurred{SUFFIXES[result.format]}'
         os.replace(result.path, target)

@@ -8,7 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +30,10 @@ class TooLargeError(UserError):
 
 class BusyError(UserError):
     """As many images wait as are allowed to."""
+
+
+class AbandonedError(UserError):
+    """Nobody waits for this image any more."""
 
 
 class StoppedError(UserError):
@@ -88,8 +92,8 @@ class Job:
         source, target: the files to read and to write.
         name: of the image, for messages.
         settings: how to restore it.
-        done: becomes a `Result`; raises `UserError` where the image cannot be restored, `CancelledError`
-            where nobody waits for it any more.
+        done: becomes a `Result`; raises `UserError` where the image cannot be restored, `AbandonedError`
+            after `abandon`.
         fraction: of the image that is restored, from 0 to 1.
     """
 
@@ -213,7 +217,7 @@ class RestorationService:
             job.abandoned = True
             if job in self._waiting:
                 self._waiting.remove(job)
-                job.done.cancel()
+                job.done.set_exception(AbandonedError(f'{job.name} was dropped'))
 
     def stop(self) -> None:
         """Take no more images: waiting ones get `StoppedError`, the current one stops at its next tile."""
@@ -258,7 +262,9 @@ class RestorationService:
     def _reason(self, job: Job, error: BaseException) -> BaseException:
         """What to tell the one who waits."""
         if job.abandoned:
-            return StoppedError('the server is shutting down') if self._stopped else CancelledError()
+            if self._stopped:
+                return StoppedError('the server is shutting down')
+            return AbandonedError(f'{job.name} was dropped')
         from dsgformer_arch.restore import is_out_of_memory
 
         if isinstance(error, MemoryError) or is_out_of_memory(error):
@@ -279,7 +285,7 @@ class RestorationService:
 
         def tick(fraction: float) -> None:
             if job.abandoned:
-                raise CancelledError
+                raise AbandonedError
             job.fraction = fraction
 
         output = Output(picture, job.target, picture.format)

@@ -185,7 +185,8 @@ def test_a_sender_that_waits_for_leave_does_not_get_it(server: Running) -> None:
     address = server.url.removeprefix('http://').split(':')
     with socket.create_connection((address[0], int(address[1])), PATIENCE) as connection:
         connection.sendall(
-            b'POST /api/deblur HTTP/1.1\r\nHost: x\r\nContent-Length: 900000000\r\nExpect: 100-continue\r\n\r\n'
+            b'POST /api/deblur HTTP/1.1\r\nHost: x\r\nContent-Length: 900000000\r\n'
+            b'Expect: 100-continue\r\n\r\n'
         )
         assert connection.recv(4096).startswith(b'HTTP/1.1 413 ')
 
