@@ -129,6 +129,7 @@ def create_api(service: RestorationService, folder: ServerFolder, keep: float) -
             413: {'description': 'too many bytes or pixels', **error},
             415: {'description': 'not an image that can be read and restored', **error},
             422: {'description': 'wrong parameter', **error},
+            500: {'description': 'a fault of the server; its log says which', **error},
             503: {'description': 'the queue is full, or memory is short: try again later', **error},
         },
         openapi_extra={
@@ -193,6 +194,7 @@ def create_api(service: RestorationService, folder: ServerFolder, keep: float) -
     app.add_exception_handler(ValidationError, _on_validation)
     app.add_exception_handler(HTTPException, _on_http)
     app.add_exception_handler(UserError, _on_user_error)
+    app.add_exception_handler(Exception, _on_fault)
     generate = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -269,6 +271,11 @@ async def _on_user_error(request: Request, error: Exception) -> Response:
     if isinstance(error, (BusyError, StoppedError)):
         return _answer(503, str(error), {'Retry-After': '5'})
     return _answer(415 if isinstance(error, ImageError) else 422, str(error))
+
+
+async def _on_fault(request: Request, error: Exception) -> Response:
+    """A fault of the program, whose traceback goes to the server's log."""
+    return _answer(500, 'the server failed to restore this image; its log says why')
 
 
 async def _on_validation(request: Request, error: Any) -> Response:

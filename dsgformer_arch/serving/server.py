@@ -171,7 +171,7 @@ def listen(host: str, port: int) -> socket.socket:
     except OverflowError:
         raise UserError(f'--port {port}: ports go from 0 to 65535') from None
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
+        reason = os.strerror(error.errno).lower() if error.errno else str(error)
         raise UserError(
             f'cannot listen on {host}, port {port}: {reason}; choose another --port, or 0 for a free one'
         ) from None

@@ -17,10 +17,23 @@ import numpy as np
 import pytest
 import requests
 from PIL import Image
+from torch import Tensor
 
 from dsgformer_arch.inference.images import open_image
 from dsgformer_arch.serving.service import Limits
-from tests.serving.running import PATIENCE, Held, Running, darker, decoded, maker, pixels, png, running, until
+from tests.serving.running import (
+    PATIENCE,
+    Darker,
+    Held,
+    Running,
+    darker,
+    decoded,
+    maker,
+    pixels,
+    png,
+    running,
+    until,
+)
 
 pytest.importorskip('fastapi', reason='needs the extra web')
 
@@ -236,6 +249,25 @@ def test_an_image_whose_sender_went_away_is_dropped() -> None:
         assert held.calls == 1
 
 
+def test_a_fault_of_the_program_is_a_sentence_and_the_next_image_is_restored() -> None:
+    class Failing(Darker):
+        fails = True
+
+        def forward_padded(self, x: Tensor) -> Tensor:
+            if self.fails:
+                raise RuntimeError('secret of the server')
+            return super().forward_padded(x)
+
+    network = Failing()
+    with running({'failing': maker(network)}, LIMITS) as server:
+        answer = post(server, data=png(pixels()))
+        assert answer.status_code == 500
+        assert answer.json() == {'detail': 'the server failed to restore this image; its log says why'}
+        network.fails = False
+        assert post(server, data=png(pixels())).status_code == 200
+        until(lambda: not left(server))
+
+
 def test_a_server_whose_folder_is_full_takes_no_files(
     server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,7 +285,7 @@ def test_the_description_says_what_the_server_does(server: Running) -> None:
     assert set(parameters) == {'model', 'strength', 'tile', 'precision'}
     assert parameters['model']['enum'] == ['darker', 'other']
     assert (parameters['strength']['minimum'], parameters['strength']['maximum']) == (0, 1)
-    assert set(post_['responses']) == {'200', '400', '413', '415', '422', '503'}
+    assert set(post_['responses']) == {'200', '400', '413', '415', '422', '500', '503'}
     assert set(post_['responses']['200']['content']) == {
         'image/jpeg', 'image/png', 'image/tiff', 'image/webp', 'image/bmp'
     }  # fmt: skip

@@ -50,18 +50,20 @@ class Visitor:
         self.complaints: list[str] = []
         self.page.on('request', lambda request: self.requests.append(request.url))
         self.page.on('pageerror', lambda error: self.complaints.append(str(error)))
-        self.page.on(
-            'console',
-            lambda message: self.complaints.append(message.text) if message.type == 'error' else None,
-        )
-        self.page.on(
-            'response',
-            lambda answer: (
-                self.complaints.append(f'{answer.status} {answer.url}') if answer.status >= 400 else None
-            ),
-        )
+        self.page.on('console', self._hear)
+        self.page.on('response', self._look)
         self.page.goto(server.url)
         self.page.wait_for_selector('#restore')
+
+    def _hear(self, message: Any) -> None:
+        # What could not be loaded comes by `_look` with its address.
+        if message.type == 'error' and message.text != 'Response' and 'Failed to load' not in message.text:
+            self.complaints.append(message.text)
+
+    def _look(self, answer: Any) -> None:
+        # Gradio's page asks for the progress of an upload that may be done by then.
+        if answer.status >= 400 and '/gradio_api/upload_progress' not in answer.url:
+            self.complaints.append(f'{answer.status} {answer.url}')
 
     def drop(self, name: str, content: bytes) -> None:
         if not self.page.locator('#upload input[type=file]').count():
@@ -364,6 +366,12 @@ def test_an_upload_that_is_gone_is_told() -> None:
 
     with pytest.raises(UserError, match=r'^a\.png is no longer on this server; drop it again$'):
         _uploaded(Everything(), '/nowhere/a.png')  # type: ignore[arg-type]
+
+
+def test_addresses_follow_the_reverse_proxy(server: Running) -> None:
+    headers = {'X-Forwarded-Host': 'deblur.example.org', 'X-Forwarded-Proto': 'https'}
+    answer = requests.get(server.url, headers=headers, timeout=PATIENCE)
+    assert '"root":"https://deblur.example.org"' in answer.text
 
 
 def test_the_page_sends_and_loads_nothing(server: Running) -> None:
