@@ -15,7 +15,14 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms
 from PIL.TiffImagePlugin import IFDRational
 
-from dsgformer_arch.inference.images import ImageError, Output, Picture, open_image, upright
+from dsgformer_arch.inference.images import (
+    ImageError,
+    Output,
+    Picture,
+    image_header,
+    open_image,
+    upright,
+)
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes()
 
@@ -396,3 +403,45 @@ def test_pillow_reads_what_was_written(tmp_path: Path) -> None:
     image = Image.open(io.BytesIO((tmp_path / 'out.tif').read_bytes()))
     assert np.array_equal(np.asarray(image), scene(dtype=np.uint16)[..., 0])
     assert image.getexif().get_ifd(0x8769)[0x9003] == '2026:11:21 10:00:00'
+
+
+@pytest.mark.parametrize('suffix', ['.png', '.jpg', '.tif', '.webp', '.bmp'])
+def test_the_header_tells_format_and_size_of_what_cannot_be_decoded(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f'in{suffix}'
+    Image.fromarray(scene(400, 560)).save(path)
+    kind = open_image(path).format
+    assert image_header(path) == (kind, (400, 560))
+    if suffix not in ('.tif', '.webp'):  # whose header is at the end, or tells the length of the file
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        assert image_header(path) == (kind, (400, 560))
+        with pytest.raises(ImageError):
+            open_image(path).rows(0, 400)
+
+
+def test_the_header_of_a_huge_image_is_read_at_once(tmp_path: Path) -> None:
+    path = tmp_path / 'huge.png'
+    Image.new('L', (1, 1)).save(path)
+    content = bytearray(path.read_bytes())
+    struct.pack_into('>II', content, 16, 2**31 - 1, 2**30)
+    path.write_bytes(content)
+    assert image_header(path) == ('PNG', (2**30, 2**31 - 1))
+
+
+@pytest.mark.parametrize(
+    ('content', 'sentence'),
+    [
+        (b'a text', 'it is no image; JPEG, PNG, TIFF, WebP and BMP can be read'),
+        (b'\xff\xd8\xff' + b'x' * 100, 'it begins like JPEG but is damaged'),
+        (b'BM' + b'\xff' * 100, 'it begins like BMP but is damaged|it cannot be read'),
+        (b'II*\0' + b'\xff' * 100, 'it cannot be read: '),
+        (b'RIFF\0\0\0\0WEBPVP8 ', 'it begins like WEBP but is damaged|it cannot be read'),
+    ],
+)
+def test_a_damaged_header_is_one_sentence(tmp_path: Path, content: bytes, sentence: str) -> None:
+    path = tmp_path / 'in.png'
+    path.write_bytes(content)
+    with pytest.raises(ImageError, match=f'^({sentence})') as caught:
+        image_header(path, 'it')
+    assert '\n' not in str(caught.value)
+    with pytest.raises(ImageError, match='there is no such file'):
+        image_header(tmp_path / 'missing.png')

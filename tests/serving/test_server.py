@@ -23,7 +23,7 @@ import pytest
 import requests
 from PIL import Image
 
-from dsgformer_arch import Deblurrer
+from dsgformer_arch import Deblurrer, zoo
 from dsgformer_arch.cli import dsgformer
 from dsgformer_arch.inference.images import Output, open_image
 from dsgformer_arch.serving.server import is_local
@@ -139,11 +139,15 @@ def test_it_serves_from_its_folder_opens_no_connection_and_ends_cleanly(start: A
 
 
 def test_an_interrupt_ends_it_with_status_0_though_a_page_is_open(start: Any) -> None:
-    server = start('--host', '0.0.0.0')
+    file = Path(zoo.__file__).parents[1] / 'weights' / 'dsgformer_h.safetensors'
+    server = start('--host', '0.0.0.0', '--weights', str(file))
     url = server.url
     assert server.errors == [
         'warning: --host 0.0.0.0 lets anyone on the network use this server and send it images\n'
     ]
+    description = requests.get(f'{url}/openapi.json', timeout=PATIENCE).json()
+    parameters = {one['name']: one for one in description['paths']['/api/deblur']['post']['parameters']}
+    assert parameters['model']['schema']['enum'] == ['dsgformer_h.safetensors']
     with requests.get(f'{url}/gradio_api/heartbeat/visitor', stream=True, timeout=PATIENCE) as answer:
         assert next(answer.iter_content(5)) == b'data:'
         assert server.end(signal.SIGINT) == 0
@@ -194,7 +198,7 @@ def test_what_only_this_machine_reaches() -> None:
 @pytest.mark.long
 def test_a_hundred_requests_eight_at_a_time(start: Any, record_property: Any) -> None:
     """None is lost, each gets its own result, and memory stays flat."""
-    server = start('--threads', '1', '--queue', '8')
+    server = start('--threads', '1', '--queue', '5')
     url = server.url
     formats = ('PNG', 'JPEG', 'WEBP', 'TIFF', 'BMP')
     images = [pixels(128 + 16 * (i % 3), 160, i) for i in range(10)]
