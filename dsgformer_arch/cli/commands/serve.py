@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dsgformer_arch.inference.deblurrer import Deblurrer
 
 SUMMARY = 'restore images in a browser, or over HTTP'
 
@@ -64,7 +69,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve; returns the exit status."""
+    import dsgformer_arch
+
+    dsgformer_arch.register()
     from dsgformer_arch.serving.server import Options, is_local, serve
+    from dsgformer_arch.serving.service import Limits, offered
 
     if not is_local(arguments.host):
         print(
@@ -73,24 +82,15 @@ def run(arguments: argparse.Namespace) -> int:
             flush=True,
         )
 
-    def make():  # type: ignore[no-untyped-def]
+    def make() -> dict[str, Callable[[], Deblurrer]]:
         import torch
 
-        import dsgformer_arch
-        from dsgformer_arch.serving.service import offered
         from dsgformer_arch.utils.allocator import keep_freed_memory
 
         keep_freed_memory()
         if arguments.threads:
             torch.set_num_threads(arguments.threads)
-        makers = offered(arguments.model, arguments.weights, arguments.device)
-        if list(makers) == ['dsgformer_h']:
-            dsgformer_arch.register_dsgformer()
-        else:
-            dsgformer_arch.register()
-        return makers
-
-    from dsgformer_arch.serving.service import Limits
+        return offered(arguments.model, arguments.weights, arguments.device)
 
     limits = Limits(arguments.max_bytes, arguments.max_pixels, arguments.queue)
     options = Options(arguments.host, arguments.port, limits, arguments.keep * 60.0)
