@@ -140,6 +140,7 @@ def test_it_serves_from_its_folder_opens_no_connection_and_ends_cleanly(start: A
     assert 'Traceback' not in ''.join(server.errors)
 
 
+@pytest.mark.long
 def test_an_interrupt_ends_it_with_status_0_though_a_page_is_open(start: Any) -> None:
     file = Path(zoo.__file__).parents[1] / 'weights' / 'dsgformer_h.safetensors'
     server = start('--host', '0.0.0.0', '--weights', str(file))
