@@ -108,7 +108,7 @@ def quality(command: argparse.ArgumentParser) -> None:
         help='folder with blur/ and sharp/ (or input/ and target/, lq/ and gt/), a set in its own layout, or '
         'the common start of two LMDBs PATH_lq.lmdb and PATH_gt.lmdb',
     )  # fmt: skip
-    command.add_argument('--protocol', required=True, help='gopro, hide, realblur, rsblur or rain')
+    command.add_argument('--protocol', required=True, help='gopro, hide, realblur, rsblur, rain or mhnet')
     command.add_argument(
         '--precision', default='fp32', choices=['fp32', 'bf16', 'fp16'], help='autocast type'
     )

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from dsgformer_arch.metrics.metric import Image
+from dsgformer_arch.metrics.mhnet import psnr_mhnet, ssim_mhnet
 from dsgformer_arch.metrics.psnr_ssim import psnr_rgb, ssim_basicsr, ssim_matlab_rgb, ssim_skimage
 from dsgformer_arch.metrics.rain import psnr_rain, ssim_rain
 from dsgformer_arch.metrics.realblur import ecc_converged, psnr_realblur, ssim_realblur
@@ -102,6 +103,12 @@ PROTOCOLS: dict[str, Protocol] = {
             "8-bit Y of MATLAB's rgb2ycbcr: Deraining/evaluate_PSNR_SSIM.m of swz30/MPRNet and of "
             'swz30/Restormer, evaluate_PSNR_SSIM.m of cschenxiang/DRSformer (Rain200L, Rain200H, SPA-Data)',
             {'psnr': psnr_rain, 'ssim': ssim_rain},
+        ),
+        Protocol(
+            'mhnet',
+            'unrounded Y of the channels in BGR order, SSIM with replicated borders: Derain/cal.py and '
+            "eval.py of Tombs98/MHNet; for MHNet's own tables, on rain and on GoPro and HIDE",
+            {'psnr': psnr_mhnet, 'ssim': ssim_mhnet},
         ),
     )
 }

@@ -12,6 +12,7 @@ from basicsr.utils import tensor2img
 
 from dsgformer_arch.metrics import PROTOCOLS, protocol, to_uint8
 from dsgformer_arch.metrics.metric import Image
+from dsgformer_arch.metrics.mhnet import psnr_mhnet, ssim_mhnet
 from dsgformer_arch.metrics.psnr_ssim import psnr_rgb, ssim_basicsr, ssim_matlab_rgb, ssim_skimage
 from dsgformer_arch.metrics.rain import psnr_rain, ssim_rain
 from dsgformer_arch.metrics.realblur import psnr_realblur, ssim_realblur
@@ -23,7 +24,7 @@ Metric = Callable[[Image, Image], float]
 
 
 def test_names() -> None:
-    assert list(PROTOCOLS) == ['gopro', 'hide', 'realblur', 'rsblur', 'rain']
+    assert list(PROTOCOLS) == ['gopro', 'hide', 'realblur', 'rsblur', 'rain', 'mhnet']
     for name in PROTOCOLS:
         chosen = protocol(name)
         assert chosen.name == name
@@ -86,6 +87,15 @@ def test_rain_takes_rgb(rain: tuple[int, Image, Image]) -> None:
     scores = protocol('rain').evaluate(rainy[..., ::-1], clean[..., ::-1])
     assert scores == {'psnr': psnr_rain(rainy, clean), 'ssim': ssim_rain(rainy, clean)}
     assert abs(scores['psnr'] - psnr_rain(rainy[..., ::-1], clean[..., ::-1])) > 0.01
+
+
+def test_mhnet_takes_rgb(rain: tuple[int, Image, Image]) -> None:
+    _, rainy, clean = rain
+    rainy = rainy.copy()
+    rainy[..., 0] //= 2  # takes blue away, so that a swap of the channels shows
+    scores = protocol('mhnet').evaluate(rainy[..., ::-1], clean[..., ::-1])
+    assert scores == {'psnr': psnr_mhnet(rainy, clean), 'ssim': ssim_mhnet(rainy, clean)}
+    assert abs(scores['psnr'] - psnr_mhnet(rainy[..., ::-1], clean[..., ::-1])) > 0.01
 
 
 def test_a_protocol_cannot_be_changed_by_its_users() -> None:

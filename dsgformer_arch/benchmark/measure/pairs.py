@@ -21,6 +21,7 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
     'realblur': ('realblur_j', 'realblur_r'),
     'rsblur': ('rsblur',),
     'rain': (),
+    'mhnet': ('gopro', 'hide'),
 }
 """The presets of `layouts` for the data of each protocol; rain sets come as input/ and target/."""
 
