@@ -20,6 +20,10 @@ For an image of H×W and C = `width` (64: 67.54 M parameters):
     stage2, level n = 1 to 4                    H×W×C, fused with En and Dn brought to H×W×C
     ending, plus the image                      H×W×3
 
+`affm` and `smam` are the switches of the paper's ablation.  The official implementation has no such variants;
+what replaces the modules is chosen here.  `smam=False` puts NAFNet's block in the middle, as in NAFNet, for
+SMAM's top-k sparse attention.  `affm=False` adds the three maps, as AFFM does before it weighs them.
+
 The blocks of both stages are NAFNet's: gates instead of activations, and a channel attention from the
 mean of the map.  The means (`sca.0` of a block, `avg_pool` of a fusion) are modules without state, so
 that means over a window of the training size can replace them at test time (the official MHNetLocal).
@@ -98,6 +102,11 @@ def blocks(width: int, number: int) -> nn.Sequential:
     return nn.Sequential(*(NAFBlock(width) for _ in range(number)))
 
 
+def attentions(width: int, number: int) -> nn.Sequential:
+    """`number` top-k sparse attentions of `width` channels."""
+    return nn.Sequential(*(TopKSparseAttention(width, MIDDLE_HEADS, bias=False) for _ in range(number)))
+
+
 def upsample(channels: int) -> nn.Sequential:
     """(N, C, H, W) to (N, C/2, 2H, 2W)."""
     return nn.Sequential(nn.Conv2d(channels, 2 * channels, 1, bias=False), nn.PixelShuffle(2))
@@ -118,6 +127,7 @@ class EncoderDecoder(nn.Module):
         enc_blk_nums: blocks of each encoder, from H×W to H/8×W/8.
         middle_blk_num: attentions at H/16×W/16.
         dec_blk_nums: blocks of each decoder, from H/8×W/8 to H×W.
+        smam: top-k sparse attention in the middle; False for NAFNet's block.
     """
 
     def __init__(
@@ -127,6 +137,7 @@ class EncoderDecoder(nn.Module):
         enc_blk_nums: Sequence[int],
         middle_blk_num: int,
         dec_blk_nums: Sequence[int],
+        smam: bool,
     ) -> None:
         super().__init__()
         widths = [width << level for level in range(LEVELS + 1)]
@@ -134,9 +145,7 @@ class EncoderDecoder(nn.Module):
         self.ending = nn.Conv2d(width, img_channels, 3, padding=1)
         self.encoders = nn.ModuleList(map(blocks, widths, enc_blk_nums))
         self.downs = nn.ModuleList(nn.Conv2d(c, 2 * c, 2, stride=2) for c in widths[:-1])
-        self.middle_blks = nn.Sequential(
-            *(TopKSparseAttention(widths[-1], MIDDLE_HEADS, bias=False) for _ in range(middle_blk_num))
-        )
+        self.middle_blks = (attentions if smam else blocks)(widths[-1], middle_blk_num)
         self.ups = nn.ModuleList(map(upsample, widths[:0:-1]))
         self.decoders = nn.ModuleList(map(blocks, widths[-2::-1], dec_blk_nums))
 
@@ -182,6 +191,14 @@ class AdaptiveFeatureFusion(nn.Module):
         return a * x + a_e * encoded + a_d * decoded
 
 
+class PlainFusion(nn.Module):
+    """The sum of three maps, in place of AFFM in the paper's ablation."""
+
+    def forward(self, x: Tensor, encoded: Tensor, decoded: Tensor) -> Tensor:
+        """Three maps of shape (N, C, H, W) to one."""
+        return x + encoded + decoded
+
+
 class FullResolutionBranch(nn.Module):
     """Stage 2 (FRSNet): at each level x + NAFBlocks(x) of the normalised x, fused with a level of stage 1.
 
@@ -189,16 +206,17 @@ class FullResolutionBranch(nn.Module):
         width: C.
         bias: whether the projections have biases.
         num: blocks of a level.
+        affm: fusion by AFFM; False for a plain sum.
     """
 
-    def __init__(self, width: int, bias: bool, num: int) -> None:
+    def __init__(self, width: int, bias: bool, num: int, affm: bool) -> None:
         super().__init__()
         for n in range(1, LEVELS + 1):
             self.add_module(f'norm{n}', LayerNorm2d(width))
             self.add_module(f'CABG{n}', blocks(width, num))
             self.add_module(f'conv_enc{n}', nn.Conv2d(width, width, 1, bias=bias))
             self.add_module(f'conv_dnc{n}', nn.Conv2d(width, width, 1, bias=bias))
-            self.add_module(f'skff{n}', AdaptiveFeatureFusion(width))
+            self.add_module(f'skff{n}', AdaptiveFeatureFusion(width) if affm else PlainFusion())
         for steps in range(1, LEVELS):
             self.add_module(f'up_enc{steps}', upscale(width, steps))
             self.add_module(f'up_dec{steps}', upscale(width, steps))
@@ -230,6 +248,8 @@ class MHNet(RestorationNetwork):
         enc_blk_nums: blocks of the four encoders, from full resolution down (fixed in the official code).
         middle_blk_num: attentions between encoders and decoders (fixed in the official code).
         dec_blk_nums: blocks of the four decoders, from H/8×W/8 up (fixed in the official code).
+        affm: adaptive feature fusion; False for a plain sum of the three maps (the paper's ablation).
+        smam: top-k sparse attention between encoders and decoders; False for NAFNet's block (the same).
 
     Raises:
         UserError: `enc_blk_nums` or `dec_blk_nums` has not four entries, or the width does not suit.
@@ -252,14 +272,16 @@ class MHNet(RestorationNetwork):
         enc_blk_nums: Sequence[int] = (1, 1, 1, 28),
         middle_blk_num: int = 1,
         dec_blk_nums: Sequence[int] = (1, 1, 1, 1),
+        affm: bool = True,
+        smam: bool = True,
     ) -> None:
         super().__init__()
         if len(enc_blk_nums) != LEVELS or len(dec_blk_nums) != LEVELS:
             raise UserError(f"MHNet's enc_blk_nums and dec_blk_nums need {LEVELS} entries each.")
         self.intro = nn.Conv2d(in_c, width, 3, padding=1, bias=bias)
         self.intro2 = nn.Conv2d(in_c, width, 3, padding=1, bias=bias)
-        self.stage1 = EncoderDecoder(in_c, width, enc_blk_nums, middle_blk_num, dec_blk_nums)
-        self.stage2 = FullResolutionBranch(width, bias, num_cab)
+        self.stage1 = EncoderDecoder(in_c, width, enc_blk_nums, middle_blk_num, dec_blk_nums, smam)
+        self.stage2 = FullResolutionBranch(width, bias, num_cab, affm)
         self.concat12 = nn.Conv2d(2 * width, width, 1, bias=bias)
         self.ending = nn.Conv2d(width, out_c, 3, padding=1, bias=bias)
 
@@ -278,7 +300,7 @@ class MHNet(RestorationNetwork):
             'ending.weight',
             'stage1.intro.weight',
             'stage1.ups.0.0.weight',
-            'stage2.skff1.conv_du.0.weight',
+            'stage2.norm1.weight',
             'stage2.conv_dnc1.weight',
             'stage2.up_enc3.0.up.0.weight',
         } <= state.keys()
@@ -296,4 +318,6 @@ class MHNet(RestorationNetwork):
             'enc_blk_nums': [get_seq_len(state, f'stage1.encoders.{i}') for i in range(LEVELS)],
             'middle_blk_num': get_seq_len(state, 'stage1.middle_blks'),
             'dec_blk_nums': [get_seq_len(state, f'stage1.decoders.{i}') for i in range(LEVELS)],
+            'affm': 'stage2.skff1.conv_du.0.weight' in state,
+            'smam': 'stage1.middle_blks.0.conv1.weight' not in state,
         }

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dsgformer_arch import zoo
 from dsgformer_arch.archs.mhnet_arch import AdaptiveFeatureFusion, LayerNorm2d, MHNet, NAFBlock
 from dsgformer_arch.utils.errors import UserError
 from tests.conformance.check import check, fill_state_dict, make_input
@@ -205,6 +206,7 @@ def test_trains_under_bfloat16_autocast() -> None:
     [
         {},
         OTHER,
+        {**SMALL, 'affm': False, 'smam': False},
         {**WIDER, 'in_c': 1, 'out_c': 1, 'enc_blk_nums': [0, 1, 12, 2], 'dec_blk_nums': [3, 0, 1, 2]},
     ],
 )
@@ -229,3 +231,60 @@ def test_impossible_settings_are_a_user_error() -> None:
         MHNet(**{**SMALL, 'width': 40})
     with pytest.raises(UserError, match='4 entries'):
         MHNet(**{**SMALL, 'enc_blk_nums': [1, 1, 1]})
+
+
+# The switches of the paper's ablation.
+
+ABLATION: list[dict[str, bool]] = [
+    {'affm': affm, 'smam': smam} for affm in (True, False) for smam in (True, False)
+]
+
+
+@pytest.mark.parametrize('switches', ABLATION)
+def test_variants_of_the_ablation_restore_and_train(switches: dict[str, bool]) -> None:
+    network = small(**switches)
+    x = make_input(4, 32, 48).float()
+    y = network(x)
+    assert y.shape == x.shape
+    y.square().sum().backward()
+    without = {name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()}
+    assert without == {name for name in network.state_dict() if name.startswith(UNUSED)}
+
+
+def test_variants_of_the_ablation_differ_in_their_modules_alone() -> None:
+    def size(**switches: bool) -> int:
+        with torch.device('meta'):
+            return sum(p.numel() for p in MHNet(**switches).parameters())
+
+    c = 64  # four fusions: C to C/8, and from half of it to C three times
+    fusions = 4 * (c * c // 8 + 3 * (c // 16) * c)
+    m = 16 * c  # Q, K, V by 1×1 and depthwise 3×3; the projection; 8 temperatures and 4 weights
+    attention = 3 * m * m + 9 * 3 * m + m * m + 8 + 4
+    # Two norms; C to 2C, depthwise 3×3, channel attention, C to C; C to 2C and C to C; beta and gamma.
+    block = 4 * m + (2 * m * m + 2 * m) + (18 * m + 2 * m) + 2 * (m * m + m)
+    block += (2 * m * m + 2 * m) + (m * m + m) + 2 * m
+    assert size() == 67_543_311
+    assert size(affm=False) == size() - fusions
+    assert size(smam=False) == size() - attention + block
+    assert size(affm=False, smam=False) == size() - fusions - attention + block
+
+
+def test_without_fusion_the_maps_are_added() -> None:
+    fusion: Any = MHNet(**SMALL, affm=False).stage2.skff1
+    maps = torch.randn(3, 2, 16, 5, 4, generator=torch.manual_seed(0))
+    torch.testing.assert_close(fusion(*maps), maps.sum(0))
+    assert not [*fusion.parameters()]
+
+
+@pytest.mark.parametrize('switches', ABLATION)
+def test_the_switches_travel_in_the_checkpoint(switches: dict[str, bool], tmp_path: Path) -> None:
+    network = small(**switches)
+    bare, told = tmp_path / 'bare.pth', tmp_path / 'told.pth'
+    torch.save(network.state_dict(), bare)
+    torch.save({'params': network.state_dict(), 'network': {'type': 'MHNet', **network.settings}}, told)
+    zoo.convert(told, tmp_path / 'net.safetensors')
+    x = make_input(4, 32, 32).float()
+    for path in (bare, told, tmp_path / 'net.safetensors'):
+        assert zoo.identify(path)[1].items() >= switches.items()
+        with torch.no_grad():
+            assert torch.equal(zoo.load(path)(x), network.eval()(x))
