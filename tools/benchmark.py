@@ -104,9 +104,9 @@ def quality(command: argparse.ArgumentParser) -> None:
         help='a checkpoint for each system',
     )  # fmt: skip
     command.add_argument(
-        '--data', required=True, metavar='PATH',
+        '--data', required=True, nargs='+', action='extend', metavar='PATH',
         help='folder with blur/ and sharp/ (or input/ and target/, lq/ and gt/), a set in its own layout, or '
-        'the common start of two LMDBs PATH_lq.lmdb and PATH_gt.lmdb',
+        'the common start of two LMDBs PATH_lq.lmdb and PATH_gt.lmdb; several for the mean over sets',
     )  # fmt: skip
     command.add_argument('--protocol', required=True, help='gopro, hide, realblur, rsblur, rain or mhnet')
     command.add_argument(

@@ -57,6 +57,7 @@ def test_the_options_of_quality_arrive(called: dict[str, Any]) -> None:
         '--data', 'x', '--protocol', 'gopro', '--metrics', 'lpips,niqe', '--tile', 256, '--resume',
     )  # fmt: skip
     assert called['weights'] == [('dsgformer', Path('a=b.pth')), ('nafnet32', Path('c.pth'))]
+    assert called['data'] == ['x']
     assert (called['metrics'], called['tile'], called['tlc'], called['resume']) == (
         ['lpips', 'niqe'], 256, None, True,
     )  # fmt: skip

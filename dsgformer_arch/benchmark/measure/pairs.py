@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -125,6 +126,33 @@ def find(data: str, protocol: str) -> Pairs:
         lq, gt = map(Path, usual[0])
         return from_split(str(root), layouts.read_pairs(root, TEST, lq, gt))
     return from_split(str(root), _own_layout(root, protocol))
+
+
+def set_names(data: Sequence[str]) -> list[str]:
+    """A name without slashes for each set: the end of its path, or the whole path where ends are equal.
+
+    Raises:
+        UserError: two paths are the same.
+    """
+    paths = [Path(place) for place in data]
+    ends = [path.resolve().name for path in paths]
+    whole = ['-'.join(part for part in path.parts if part not in (os.sep, '..')) for path in paths]
+    names = [full if ends.count(end) > 1 else end for end, full in zip(ends, whole, strict=True)]
+    twice = [str(path) for name, path in zip(names, paths, strict=True) if names.count(name) > 1]
+    if twice:
+        raise UserError(f'--data: {" and ".join(twice)} cannot be told apart by name; name each set once')
+    return names
+
+
+def joined(sets: Mapping[str, Pairs]) -> Pairs:
+    """The pairs of several sets as one; a key is the set's name, a slash and the pair's own key."""
+    place = {f'{name}/{key}': (pairs, key) for name, pairs in sets.items() for key in pairs.keys}
+
+    def content(key: str) -> tuple[bytes, bytes]:
+        pairs, own = place[key]
+        return pairs.content(own)
+
+    return Pairs(', '.join(pairs.name for pairs in sets.values()), tuple(place), content)
 
 
 def from_lmdbs(start: Path) -> Pairs:

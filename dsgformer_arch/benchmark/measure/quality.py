@@ -38,13 +38,20 @@ from dsgformer_arch.utils.progress import track
 PROTOCOL = """\
 Protocol `{name}`: {source}. Outputs are {rounding}; the final output counts where a network returns \
 several. All systems get the same decoded image, {precision}. {tiles} Means are over the images that were \
-scored; equal images have an infinite PSNR and are left out of its mean. `{blurred}` is the \
+scored; equal images have an infinite PSNR and are left out of its mean.{sets} `{blurred}` is the \
 input itself, not restored."""
+
+MEAN_OF_SETS = (
+    " The mean over sets is that of the sets' own means: each counts alike, however many images it has."
+)
 
 BLURRED = 'blurred'
 """The row of the input itself."""
 
 SHARP = 'sharp'
+
+MEAN = 'mean'
+"""What the row of a mean over sets has in place of a set's name."""
 
 TILE_OVERLAP = 32
 
@@ -89,7 +96,7 @@ class Restoring:
 
 def run(
     models: Sequence[str],
-    data: str,
+    data: str | Sequence[str],
     protocol: str,
     weights: Sequence[tuple[str, Path]] = (),
     precision: str = 'fp32',
@@ -106,7 +113,8 @@ def run(
 
     Args:
         models: names of the zoo.
-        data: what `pairs.find` takes.
+        data: what `pairs.find` takes; several for several sets, of which each is reported, and the mean over
+            them as `extra['means']`.
         protocol: a name in `metrics.PROTOCOLS`.
         weights: a checkpoint for each system.
         precision: `fp32`, or `bf16` or `fp16` for autocast.
@@ -114,7 +122,7 @@ def run(
         tlc: train size for local pooling, for the systems that have it.
         metrics: more metrics, of pyiqa.
         save_images: keep what was restored as `out`/<system>/<image>.png, and details for the report.
-        limit: only the first images.
+        limit: only the first images of each set.
         device: a torch device.
         out: results without their ending.
         resume: keep the images that `out`.csv has.
@@ -133,28 +141,46 @@ def run(
         raise UserError(f'--tile is {tile}, but tiles overlap by {TILE_OVERLAP} pixels; make it larger')
     restoring = Restoring(machine.device(device), precision, tile)
     networks = load(models, dict(weights), tlc)
-    pairs = image_pairs.find(data, protocol).first(limit)
+    places = [data] if isinstance(data, str) else [*data]
+    sets = {
+        name: image_pairs.find(place, protocol).first(limit)
+        for name, place in zip(image_pairs.set_names(places), places, strict=True)
+    }
+    several = len(sets) > 1
+    pairs = image_pairs.joined(sets) if several else next(iter(sets.values()))
     columns = [*rules.columns, *metrics]
     settings = {
-        'models': list(models), 'data': records.data_name(data), 'data_sha256': pairs.check(),
+        'models': list(models), 'data': ', '.join(sets) if several else records.data_name(places[0]),
+        'data_sha256': pairs.check(),
         'protocol': protocol, 'weights': {name: identity(path) for name, path in weights},
         'precision': precision, 'tile': tile, 'tlc': tlc, 'metrics': list(metrics),
         'images': len(pairs.keys), 'save_images': save_images, 'device': device,
     }  # fmt: skip
     path = records.beside(out, '.json')
-    record = records.start('quality', settings, describe(rules, precision, tile, tlc), path, resume)
+    how = describe(rules, precision, tile, tlc, several)
+    record = records.start('quality', settings, how, path, resume)
     record.save(path)
     journal = Journal(records.beside(out, '.csv'), columns, resume)
     folder = out if save_images else None
     score = partial(scores, rules=rules, metrics=metrics)
-    for row in measure(networks, pairs, restoring, score, journal, folder):
-        if row['error']:
-            print(f'{row["model"]}, {row["image"]}: {row["error"]}', file=sys.stderr, flush=True)
+    for scored in measure(networks, pairs, restoring, score, journal, folder):
+        if scored['error']:
+            print(f'{scored["model"]}, {scored["image"]}: {scored["error"]}', file=sys.stderr, flush=True)
     order = list(product([BLURRED, *models], pairs.keys))
     rows = journal.finish(order)
-    record.rows = [mean(name, rows, columns) for name in (BLURRED, *models)]
-    for row in record.rows[1:]:
-        row['tlc'] = tlc if zoo.get(row['model']).tlc else None
+    record.rows, means = [], []
+    for name in (BLURRED, *models):
+        own: list[Row] = []
+        for data_set in sets:
+            row: Row = {'set': data_set} if several else {}
+            row |= mean(name, of_set(data_set, rows, several), columns)
+            if name != BLURRED:
+                row['tlc'] = tlc if zoo.get(name).tlc else None
+            own.append(row)
+        record.rows += own
+        means.append(mean_over_sets(own, columns))
+    if several:
+        record.extra['means'] = means
     record.extra['lower_better'] = [name for name in metrics if perceptual.lower_better(name)]
     if folder is not None:
         record.extra['examples'] = examples(models, rows, pairs, folder)
@@ -336,6 +362,32 @@ def mean(name: str, rows: Sequence[Row], columns: Sequence[str]) -> Row:
     return result
 
 
+def of_set(name: str, rows: Sequence[Row], several: bool) -> Sequence[Row]:
+    """The rows of one set's images: all where it is the only one, else those that `pairs.joined` named."""
+    return [row for row in rows if row['image'].startswith(f'{name}/')] if several else rows
+
+
+def mean_over_sets(means: Sequence[Row], columns: Sequence[str]) -> Row:
+    """The mean of one system's means over sets, each of the same weight, as deraining papers average.
+
+    Args:
+        means: what `mean` returns for each set.
+        columns: the scores.
+
+    Returns:
+        A row like theirs, `set` being `MEAN`: counts are added; a score is None if a set has none.
+    """
+    row: Row = {**means[0], 'set': MEAN}
+    for count in ('images', 'failed', 'identical', 'in_tiles'):
+        row[count] = sum(own[count] for own in means)
+    row['error'] = next((own['error'] for own in means if own['error']), None)
+    for column in (*columns, 'gain'):
+        if column in row:
+            values = [own[column] for own in means]
+            row[column] = None if None in values else statistics.fmean(values)
+    return {key: value for key, value in row.items() if key not in ('gain_p10', 'gain_p90')}
+
+
 def _mean(values: Sequence[float]) -> float | None:
     finite = [value for value in values if math.isfinite(value)]
     return statistics.fmean(finite) if finite else None
@@ -388,7 +440,9 @@ def write_image(path: Path, image: Image) -> None:
     records.put(lambda temporary: Path(temporary).write_bytes(encoded), path)
 
 
-def describe(rules: Protocol, precision: str, tile: int | None, tlc: int | None) -> str:
+def describe(
+    rules: Protocol, precision: str, tile: int | None, tlc: int | None, several: bool = False
+) -> str:
     """How it was measured, in sentences."""
     tiles = 'Images are restored whole.'
     if tile is not None:
@@ -400,5 +454,5 @@ def describe(rules: Protocol, precision: str, tile: int | None, tlc: int | None)
         tiles += f' Local pooling (TLC) with a train size of {tlc}, for the systems whose notes say so.'
     return PROTOCOL.format(
         name=rules.name, source=rules.source, rounding=rules.rounding, precision=precision, tiles=tiles,
-        blurred=BLURRED,
+        blurred=BLURRED, sets=MEAN_OF_SETS if several else '',
     )  # fmt: skip

@@ -8,6 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from dsgformer_arch.benchmark import record as records
+from dsgformer_arch.benchmark.measure.quality import MEAN
 from dsgformer_arch.benchmark.render import output
 from dsgformer_arch.metrics.protocols import protocol as protocol_of
 
@@ -22,17 +23,32 @@ def columns_of(record: records.Record) -> dict[str, str]:
     lower = record.extra.get('lower_better', [])
     scored = [*protocol_of(record.settings['protocol']).columns, *record.settings['metrics']]
     heads = {key: TITLES.get(key, key) + (' ↓' if key in lower else '') for key in scored}
-    return {'model': 'system', 'images': 'images', **heads, 'gain': 'gain', 'note': 'note'}
+    sets = {'set': 'set'} if record.extra.get('means') else {}
+    return {'model': 'system', **sets, 'images': 'images', **heads, 'gain': 'gain', 'note': 'note'}
 
 
 def cells(record: records.Record) -> list[dict[str, str | None]]:
-    """The table's rows as text."""
-    scored = columns_of(record).keys() - {'model', 'images', 'note'}
+    """The table's rows as text; of several sets, each system's mean over them comes after its rows."""
+    scored = columns_of(record).keys() - {'model', 'set', 'images', 'note'}
     rows = []
-    for row in record.rows:
+    for row in with_means(record):
         cell: dict[str, str | None] = {'model': row['model'], 'images': str(row['images'])}
+        if 'set' in row:
+            cell['set'] = f'**{row["set"]}**' if row['set'] == MEAN else row['set']
         cell |= {key: formatted(key, row[key]) for key in scored if row.get(key) is not None}
         rows.append({**cell, 'note': '; '.join(notes(row)) or None})
+    return rows
+
+
+def with_means(record: records.Record) -> list[dict[str, Any]]:
+    """A record's rows, and after those of a system its mean over several sets."""
+    means = {row['model']: row for row in record.extra.get('means', [])}
+    rows = []
+    for i, row in enumerate(record.rows):
+        rows.append(row)
+        last = i + 1 == len(record.rows) or record.rows[i + 1]['model'] != row['model']
+        if last and row['model'] in means:
+            rows.append(means[row['model']])
     return rows
 
 
@@ -92,7 +108,9 @@ def plot(axis: Axes, record: records.Record) -> None:
         axis.plot([row['gain_p10'], row['gain_p90']], [i, i], color='C0', alpha=0.5, lw=2)
         axis.plot([row['gain']], [i], 'o', color='C0')
     axis.axvline(0, color='grey', linestyle=':')
-    axis.set_yticks(range(len(rows)), [row['model'] for row in rows])
+    axis.set_yticks(
+        range(len(rows)), [', '.join(part for part in (row['model'], row.get('set')) if part) for row in rows]
+    )
     axis.set_ylim(-0.6, max(len(rows), 1) - 0.4)
     axis.set_xlabel('PSNR over the blurred image, dB')
     axis.margins(x=0.1)

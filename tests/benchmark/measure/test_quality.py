@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dsgformer_arch import zoo
 from dsgformer_arch.benchmark import commands
+from dsgformer_arch.benchmark.measure import pairs as image_pairs
 from dsgformer_arch.benchmark.measure import quality
 from dsgformer_arch.benchmark.render import quality as render_quality
 from dsgformer_arch.metrics import perceptual
@@ -22,7 +23,7 @@ from dsgformer_arch.metrics.protocols import protocol, to_uint8
 from dsgformer_arch.utils.errors import UserError
 from dsgformer_arch.zoo.checkpoint import CheckpointError
 from tests.benchmark.conftest import Greedy, Hollow, make, quality_row, weights
-from tests.trees import SHARED, photograph, write_lmdb
+from tests.trees import SHARED, photograph, write_lmdb, write_pairs
 
 
 def rows_of(path: Path) -> dict[tuple[str, str], dict[str, str]]:
@@ -397,3 +398,90 @@ def test_scores_are_printed_as_the_tables_of_the_field_have_them() -> None:
     assert render_quality.formatted('ssim', 0.96581) == '0.9658'
     assert render_quality.formatted('gain', 0.5) == '+0.50'
     assert render_quality.formatted('ecc_converged', 0.995) == '100 %'
+
+
+# Several sets.
+
+RAIN = {'Rain100H': 3, 'Rain100L': 1, 'Test100': 2, 'Test1200': 1, 'Test2800': 1}
+"""MHNet's five test sets, with few images, and not equally many."""
+
+
+@pytest.fixture
+def five_sets(tmp_path: Path) -> list[str]:
+    for i, (name, count) in enumerate(RAIN.items()):
+        write_pairs(tmp_path / 'rain', name, count, seed=10 * i)
+    return [str(tmp_path / 'rain' / name) for name in RAIN]
+
+
+def test_each_set_and_the_mean_over_sets(five_sets: list[str], tmp_path: Path) -> None:
+    out = tmp_path / 'q'
+    assert measure(tmp_path, out, 'tiny_nafnet', data=five_sets, protocol='rain') == 0
+    record = record_of(out)
+    images = rows_of(out.with_suffix('.csv'))
+    assert len(images) == 2 * sum(RAIN.values())
+    assert [(row['model'], row['set'], row['images']) for row in record['rows']] == [
+        (model, *item) for model in ('blurred', 'tiny_nafnet') for item in RAIN.items()
+    ]
+    for mean in record['extra']['means']:
+        own = [row for row in record['rows'] if row['model'] == mean['model']]
+        for column in ('psnr', 'ssim'):
+            sets = [
+                np.mean([float(images[mean['model'], f'{name}/{name}-{i}'][column]) for i in range(count)])
+                for name, count in RAIN.items()
+            ]
+            assert [row[column] for row in own] == pytest.approx(sets)
+            assert mean[column] == pytest.approx(np.mean(sets), abs=1e-12)
+        everything = np.mean([float(row['psnr']) for key, row in images.items() if key[0] == mean['model']])
+        assert abs(mean['psnr'] - everything) > 1e-3, 'not the mean over images'
+        assert (mean['set'], mean['images'], mean['failed']) == ('mean', sum(RAIN.values()), 0)
+    blurred, restored = record['extra']['means']
+    assert restored['gain'] == pytest.approx(restored['psnr'] - blurred['psnr'])
+    page = out.with_suffix('.md').read_text()
+    assert '| system | set | images | PSNR | SSIM |' in page
+    assert '| blurred | Test2800 | 1 |' in page
+    assert f'| tiny_nafnet | **mean** | 8 | {restored["psnr"]:.2f} | {restored["ssim"]:.4f} |' in page
+    assert cv2.imread(str(out.with_suffix('.png'))) is not None
+
+
+def test_several_sets_are_resumed(five_sets: list[str], tmp_path: Path, replaced: Any) -> None:
+    seen: list[int] = []
+
+    class Counting(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(1)
+            return x * 0.9
+
+    replaced(tiny=Counting())
+    settings: dict[str, Any] = {'data': five_sets, 'protocol': 'mhnet', 'limit': 1, 'save_images': True}
+    assert measure(tmp_path, tmp_path / 'q', 'tiny', **settings) == 0
+    first = record_of(tmp_path / 'q')
+    assert len(seen) == len(RAIN), 'the limit is for each set'
+    assert (tmp_path / 'q' / 'tiny' / 'Test100' / 'Test100-0.png').is_file()
+    assert measure(tmp_path, tmp_path / 'q', 'tiny', **settings, resume=True) == 0
+    assert len(seen) == len(RAIN)
+    assert record_of(tmp_path / 'q') == first
+
+
+def test_a_set_without_a_score_leaves_no_mean(five_sets: list[str], tmp_path: Path, replaced: Any) -> None:
+    class Fussy(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            dark = torch.from_numpy(dark_pair[0].copy()).permute(2, 0, 1)[None].float() / 255
+            return x * float('nan') if torch.equal(x, dark) else x
+
+    dark_pair = image_pairs.find(five_sets[1], 'rain').images('Rain100L-0')
+    replaced(tiny=Fussy())
+    assert measure(tmp_path, tmp_path / 'q', 'tiny', data=five_sets, protocol='rain') == 1
+    mean = record_of(tmp_path / 'q')['extra']['means'][1]
+    assert (mean['psnr'], mean['failed'], mean['images']) == (None, 1, 7)
+    assert '1 failed: ' in (tmp_path / 'q.md').read_text().split('**mean**')[-1].splitlines()[0]
+
+
+def test_sets_of_the_same_name_are_told_apart(tmp_path: Path, replaced: Any, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ('a', 'b'):
+        write_pairs(Path(folder), 'test', 1, seed=ord(folder))
+    replaced(tiny=nn.Identity())
+    assert measure(tmp_path, tmp_path / 'q', 'tiny', data=['a/test', 'b/test']) == 0
+    assert [row['set'] for row in record_of(tmp_path / 'q')['rows']] == ['a-test', 'b-test'] * 2
+    with pytest.raises(UserError, match='a/test and a/test cannot be told apart'):
+        measure(tmp_path, tmp_path / 'q', 'tiny', data=['a/test', 'a/test'])
