@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 
+from dsgformer_arch import zoo
 from dsgformer_arch.cli import basicsr
 from dsgformer_arch.models import options, pipelines
 from dsgformer_arch.models.option_schema import schema_text
@@ -30,9 +31,9 @@ SMALL_ENOUGH = 40e6
 
 @pytest.fixture(scope='session')
 def one_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An LMDB of one 1280×720 image."""
+    """An LMDB of one 1920×1200 image, as RSBlur's are."""
     folder = tmp_path_factory.mktemp('one') / 'a.lmdb'
-    write_lmdb(folder, {'a': np.zeros((720, 1280, 3), np.uint8)})
+    write_lmdb(folder, {'a': np.zeros((1200, 1920, 3), np.uint8)})
     return folder
 
 
@@ -139,6 +140,46 @@ def test_one_ssim_for_all_systems() -> None:
         if re.search('gopro|hide|realblur|rsblur', file.stem):
             metrics = options.read(str(file))['val']['metrics']
             assert metrics == {'psnr': {'type': 'psnr_rgb'}, 'ssim': {'type': 'ssim_matlab_rgb'}}, file
+
+
+def test_all_option_files_of_one_data_set_measure_the_same() -> None:
+    """So that the numbers of peers and of DSGformer can be compared."""
+    used: dict[str, dict[str, Any]] = {}
+    for file in FILES:
+        settings = options.read(str(file))
+        for phase, dataset in settings['datasets'].items():
+            if phase != 'train':
+                data_set = Path(dataset['dataroot_gt']).parts[1]
+                used.setdefault(data_set, {})[file.stem] = settings['val']['metrics']
+    assert {'gopro', 'hide', 'realblur_j', 'realblur_r', 'rsblur', 'rain13k', 'sample'} <= used.keys()
+    for data_set, metrics in used.items():
+        first = next(iter(metrics.values()))
+        others = [name for name, other in metrics.items() if other != first]
+        assert others == [], f'{data_set}: not as in {next(iter(metrics))}'
+
+
+@pytest.mark.parametrize('name', ['dsgformer_s', 'dsgformer_h'])
+def test_recipe_of_the_efficient_track(name: str) -> None:
+    """Crops of 512 and then 1024, Charbonnier, averaged weights; the preset; the training split alone."""
+    settings = options.read(str(ROOT / 'options' / f'train_rsblur_{name}.yml'))
+    train, data = settings['train'], settings['datasets']
+    stages = train['progressive']
+    assert stages['gt_sizes'] == [512, 1024]
+    assert sum(stages['iters']) == train['total_iter'] == train['scheduler']['total_iter']
+    assert train['pixel_opt']['type'] == 'CharbonnierLoss'
+    assert train['ema_decay'] == 0.999
+    assert data['train']['dataroot_gt'] == 'datasets/rsblur/train_gt.lmdb'
+    assert data['val']['dataroot_gt'] == 'datasets/rsblur/val_gt.lmdb'
+    kind = zoo.network_class('DSGformer')
+    network = {key: value for key, value in settings['network_g'].items() if key not in ('type', 'recompute')}
+    preset = {**kind.default_settings(), **zoo.get(name).settings}
+    assert {key: plain(preset[key]) for key in network} == network
+    assert {key for key in preset if preset[key] != kind.default_settings()[key]} <= network.keys()
+
+
+def plain(value: Any) -> Any:
+    """A setting as YAML has it."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def test_paper_recipe_is_written_down() -> None:
