@@ -158,6 +158,40 @@ def test_all_option_files_of_one_data_set_measure_the_same() -> None:
         assert others == [], f'{data_set}: not as in {next(iter(metrics))}'
 
 
+def test_rain_is_measured_as_others_and_as_mhnet_do() -> None:
+    for file in (ROOT / 'options').glob('train_rain13k_*.yml'):
+        metrics = options.read(str(file))['val']['metrics']
+        assert {name: metric['type'] for name, metric in metrics.items()} == {
+            'psnr': 'psnr_rain', 'ssim': 'ssim_rain', 'psnr_mhnet': 'psnr_mhnet', 'ssim_mhnet': 'ssim_mhnet',
+        }, file  # fmt: skip
+
+
+def test_rain_recipes_are_the_official_ones() -> None:
+    """Rain13K as MPRNet's, MHNet's and Restormer's authors train on it, and NAFNet as on GoPro."""
+    pairs = 13711
+    for name, epochs, batch in (('mprnet', 250, 16), ('mhnet', 10000, 16)):
+        settings = options.read(str(ROOT / 'options' / f'train_rain13k_{name}.yml'))
+        train, data = settings['train'], settings['datasets']['train']
+        an_epoch = -(-pairs // batch)
+        assert (data['batch_size_per_gpu'], data['gt_size']) == (batch, 256)
+        assert train['total_iter'] == train['scheduler']['total_iter'] == epochs * an_epoch
+        assert train['scheduler']['warmup_iter'] == 3 * an_epoch
+        assert (train['optim_g']['type'], train['optim_g']['lr']) == ('Adam', 2e-4)
+        assert (train['scheduler']['eta_min'], train['grad_clip']) == (1e-6, None)
+    settings = options.read(str(ROOT / 'options' / 'train_rain13k_restormer.yml'))
+    assert settings['train']['progressive'] == {
+        'iters': [92000, 64000, 48000, 36000, 36000, 24000],
+        'batch_sizes': [8, 5, 4, 2, 1, 1],
+        'gt_sizes': [128, 160, 192, 256, 320, 384],
+    }
+    rain, gopro = (
+        options.read(str(ROOT / 'options' / f'train_{data_set}_nafnet64.yml'))
+        for data_set in ('rain13k', 'gopro')
+    )
+    assert rain['train'] == gopro['train']
+    assert rain['network_g'] == gopro['network_g']
+
+
 @pytest.mark.parametrize('name', ['dsgformer_s', 'dsgformer_h'])
 def test_recipe_of_the_efficient_track(name: str) -> None:
     """Crops of 512 and then 1024, Charbonnier, averaged weights; the preset; the training split alone."""
