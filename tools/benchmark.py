@@ -192,6 +192,9 @@ def learning(command: argparse.ArgumentParser, several_rates: bool = False) -> N
             '--lr', type=rate, default=1e-3, help='peak learning rate (default: %(default)s)'
         )
     command.add_argument('--validations', type=positive, default=4, help='how often to validate in a run')
+    command.add_argument(
+        '--protocol', default='gopro', help='scores the held-out images, as in quality (default: %(default)s)'
+    )
 
 
 def report(command: argparse.ArgumentParser) -> None:

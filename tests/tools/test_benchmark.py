@@ -66,9 +66,11 @@ def test_the_options_of_quality_arrive(called: dict[str, Any]) -> None:
 def test_the_options_of_training_and_ablation_arrive(called: dict[str, Any]) -> None:
     status('training', '--models', 'dsgformer_t', '--data', 'x', '--seconds', 9, '--seeds', 3)
     assert (called['seconds'], called['iterations'], called['seeds']) == (9, None, 3)
+    assert called['protocol'] == 'gopro'
     called.clear()
-    status('ablation', '--data', 'x', '--patch', 32)
+    status('ablation', '--data', 'x', '--patch', 32, '--protocol', 'realblur')
     assert (called['iterations'], called['model'], called['patch']) == (300, 'dsgformer_t', 32)
+    assert called['protocol'] == 'realblur'
 
 
 @pytest.mark.parametrize(
@@ -84,6 +86,7 @@ def test_the_options_of_training_and_ablation_arrive(called: dict[str, Any]) -> 
         (['training', '--models', 'nafnet32', '--data', 'x'], '--iterations'),
         (['training', '--models', 'nafnet32', '--data', 'x', '--iterations', '2'], 'no finished LMDB'),
         (['ablation', '--data', 'x', '--device', 'cuda:99'], '--device cuda:99'),
+        (['ablation', '--data', 'x', '--protocol', 'gorpo'], 'there is no protocol gorpo'),
         (['report', 'nothing.json'], 'cannot read nothing.json'),
         (['faster'], 'invalid choice'),
         (['speed', '--models', ''], 'name at least one system'),

@@ -32,6 +32,7 @@ def run(
     patch: int = 64,
     lr: float = 1e-3,
     validations: int = 4,
+    protocol: str = 'gopro',
     device: str = 'cpu',
     out: Path = Path('results/benchmark/ablation'),
     resume: bool = False,
@@ -47,6 +48,7 @@ def run(
         patch: side of the crops.
         lr: peak of the learning rate.
         validations: how often a run is measured.
+        protocol: a name in `metrics.PROTOCOLS`, by which the held-out images are scored.
         device: a torch device.
         out: results without their ending.
         resume: keep the runs that `out`.json has.
@@ -56,7 +58,7 @@ def run(
     """
     if zoo.get(model).architecture != 'DSGformer':
         raise UserError(f'--model: {model} has no switches to vary; choose a DSGformer, such as dsgformer_t')
-    recipe = learning.Recipe(iterations, None, batch, patch, lr, validations)
+    recipe = learning.Recipe(iterations, None, batch, patch, lr, validations, protocol=protocol)
     variants: list[dict[str, Any]] = [
         {'attention': attention, 'gate': gate, 'score': score}
         for attention, gate, score in itertools.product(ATTENTIONS, GATES, SCORES)

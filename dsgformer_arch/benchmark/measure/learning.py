@@ -29,9 +29,9 @@ PROTOCOL = """\
 The same data, order, crops, flips and 90° rotations for every system of a seed; {loss} loss on the final \
 output; AdamW (betas {betas[0]:g} and {betas[1]:g}, weight decay 1e-4), gradient norms clipped at {clip}, \
 {warmup:.0%} of the budget linear warm-up to {rate}, then a cosine to 1e-6; crops of {patch}×{patch}, batch \
-{batch}, {numbers}. PSNR and SSIM are the means over the held-out images under the protocol `gopro` (8-bit \
-RGB; MATLAB's SSIM of the volume), of the weights as they are, without averaging. Validation and set-up \
-count as no training time; {clock}."""
+{batch}, {numbers}. PSNR and SSIM are the means over the held-out images under the protocol `{protocol}` \
+({source}), of the weights as they are, without averaging. Validation and set-up count as no training time; \
+{clock}."""
 
 WARMUP = 0.05
 CLIP = 0.1
@@ -54,6 +54,10 @@ class Recipe:
         betas: of AdamW.
         frequency: weight of `FFTLoss` beside L1; 0 for none.
         precision: `'fp32'`, or `'bf16'` for autocast in training.
+        protocol: a name in `metrics.PROTOCOLS`, for the held-out images.
+
+    Raises:
+        UserError: there is no such protocol.
     """
 
     iterations: int | None
@@ -65,6 +69,10 @@ class Recipe:
     betas: tuple[float, float] = (0.9, 0.999)
     frequency: float = 0.0
     precision: str = 'fp32'
+    protocol: str = 'gopro'
+
+    def __post_init__(self) -> None:
+        protocol(self.protocol)
 
     def describe(self, rate: str = '') -> str:
         """The protocol in sentences.
@@ -79,6 +87,7 @@ class Recipe:
             warmup=WARMUP,
             loss=loss,
             numbers=numbers,
+            source=protocol(self.protocol).source,
             rate=rate or f'{self.lr:g}',
             clock='time is CPU time of one thread' if single_thread() else 'time is wall-clock time',
             **vars(self),
@@ -214,7 +223,11 @@ def train(
         fraction = iteration / recipe.iterations if recipe.iterations else seconds / (recipe.seconds or 1)
         if fraction >= due / recipe.validations:
             due = int(fraction * recipe.validations) + 1
-            point = {'iteration': iteration, 'seconds': seconds, **validate(network, data, device)}
+            point = {
+                'iteration': iteration,
+                'seconds': seconds,
+                **validate(network, data, device, recipe.protocol),
+            }
             curve.append({**point, 'loss': torch.stack(losses).mean().item()})
             losses.clear()
         tick(min(1.0, fraction))
@@ -228,24 +241,24 @@ def train(
     }
 
 
-def validate(network: nn.Module, data: Data, device: torch.device) -> dict[str, float]:
-    """Mean PSNR and SSIM of the restored held-out images under `gopro`."""
+def validate(network: nn.Module, data: Data, device: torch.device, rules: str = 'gopro') -> dict[str, float]:
+    """Mean PSNR and SSIM of the restored held-out images under the protocol of that name."""
     scores = [
-        score(to_uint8(restore(network, as_tensor(blurred).to(device))[0].cpu()), sharp)
+        score(to_uint8(restore(network, as_tensor(blurred).to(device))[0].cpu()), sharp, rules)
         for sharp, blurred in zip(*data.test, strict=True)
     ]
     return {key: float(np.mean([s[key] for s in scores])) for key in ('psnr', 'ssim')}
 
 
-def blurred_scores(data: Data) -> dict[str, float]:
-    """Mean PSNR and SSIM of the blurred images."""
-    scores = [score(blurred, sharp) for sharp, blurred in zip(*data.test, strict=True)]
+def blurred_scores(data: Data, rules: str = 'gopro') -> dict[str, float]:
+    """Mean PSNR and SSIM of the blurred images under the protocol of that name."""
+    scores = [score(blurred, sharp, rules) for sharp, blurred in zip(*data.test, strict=True)]
     return {key: float(np.mean([s[key] for s in scores])) for key in ('psnr', 'ssim')}
 
 
-def score(image: Image, sharp: Image) -> dict[str, float]:
-    """`psnr` and `ssim` of the protocol `gopro`, without its other columns."""
-    columns = protocol('gopro').columns
+def score(image: Image, sharp: Image, rules: str = 'gopro') -> dict[str, float]:
+    """`psnr` and `ssim` of the protocol of that name, without its other columns."""
+    columns = protocol(rules).columns
     pair = [np.ascontiguousarray(i[..., ::-1]) for i in (image, sharp)]
     return {key: columns[key](*pair) for key in ('psnr', 'ssim')}
 

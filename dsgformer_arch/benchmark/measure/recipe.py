@@ -66,6 +66,7 @@ def run(
     patch: int = 96,
     lr: float = 1e-3,
     validations: int = 1,
+    protocol: str = 'gopro',
     device: str = 'cpu',
     out: Path = Path('results/benchmark/recipe'),
     resume: bool = False,
@@ -82,6 +83,7 @@ def run(
         patch: side of the crops.
         lr: peak of the learning rate.
         validations: how often a run is measured.
+        protocol: a name in `metrics.PROTOCOLS`, by which the held-out images are scored.
         device: a torch device.
         out: results without their ending.
         resume: keep the runs that `out`.json has; more variants and seeds may be asked for than before.
@@ -99,7 +101,16 @@ def run(
         raise UserError(f'--variants: there is no {unknown[0]!r}; there are {", ".join(VARIANTS)}')
     chosen = list(dict.fromkeys([BASE, *(variants or VARIANTS)]))
     base = learning.Recipe(
-        iterations, None, batch, patch, lr, validations, betas=(0.9, 0.9), frequency=0.1, precision='bf16'
+        iterations,
+        None,
+        batch,
+        patch,
+        lr,
+        validations,
+        betas=(0.9, 0.9),
+        frequency=0.1,
+        precision='bf16',
+        protocol=protocol,
     )
     # Seeds are the outer loop: an early end leaves every variant with the same number of runs.
     runs = list(itertools.product(range(seeds), chosen))

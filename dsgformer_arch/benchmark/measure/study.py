@@ -58,7 +58,7 @@ class Study:
             kind, {**common, **settings}, protocol or recipe.describe(), self.path, resume
         )
         self.record.drop_failed()
-        self.record.extra['blurred'] = learning.blurred_scores(self.data)
+        self.record.extra['blurred'] = learning.blurred_scores(self.data, recipe.protocol)
         self.stages = Stages(kind, count)
 
     def train(

@@ -34,6 +34,7 @@ def run(
     lr: Sequence[float] = (1e-3,),
     precision: str = 'fp32',
     validations: int = 4,
+    protocol: str = 'gopro',
     device: str = 'cpu',
     out: Path = Path('results/benchmark/training'),
     resume: bool = False,
@@ -53,6 +54,7 @@ def run(
             train it with the rate that reached the highest PSNR.
         precision: `'fp32'`, or `'bf16'` for autocast in training.
         validations: how often a run is measured.
+        protocol: a name in `metrics.PROTOCOLS`, by which the held-out images are scored.
         device: a torch device.
         out: results without their ending.
         resume: keep the runs that `out`.json has.
@@ -60,12 +62,14 @@ def run(
     Returns:
         The record; rows that could not be measured have an `error`.
     """
-    recipe = learning.Recipe(iterations, seconds, batch, patch, lr[0], validations, precision=precision)
+    recipe = learning.Recipe(
+        iterations, seconds, batch, patch, lr[0], validations, precision=precision, protocol=protocol
+    )
     settings = {'models': list(models), 'match': match, 'seeds': seeds, 'lr': list(lr)}
     # Seeds are the outer loop: an early end leaves every system with the same number of runs.
     runs: list[tuple[int, str, float | None]] = [(0, name, rate) for name in models for rate in lr]
     runs += [(seed, name, None) for seed in range(1, seeds) for name in models]
-    study = Study('training', data, recipe, settings, len(runs), device, out, resume, protocol(recipe, lr))
+    study = Study('training', data, recipe, settings, len(runs), device, out, resume, describe(recipe, lr))
     overrides = {name: matched(name, match) if match else {} for name in models}
     costs = {name: cost(name, overrides[name]) for name in models}
     for seed, name, given in runs:
@@ -79,7 +83,7 @@ def run(
     return study.record
 
 
-def protocol(recipe: learning.Recipe, rates: Sequence[float]) -> str:
+def describe(recipe: learning.Recipe, rates: Sequence[float]) -> str:
     """How the runs were made, in sentences."""
     if len(rates) == 1:
         return recipe.describe()

@@ -72,11 +72,13 @@ def table(record: records.Record) -> str:
 def note(record: records.Record) -> str:
     """The notes on the table."""
     s = record.settings
+    protocol = s.get('protocol', 'gopro')  # records made before it could be chosen
     return (
         f"PSNR in dB. The paper's rows are its table 2 on RealBlur-J after full training (its DFGB row "
         f'cannot be read); the rows of this run are {s["model"]} after {s["iterations"]} iterations on the '
-        f'set `{s["data"]}`, mean of {s["seeds"]} seeds ± half their range; the blurred images have '
-        f'{record.extra["blurred"]["psnr"]:.2f} dB. MDTA has no top-k: its scores are the dense map.'
+        f'set `{s["data"]}` under the protocol `{protocol}`, mean of {s["seeds"]} seeds ± half their range; '
+        f'the blurred images have {record.extra["blurred"]["psnr"]:.2f} dB. '
+        'MDTA has no top-k: its scores are the dense map.'
     )
 
 
