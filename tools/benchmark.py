@@ -2,6 +2,7 @@
 """Measure every system the same way; argument parsing for `dsgformer_arch.benchmark`.
 
 benchmark.py speed    --models dsgformer,restormer,nafnet64 --size 256
+benchmark.py cost     --models dsgformer_s,nafnet32 --size 1920x1200 --no-latency
 benchmark.py quality  --models dsgformer --weights dsgformer=net.pth --data GOPRO/test --protocol gopro
 benchmark.py training --models dsgformer_t,nafnet32 --data datasets/sample --seconds 120 --seeds 2
 benchmark.py ablation --data datasets/sample --iterations 300 --seeds 2
@@ -36,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = top.add_subparsers(dest='command', required=True)
     speed(commands.add_parser('speed', help='latency, throughput, memory, MACs'))
+    cost(commands.add_parser('cost', help='parameters, MACs, memory, latency against the efficient track'))
     quality(commands.add_parser('quality', help='PSNR, SSIM and more on a data set, under its protocol'))
     training(commands.add_parser('training', help='quality reached with the same data and budget'))
     ablation(commands.add_parser('ablation', help="the paper's table 2 on a budget"))
@@ -95,6 +97,24 @@ def speed(command: argparse.ArgumentParser) -> None:
         '--roofline', action='store_true', help='measure what the device can do at best, and compare'
     )
     common(command, 'speed')
+
+
+def cost(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        '--models', type=names, default='all', metavar='A,B,…', help='names of the zoo (default: all)'
+    )
+    command.add_argument(
+        '--size', type=width_first, default='1920x1200', metavar='WxH',
+        help='image size, width first as the challenges write it (default: %(default)s)',
+    )  # fmt: skip
+    command.add_argument(
+        '--precision', default='fp32', choices=['fp32', 'bf16', 'fp16'], help='autocast type'
+    )
+    command.add_argument('--rounds', type=positive, default=3, help='turns of latency (default: %(default)s)')
+    command.add_argument(
+        '--no-latency', action='store_true', help='count only: run no system for latency and peak memory'
+    )
+    common(command, 'cost')
 
 
 def quality(command: argparse.ArgumentParser) -> None:
@@ -280,13 +300,15 @@ def cores(text: str) -> int:
     return value
 
 
-def size(text: str) -> tuple[int, int]:
+def size(text: str, example: str = '720x1280 (height first)') -> tuple[int, int]:
     sides = text.lower().split('x')
     if len(sides) > 2 or not all(side.isdigit() and int(side) >= 16 for side in sides):
-        raise argparse.ArgumentTypeError(
-            f'{text!r} is no size; write 256 or 720x1280 (height first), from 16 up'
-        )
-    height, width = int(sides[0]), int(sides[-1])
+        raise argparse.ArgumentTypeError(f'{text!r} is no size; write 256 or {example}, from 16 up')
+    return int(sides[0]), int(sides[-1])
+
+
+def width_first(text: str) -> tuple[int, int]:
+    width, height = size(text, '1280x720 (width first)')
     return height, width
 
 

@@ -46,6 +46,15 @@ def test_the_options_of_speed_arrive(called: dict[str, Any]) -> None:
     assert called['out'] == Path('a/b')
 
 
+def test_the_options_of_cost_arrive(called: dict[str, Any]) -> None:
+    status('cost')
+    assert called['models'] == zoo.names()
+    assert (called['size'], called['no_latency'], called['rounds']) == ((1200, 1920), False, 3)
+    called.clear()
+    status('cost', '--models', 'dsgformer_s', '--size', '640x480', '--no-latency')
+    assert (called['models'], called['size'], called['no_latency']) == (['dsgformer_s'], (480, 640), True)
+
+
 def test_all_models(called: dict[str, Any]) -> None:
     status('speed', '--models', 'all')
     assert called['models'] == zoo.names()
@@ -79,6 +88,7 @@ def test_the_options_of_training_and_ablation_arrive(called: dict[str, Any]) -> 
         (['speed', '--models', 'restormr'], 'restormer'),
         (['speed', '--models', 'nafnet32', '--size', '15'], "'15' is no size"),
         (['speed', '--models', 'nafnet32', '--size', '3x4x5'], "'3x4x5' is no size"),
+        (['cost', '--size', '9x1920'], "'9x1920' is no size; write 256 or 1280x720 (width first)"),
         (['speed', '--models', 'nafnet32', '--rounds', '0'], '0 is no whole number from 1 up'),
         (['speed', '--models', 'nafnet32', '--rounds', 'x'], 'x is no whole number from 1 up'),
         ([*QUALITY, '--weights', 'a'], 'NAME=PATH'),

@@ -28,7 +28,7 @@ from dsgformer_arch import zoo
 from dsgformer_arch.benchmark import record as records
 from dsgformer_arch.benchmark.measure import machine
 from dsgformer_arch.benchmark.measure import roofline as roofs
-from dsgformer_arch.benchmark.measure.complexity import multiply_adds
+from dsgformer_arch.benchmark.measure.complexity import count
 from dsgformer_arch.cuda_graphs import CudaGraphs
 from dsgformer_arch.restore import PRECISIONS, final_output, predict, restore, set_memory_format
 from dsgformer_arch.utils.allocator import keep_freed_memory
@@ -228,8 +228,10 @@ def measure(
 
 def facts(variant: Variant) -> dict[str, Any]:
     """The costs of a variant that are independent of the machine."""
-    macs = multiply_adds(variant.model, variant.height, variant.width)
-    return {'parameters': zoo.get(variant.model).parameters, 'multiply_adds': macs}
+    macs = count(variant.model, variant.height, variant.width)
+    return {
+        'parameters': zoo.get(variant.model).parameters, 'multiply_adds': macs.total, **asdict(macs)
+    }  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from dsgformer_arch import zoo
 from dsgformer_arch.benchmark import record as records
 from dsgformer_arch.benchmark.measure.ablation import ATTENTIONS
 from dsgformer_arch.benchmark.measure.quality import BLURRED, SHARP
-from dsgformer_arch.benchmark.render import ablation, loader, output, quality, recipe, speed, training
+from dsgformer_arch.benchmark.render import ablation, cost, loader, output, quality, recipe, speed, training
 from dsgformer_arch.benchmark.render.page import (
     Beside,
     Comparison,
@@ -459,6 +459,15 @@ def speed_section(result: Result) -> Section:
     return Section(speed.title(record), [*elements, facts(record)])
 
 
+def cost_section(result: Result) -> Section:
+    """One run of `cost`, and what the challenges report."""
+    record = result.record
+    cells = cost.cells(record)
+    counted = Table(output.filled(cost.COLUMNS, cells), cells, cost.note(), own=frozenset({OWN}))
+    reported = Table(cost.REPORTED_COLUMNS, cost.reported_cells(), cost.reported_note())
+    return Section(cost.title(record), [counted, reported, facts(record)])
+
+
 def training_section(result: Result) -> Section:
     """One run of `training`."""
     record = result.record
@@ -504,6 +513,7 @@ def loader_section(result: Result) -> Section:
 KINDS: dict[str, Callable[[Result], Section]] = {
     'quality': quality_section,
     'speed': speed_section,
+    'cost': cost_section,
     'training': training_section,
     'ablation': ablation_section,
     'recipe': recipe_section,
