@@ -65,8 +65,8 @@ def reported_cells() -> list[dict[str, str | None]]:
             'method': entry.method,
             'parameters': None if entry.parameters is None else f'{entry.parameters:g} M',
             'macs': None if entry.macs is None else f'{entry.macs:g} G',
-            'psnr': f'{entry.psnr:.2f}',
-            'ssim': f'{entry.ssim:.4g}',
+            'psnr': f'{entry.psnr:g}',
+            'ssim': f'{entry.ssim:g}',
             'note': entry.note or None,
         }
         for entry in LEADERBOARD

@@ -55,7 +55,7 @@ def test_count_of_the_presets_for_the_track(tmp_path: Path) -> None:
     assert '| dsgformer_s | 2.38 M | 181.5 G | 159.2 G | 15.9 G | 6.4 G | pass |' in page
     assert '| nafnet32 | 17.11 M | 560.9 G | 560.9 G |  |  | fail: parameters and MACs |' in page
     assert '| NTIRE 2026 | 1 | jingjing et al. |  |  | 33.39 | 0.8585 |  |' in page
-    assert '| NTIRE 2026 | 2 | FSM-Net | 4.94 M | 159.35 G | 33.14 | 0.8516 |' in page
+    assert '| NTIRE 2026 | 2 | FSM-Net | 4.94 M | 159.35 G | 33.144 | 0.8516 |' in page
     assert '| AIM 2025 | 1 | NAFRepLocal | 4.76 M | 198.25 G | 31.13 | 0.843 |' in page
     assert 'both products of every attention' in page
     assert not out.with_suffix('.png').exists()
