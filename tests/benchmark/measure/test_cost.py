@@ -12,7 +12,9 @@ import pytest
 from dsgformer_arch import zoo
 from dsgformer_arch.benchmark import challenge, commands
 from dsgformer_arch.benchmark.measure import complexity, cost, speed
+from dsgformer_arch.benchmark.record import Record
 from dsgformer_arch.benchmark.render import cost as render_cost
+from dsgformer_arch.benchmark.render import report
 from dsgformer_arch.zoo import registry
 
 BASELINE = {
@@ -75,6 +77,12 @@ def test_latency_and_memory_of_a_tiny_system(tmp_path: Path, monkeypatch: pytest
     assert '# Cost of one image of 64×48' in page
     assert '| limits |' not in page
     assert ' s | 123 MiB |' in page
+    section = report.own_section(
+        report.Result(out.with_suffix('.json'), Record.load(out.with_suffix('.json')))
+    )
+    assert section is not None
+    assert section.title == 'Cost of one image of 64×48'
+    assert 'FSM-Net' in section.html('')
 
 
 @pytest.mark.parametrize('lies', [(1920, 1200), (1200, 1920)])

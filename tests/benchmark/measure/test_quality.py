@@ -17,7 +17,9 @@ from dsgformer_arch import zoo
 from dsgformer_arch.benchmark import commands
 from dsgformer_arch.benchmark.measure import pairs as image_pairs
 from dsgformer_arch.benchmark.measure import quality
+from dsgformer_arch.benchmark.record import Record
 from dsgformer_arch.benchmark.render import quality as render_quality
+from dsgformer_arch.benchmark.render import report
 from dsgformer_arch.metrics import perceptual
 from dsgformer_arch.metrics.protocols import protocol, to_uint8
 from dsgformer_arch.utils.errors import UserError
@@ -439,6 +441,9 @@ def test_each_set_and_the_mean_over_sets(five_sets: list[str], tmp_path: Path) -
     page = out.with_suffix('.md').read_text()
     assert '| system | set | images | PSNR | SSIM |' in page
     assert '| blurred | Test2800 | 1 |' in page
+    section = report.own_section(report.Result(out.with_suffix('.json'), Record(**record)))
+    assert section is not None
+    assert 'Test2800' in section.html('')
     assert f'| tiny_nafnet | **mean** | 8 | {restored["psnr"]:.2f} | {restored["ssim"]:.4f} |' in page
     assert cv2.imread(str(out.with_suffix('.png'))) is not None
 
