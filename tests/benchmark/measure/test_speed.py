@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dsgformer_arch import zoo
 from dsgformer_arch.benchmark import commands
 from dsgformer_arch.benchmark.measure import speed
-from dsgformer_arch.benchmark.measure.complexity import multiply_adds
+from dsgformer_arch.benchmark.measure.complexity import Complexity, multiply_adds
 from dsgformer_arch.benchmark.measure.speed import resident_peak_mib
 from dsgformer_arch.benchmark.render import speed as render_speed
 from dsgformer_arch.restore import restore
@@ -161,7 +161,7 @@ def test_a_system_that_fails_is_reported_and_the_others_go_on(
 ) -> None:
     create = zoo.create
     monkeypatch.setattr(zoo, 'create', lambda name, **s: Greedy() if name == 'tiny' else create(name, **s))
-    monkeypatch.setattr(speed, 'multiply_adds', lambda *_: 10)
+    monkeypatch.setattr(speed, 'count', lambda *_: Complexity(10, 0, 0))
     out = tmp_path / 's'
     assert commands.run('speed', ['tiny', 'tiny_nafnet'], out=out, **QUICK) == 1
     tiny, other = record_of(out)['rows']
