@@ -57,6 +57,7 @@ setup(
         'benchmark': ['matplotlib'],
         'cluster': ['ray[data]'],
         'export': ['onnx', 'onnxscript', 'onnxruntime', 'openvino'],
+        'hub': ['huggingface_hub'],
         'loader': ['pyvips[binary]'],
         'metrics': ['pyiqa'],
         'stream': ['litdata>=0.2.76'],
@@ -64,7 +65,7 @@ setup(
         'web': WEB,
         'dev': [
             *('matplotlib', 'av', 'ray[data]', 'pytest', 'pytest-xdist', 'hypothesis', 'jsonschema'),
-            *('onnx', 'onnxscript', 'onnxruntime', 'openvino'),
+            *('onnx', 'onnxscript', 'onnxruntime', 'openvino', 'huggingface_hub'),
             *('litdata', 'boto3', 'moto[s3]', 'flask', 'flask-cors'),  # moto and Flask: the tests' S3 server
             *(*WEB, 'playwright'),
             *('ruff', 'mypy', 'types-PyYAML', 'mkdocs-material', 'mkdocstrings[python]'),

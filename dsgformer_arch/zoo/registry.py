@@ -178,7 +178,18 @@ def load(
             with the nearest system and the first differences in the message.
         UserError: as `create`.
     """
-    checkpoint = read_checkpoint(path, param_key)
+    return network_of(read_checkpoint(path, param_key), name, strict=strict, tlc=tlc, **overrides)
+
+
+def network_of(
+    checkpoint: Checkpoint,
+    name: str | None = None,
+    *,
+    strict: bool = True,
+    tlc: TrainSize | None = None,
+    **overrides: Any,
+) -> RestorationNetwork:
+    """As `load`, for a checkpoint that has been read."""
     architecture, settings = _described(checkpoint, name)
     settings = {**settings, **overrides}
     # Nothing of the size that the file states is allocated before it is compared with what the file holds.
@@ -226,7 +237,7 @@ def identify(
         state = source.state if isinstance(source, Checkpoint) else source
         architecture = _recognised(state)
         settings = settings_of(architecture, state)
-    return _name_of(architecture, settings) or architecture, settings
+    return name_of(architecture, settings) or architecture, settings
 
 
 def settings_of(architecture: str, state: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -243,8 +254,8 @@ def settings_of(architecture: str, state: Mapping[str, Tensor]) -> dict[str, Any
             f'these are weights of {architecture}, but {error} is missing or wrong; download the file again'
         ) from None
     # Other settings are taken from the system of these sizes, else from the architecture's first one.
-    name = _name_of(architecture, found)
-    like = get(name) if name else _systems(architecture)[0]
+    name = name_of(architecture, found)
+    like = get(name) if name else systems_of(architecture)[0]
     return {**like.settings, **found}
 
 
@@ -296,7 +307,7 @@ def convert(
     _check_stated(network, checkpoint, name)
     _check_channels(network, checkpoint)
     _check_fit(network, checkpoint, name or architecture)
-    system = name or _name_of(architecture, settings) or architecture
+    system = name or name_of(architecture, settings) or architecture
     metadata = {'format': 'pt', 'system': system, 'settings': json.dumps(settings, sort_keys=True)}
     # Safetensors refuse tensors that share memory or have gaps.
     state = {
@@ -326,7 +337,7 @@ def _build(architecture: str, settings: Mapping[str, Any], tlc: TrainSize | None
     for key in settings:
         if key not in known:
             raise UserError(f'{architecture} has no setting {key!r}{did_you_mean(key, known)}')
-    if tlc is not None and not any(system.tlc for system in _systems(architecture)):
+    if tlc is not None and not any(system.tlc for system in systems_of(architecture)):
         pooled = ', '.join(system.name for system in _BY_NAME.values() if system.tlc)
         raise UserError(f'{architecture} has no local pooling; leave it off, or choose one of {pooled}')
     try:
@@ -378,14 +389,15 @@ def _shipped(system: System) -> Path:
     return path
 
 
-def _systems(architecture: str) -> list[System]:
+def systems_of(architecture: str) -> list[System]:
+    """The systems of an architecture, in the order of the table."""
     return [system for system in _BY_NAME.values() if system.architecture == architecture]
 
 
-def _name_of(architecture: str, settings: Mapping[str, Any]) -> str | None:
+def name_of(architecture: str, settings: Mapping[str, Any]) -> str | None:
     """The system with exactly these settings; those that are not given count as equal."""
     defaults = network_class(architecture).default_settings()
-    for system in _systems(architecture):
+    for system in systems_of(architecture):
         own = {**defaults, **system.settings}
         if all(_plain(own.get(key)) == _plain(value) for key, value in settings.items()):
             return system.name
@@ -408,7 +420,7 @@ def _described(checkpoint: Checkpoint, name: str | None) -> tuple[str, dict[str,
         found, settings = identify(checkpoint.state)
     except UserError as error:
         raise CheckpointError(f'{checkpoint.path}: {error}') from None
-    architecture = _architecture(found)
+    architecture = architecture_of(found)
     return architecture, _rgb(architecture, settings)
 
 
@@ -424,7 +436,7 @@ def _stated(
         name: the expected system, if any.
     """
     try:
-        architecture = _architecture(found)
+        architecture = architecture_of(found)
     except UnknownSystemError as error:
         raise CheckpointError(f'{checkpoint.path}: by its metadata, {error}') from None
     if found in _BY_NAME:
@@ -449,9 +461,13 @@ def _check_stated(network: RestorationNetwork, checkpoint: Checkpoint, name: str
             )
 
 
-def _architecture(found: str) -> str:
-    """The architecture of a name that may be a system's or an architecture's."""
-    if _systems(found):
+def architecture_of(found: str) -> str:
+    """The architecture of a name that may be a system's or an architecture's.
+
+    Raises:
+        UnknownSystemError: it is neither.
+    """
+    if systems_of(found):
         return found
     return get(found).architecture
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,23 @@ Outputs = Tensor | list[Tensor] | tuple[Tensor, ...]
 """What a network returns: an image, or several of which one is the result."""
 
 RGB = 3
+
+Network = TypeVar('Network', bound='RestorationNetwork')
+
+
+class Hub(Protocol):
+    """Networks as folders and repositories of Hugging Face; the zoo has the implementation."""
+
+    def from_pretrained(self, source: str | os.PathLike[str], kind: type[Network], **options: Any) -> Network:
+        """See `zoo.from_pretrained`."""
+
+    def save_pretrained(
+        self, network: RestorationNetwork, folder: str | os.PathLike[str], **options: Any
+    ) -> Path:
+        """See `zoo.save_pretrained`."""
+
+    def push_to_hub(self, network: RestorationNetwork, repo_id: str, **options: Any) -> str:
+        """See `zoo.push_to_hub`."""
 
 
 class RestorationNetwork(nn.Module):
@@ -44,6 +63,8 @@ class RestorationNetwork(nn.Module):
         width_settings: names of the settings for numbers of features, which are scaled together.
         depth_settings: names of the settings for numbers of repeated blocks, each with weights of its own.
         spandrel_architecture: spandrel's own description of this network, if it has one.
+        hub: what `from_pretrained`, `save_pretrained` and `push_to_hub` call; the zoo sets it, because they
+            need its table and this module knows no network by name.
         settings: keyword arguments that build this network again; defaults are included.
     """
 
@@ -57,6 +78,7 @@ class RestorationNetwork(nn.Module):
     width_settings: ClassVar[tuple[str, ...]] = ()
     depth_settings: ClassVar[tuple[str, ...]] = ()
     spandrel_architecture: ClassVar[Architecture[Any] | None] = None
+    hub: ClassVar[Hub]
     settings: dict[str, Any]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> RestorationNetwork:
@@ -100,6 +122,19 @@ class RestorationNetwork(nn.Module):
         Where a class combines this one with a library's network, it is that network's `forward`.
         """
         return super().forward(x)
+
+    @classmethod
+    def from_pretrained(cls: type[Network], source: str | os.PathLike[str], **options: Any) -> Network:
+        """The network in a folder or a repository of Hugging Face; see `zoo.from_pretrained`."""
+        return cls.hub.from_pretrained(source, cls, **options)
+
+    def save_pretrained(self, folder: str | os.PathLike[str], **options: Any) -> Path:
+        """Write `config.json`, `model.safetensors` and a model card; see `zoo.save_pretrained`."""
+        return self.hub.save_pretrained(self, folder, **options)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload what `save_pretrained` writes; see `zoo.push_to_hub`."""
+        return self.hub.push_to_hub(self, repo_id, **options)
 
     @property
     def image_channels(self) -> int:
