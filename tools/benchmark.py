@@ -3,6 +3,7 @@
 
 benchmark.py speed    --models dsgformer,restormer,nafnet64 --size 256
 benchmark.py cost     --models dsgformer_s,nafnet32 --size 1920x1200 --no-latency
+benchmark.py latency  --models dsgformer_h,nafnet32,restormer --size 256 --size 720x1280
 benchmark.py quality  --models dsgformer --weights dsgformer=net.pth --data GOPRO/test --protocol gopro
 benchmark.py training --models dsgformer_t,nafnet32 --data datasets/sample --seconds 120 --seeds 2
 benchmark.py ablation --data datasets/sample --iterations 300 --seeds 2
@@ -38,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest='command', required=True)
     speed(commands.add_parser('speed', help='latency, throughput, memory, MACs'))
     cost(commands.add_parser('cost', help='parameters, MACs, memory, latency against the efficient track'))
+    latency(commands.add_parser('latency', help='PyTorch against onnxruntime, OpenVINO and AOTInductor'))
     quality(commands.add_parser('quality', help='PSNR, SSIM and more on a data set, under its protocol'))
     training(commands.add_parser('training', help='quality reached with the same data and budget'))
     ablation(commands.add_parser('ablation', help="the paper's table 2 on a budget"))
@@ -115,6 +117,22 @@ def cost(command: argparse.ArgumentParser) -> None:
         '--no-latency', action='store_true', help='count only: run no system for latency and peak memory'
     )
     common(command, 'cost')
+
+
+def latency(command: argparse.ArgumentParser) -> None:
+    command.add_argument('--models', type=names, required=True, metavar='A,B,…', help='names of the zoo')
+    command.add_argument(
+        '--size', type=size, action='append', metavar='N or HxW', help='may be repeated (default: 256)'
+    )
+    command.add_argument(
+        '--backends', type=words, default=argparse.SUPPRESS, metavar='A,B,…',
+        help='pytorch, pytorch-nhwc, pytorch-bf16, pytorch-nhwc-bf16, onnxruntime, openvino, openvino-bf16, '
+        'aoti (default: all)',
+    )  # fmt: skip
+    command.add_argument(
+        '--rounds', type=positive, default=5, help='turns A B C A B C … (default: %(default)s)'
+    )
+    common(command, 'latency')
 
 
 def quality(command: argparse.ArgumentParser) -> None:

@@ -7,10 +7,20 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from dsgformer_arch.benchmark.measure import ablation, cost, loader, quality, recipe, speed, training
+from dsgformer_arch.benchmark.measure import (
+    ablation,
+    cost,
+    latency,
+    loader,
+    quality,
+    recipe,
+    speed,
+    training,
+)
 from dsgformer_arch.benchmark.record import Record, beside, write_text
 from dsgformer_arch.benchmark.render import ablation as render_ablation
 from dsgformer_arch.benchmark.render import cost as render_cost
+from dsgformer_arch.benchmark.render import latency as render_latency
 from dsgformer_arch.benchmark.render import loader as render_loader
 from dsgformer_arch.benchmark.render import quality as render_quality
 from dsgformer_arch.benchmark.render import recipe as render_recipe
@@ -20,6 +30,7 @@ from dsgformer_arch.benchmark.render import training as render_training
 KINDS: dict[str, tuple[ModuleType, ModuleType]] = {
     'speed': (speed, render_speed),
     'cost': (cost, render_cost),
+    'latency': (latency, render_latency),
     'quality': (quality, render_quality),
     'training': (training, render_training),
     'ablation': (ablation, render_ablation),

@@ -28,7 +28,7 @@ from dsgformer_arch.utils.files import write_atomically
 
 PACKAGES = (
     *('torch', 'torchvision', 'basicsr', 'spandrel', 'spandrel_extra_arches'),
-    *('numpy', 'opencv-python', 'pyvips'),
+    *('numpy', 'opencv-python', 'pyvips', 'onnxruntime', 'openvino'),
 )
 
 

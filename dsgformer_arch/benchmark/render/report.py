@@ -17,7 +17,17 @@ from dsgformer_arch import zoo
 from dsgformer_arch.benchmark import record as records
 from dsgformer_arch.benchmark.measure.ablation import ATTENTIONS
 from dsgformer_arch.benchmark.measure.quality import BLURRED, SHARP
-from dsgformer_arch.benchmark.render import ablation, cost, loader, output, quality, recipe, speed, training
+from dsgformer_arch.benchmark.render import (
+    ablation,
+    cost,
+    latency,
+    loader,
+    output,
+    quality,
+    recipe,
+    speed,
+    training,
+)
 from dsgformer_arch.benchmark.render.page import (
     Beside,
     Comparison,
@@ -291,12 +301,12 @@ def points(rows: Sequence[Mapping[str, Any]], measured: Mapping[str, Any]) -> li
         if row['size'] == TABLE_SIZE and row.get('latency_ms'):
             fastest[row['model']] = min(row['latency_ms'], fastest.get(row['model'], float('inf')))
     found = []
-    for name, latency in fastest.items():
+    for name, milliseconds in fastest.items():
         said = reported(name)
         if name in measured:
-            found.append(Point(name, latency, measured[name][0]['psnr'], True))
+            found.append(Point(name, milliseconds, measured[name][0]['psnr'], True))
         elif said is not None:
-            found.append(Point(name, latency, said.psnr, False))
+            found.append(Point(name, milliseconds, said.psnr, False))
     return found
 
 
@@ -510,10 +520,19 @@ def loader_section(result: Result) -> Section:
     return Section(loader.title(record), [table, facts(record)])
 
 
+def latency_section(result: Result) -> Section:
+    """One run of `latency`."""
+    record = result.record
+    note = ' '.join(latency.ahead(record)) or latency.NOWHERE
+    table = Table(latency.columns(record), latency.cells(record), note)
+    return Section(latency.title(record), [table, facts(record)])
+
+
 KINDS: dict[str, Callable[[Result], Section]] = {
     'quality': quality_section,
     'speed': speed_section,
     'cost': cost_section,
+    'latency': latency_section,
     'training': training_section,
     'ablation': ablation_section,
     'recipe': recipe_section,
