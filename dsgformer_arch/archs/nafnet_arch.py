@@ -3,26 +3,48 @@
 Chen L., Chu X., Zhang X., Sun J., ECCV 2022, arXiv 2204.04676.
 Official implementation: megvii-research/NAFNet, MIT.
 
-The network is that of spandrel 0.4.2 (MIT), unchanged: same keys and same results as the official
-implementation.  Added here are the official settings for GoPro, what `RestorationNetwork` declares, and
-the settings that a state dict tells.
+The network is that of spandrel 0.4.2 (MIT): same keys and same results as the official implementation.
+Added here are the official settings for GoPro, what `RestorationNetwork` declares, the settings that a
+state dict tells, and PyTorch's own layer norm where no gradient is wanted.
 
-Its LayerNorm is an autograd function with a hand-written backward pass that `torch.compile` cannot trace:
-the network compiles as a whole for inference, and with a graph break at each norm for training.
+In training its LayerNorm is an autograd function with a hand-written backward pass that `torch.compile`
+cannot trace: the network compiles as a whole for inference, and with a graph break at each norm for training.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
+import torch
+import torch.nn.functional as F
 from basicsr.utils.registry import ARCH_REGISTRY
 from spandrel.architectures.NAFNet import NAFNet as SpandrelNAFNet
 from spandrel.architectures.NAFNet import NAFNetArch
+from spandrel.architectures.NAFNet.__arch.arch_util import LayerNorm2d as SpandrelLayerNorm2d
 from spandrel.util import get_seq_len
 from torch import Tensor
 
 from dsgformer_arch.archs.layers.network import RestorationNetwork
+
+
+class LayerNorm2d(SpandrelLayerNorm2d):
+    """LN over the channels, (N, C, H, W) to the same; without gradients by one kernel instead of nine.
+
+    The result is channels-last then, and the convolutions after it keep that order.  Exporters see one
+    operator, and no Python function, which TorchScript cannot save.
+    """
+
+    def __init__(self, original: SpandrelLayerNorm2d) -> None:
+        channels = original.weight.shape[0]
+        super().__init__(channels, original.eps)
+        self.channels = channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return cast(Tensor, super().forward(x))
+        x = x.permute(0, 2, 3, 1)
+        return F.layer_norm(x, (self.channels,), self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
 
 
 @ARCH_REGISTRY.register()
@@ -61,6 +83,10 @@ class NAFNet(RestorationNetwork, SpandrelNAFNet):
             dec_blk_nums=list(dec_blk_nums),
         )
         self.pad_multiple = self.min_size = 2 ** len(enc_blk_nums)
+        for block in list(self.modules()):
+            for name, child in list(block.named_children()):
+                if isinstance(child, SpandrelLayerNorm2d):
+                    setattr(block, name, LayerNorm2d(child))
 
     @classmethod
     def settings_from_state(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:

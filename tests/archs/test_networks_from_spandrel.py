@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dsgformer_arch.archs.fftformer_arch import FFTformer
 from dsgformer_arch.archs.ipt_arch import IPT
 from dsgformer_arch.archs.mprnet_arch import MPRNet
-from dsgformer_arch.archs.nafnet_arch import NAFNet
+from dsgformer_arch.archs.nafnet_arch import LayerNorm2d, NAFNet, SpandrelLayerNorm2d
 from dsgformer_arch.archs.restormer_arch import Restormer
 from dsgformer_arch.restore import restore
 from dsgformer_arch.utils.errors import UserError
@@ -343,3 +343,18 @@ def test_ipt_at_the_official_size() -> None:
     assert sum(p.numel() for p in network.parameters()) == 115_312_731
     with torch.no_grad():
         assert network(torch.rand(1, 3, 48, 53)).shape == (1, 3, 48, 53)
+
+
+@pytest.mark.parametrize('order', [torch.contiguous_format, torch.channels_last])
+def test_nafnet_s_norm_is_spandrel_s_with_and_without_gradients(order: torch.memory_format) -> None:
+    torch.manual_seed(0)
+    original = SpandrelLayerNorm2d(6, eps=1e-3)
+    torch.nn.init.normal_(original.weight)
+    torch.nn.init.normal_(original.bias)
+    norm = LayerNorm2d(original)
+    norm.load_state_dict(original.state_dict())
+    x = torch.randn(2, 6, 5, 7).contiguous(memory_format=order)
+    expected = original(x)
+    assert torch.equal(norm(x), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(norm(x), expected, rtol=1e-5, atol=1e-6)
