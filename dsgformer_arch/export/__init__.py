@@ -1,6 +1,7 @@
-"""Networks as files for other tools' runtimes: ONNX, OpenVINO and `torch.export`.
+"""Networks as files for other tools' runtimes: ONNX, OpenVINO, `torch.export`, AOTInductor and darktable.
 
-`export(network, path, system)` writes a file and verifies it; the suffix of `path` chooses the format.
+`export(network, path, system)` writes a file and verifies it; the suffix of `path` or `format` chooses the
+format.
 """
 
 from dsgformer_arch.export.formats import FORMATS, export

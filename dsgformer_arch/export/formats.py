@@ -1,4 +1,4 @@
-"""The one function that exports, and the formats by suffix."""
+"""The one function that exports, and the formats by name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from dsgformer_arch.archs.layers.network import RestorationNetwork
-from dsgformer_arch.export import onnx_file, openvino_files, program_file
+from dsgformer_arch.export import darktable_file, onnx_file, openvino_files, program_file
 from dsgformer_arch.export.image_to_image import ImageToImage, Interface, Precision
 from dsgformer_arch.export.substitutes import variable_sizes
 from dsgformer_arch.export.verify import Run, VerificationError, first_line, verify
@@ -24,6 +24,8 @@ class Format:
     """A format of files."""
 
     title: str
+    suffix: str
+    """Of its files"""
     exporters: Mapping[str, Callable[[ImageToImage, Interface, str], None]]
     """Functions that write a file, in the order in which they are tried"""
     runtime: Callable[[str], Run]
@@ -33,30 +35,50 @@ class Format:
     companions: tuple[str, ...] = ()
     """Suffixes of the files that are written beside it"""
     precisions: tuple[Precision, ...] = ('fp32', 'fp16')
+    check: Callable[[], None] = lambda: None
+    """Raises `UserError` where something other than a package is missing"""
 
 
 FORMATS: dict[str, Format] = {
-    '.onnx': Format(
+    'onnx': Format(
         'ONNX',
+        '.onnx',
         onnx_file.EXPORTERS,
         onnx_file.runtime,
         requires=('onnx', 'onnxscript', 'onnxruntime'),
     ),
-    '.xml': Format(
+    'openvino': Format(
         'OpenVINO',
+        '.xml',
         openvino_files.EXPORTERS,
         openvino_files.runtime,
         requires=('onnx', 'onnxscript', 'openvino'),
         companions=('.bin',),
     ),
-    '.pt2': Format(
+    'torch': Format(
         'torch.export',
+        '.pt2',
         program_file.EXPORTERS,
         program_file.runtime,
         precisions=('fp32',),
     ),
+    'aoti': Format(
+        'AOTInductor',
+        '.pt2',
+        program_file.AOT_EXPORTERS,
+        program_file.aot_runtime,
+        precisions=('fp32',),
+        check=program_file.check_compiler,
+    ),
+    'darktable': Format(
+        'darktable',
+        '.dtmodel',
+        darktable_file.EXPORTERS,
+        darktable_file.runtime,
+        requires=('onnx', 'onnxscript', 'onnxruntime'),
+    ),
 }
-"""The formats, by the suffix of their files."""
+"""The formats by name.  Of several with one suffix, the first is the default for it."""
 
 
 @dataclass(frozen=True)
@@ -71,17 +93,28 @@ class Exported:
     """Largest absolute difference from the reference implementation in float32"""
 
 
-def check_target(path: str | os.PathLike[str], precision: Precision = 'fp32') -> Format:
+def check_target(
+    path: str | os.PathLike[str], precision: Precision = 'fp32', format: str | None = None
+) -> Format:
     """The format of a file that is to be written; called before anything that takes time.
 
+    Args:
+        path: the file.
+        precision: see `export`.
+        format: one of `FORMATS`; None for the one that the suffix of `path` tells.
+
     Raises:
-        UserError: no format has this suffix, or not this precision; a package is missing; or the folder
-            does not exist or cannot be written.
+        UserError: no such format, or one with another suffix or without this precision; a package or a
+            compiler is missing; or the folder does not exist or cannot be written.
     """
     path = Path(path)
-    found = FORMATS.get(path.suffix.lower())
+    if format is not None and format not in FORMATS:
+        raise UserError(f'there is no format {format!r}; choose {" or ".join(FORMATS)}')
+    chosen = FORMATS if format is None else {format: FORMATS[format]}
+    found = next((entry for entry in chosen.values() if entry.suffix == path.suffix.lower()), None)
     if found is None:
-        raise UserError(f'{path}: choose a name that ends with {" or ".join(FORMATS)}')
+        suffixes = dict.fromkeys(entry.suffix for entry in chosen.values())
+        raise UserError(f'{path}: choose a name that ends with {" or ".join(suffixes)}')
     if precision not in found.precisions:
         raise UserError(f'{path}: {found.title} is exported in {" or ".join(found.precisions)} only')
     for package in found.requires:
@@ -89,6 +122,7 @@ def check_target(path: str | os.PathLike[str], precision: Precision = 'fp32') ->
             raise UserError(
                 f"{found.title} needs the package {package}; run: pip install 'dsgformer[export]'"
             )
+    found.check()
     folder = path.absolute().parent
     if not folder.is_dir():
         raise UserError(f'{path}: there is no folder {folder}; create it first')
@@ -102,6 +136,7 @@ def export(
     path: str | os.PathLike[str],
     system: str,
     precision: Precision = 'fp32',
+    format: str | None = None,
 ) -> Exported:
     """Write a network as a file for another runtime, and verify it there.
 
@@ -111,15 +146,16 @@ def export(
 
     Args:
         network: in float32 on the CPU.
-        path: the file to write; its suffix is one of `FORMATS`.
+        path: the file to write; its suffix is the format's.
         system: name of the system, for the metadata.
         precision: type of the weights and of most of the arithmetic.
+        format: one of `FORMATS`; None for the one that the suffix of `path` tells.
 
     Raises:
         UserError: as `check_target`; or `path` cannot be written.
         VerificationError: no exporter can make a file that computes what the network computes.
     """
-    target = check_target(path, precision)
+    target = check_target(path, precision, format)
     interface = Interface.of(network, system, precision)
     module = ImageToImage(network, exported=True).eval()
     failures = []

@@ -97,8 +97,8 @@ def in_float16(model: Any) -> Any:
     return model
 
 
-def runtime(path: str) -> Run:
-    """The file in onnxruntime, on the CPU."""
+def runtime(path: str | bytes) -> Run:
+    """A file, or its content, in onnxruntime, on the CPU."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])

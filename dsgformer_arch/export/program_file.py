@@ -1,43 +1,102 @@
-"""`torch.export` programs (.pt2): PyTorch without this package, also for AOTInductor."""
+"""PyTorch's packages (.pt2): `torch.export` programs, and the same compiled ahead of time by AOTInductor.
+
+A program runs wherever PyTorch does and can be compiled there.  AOTInductor's package holds a shared library
+for this machine's processor, which C++ and Python load without this package and without compiling.
+"""
 
 from __future__ import annotations
 
+import inspect
 import json
+import os
+import shutil
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+from torch.fx.experimental import _config as shapes
 
 from dsgformer_arch.export.image_to_image import INPUT, ImageToImage, Interface
 from dsgformer_arch.export.onnx_file import dynamic_axes, example
 from dsgformer_arch.export.verify import Run
+from dsgformer_arch.utils.errors import UserError
 
 METADATA = 'dsgformer.json'
 """Name of the file of metadata inside the package."""
 
 
 def by_torch_export(module: ImageToImage, interface: Interface, path: str) -> None:
-    """Write `path`."""
-    with torch.no_grad():
-        program = torch.export.export(
+    """Write `path` as a program."""
+    metadata = {**interface.metadata(), 'exporter': 'torch.export'}
+    torch.export.save(program(module, interface), path, extra_files={METADATA: json.dumps(metadata)})
+
+
+def by_aotinductor(module: ImageToImage, interface: Interface, path: str) -> None:
+    """Write `path` as a compiled package; the metadata are those of `AOTICompiledModel.get_metadata`."""
+    metadata = {**interface.metadata(), 'exporter': 'aotinductor'}
+    torch._inductor.aoti_compile_and_package(
+        program(module, interface),
+        package_path=path,
+        inductor_configs={'aot_inductor.metadata': metadata},
+    )
+
+
+def program(module: ImageToImage, interface: Interface) -> torch.export.ExportedProgram:
+    """A network as a graph of PyTorch's operators, for images of any size that it takes.
+
+    `backed_size_oblivious`, which PyTorch's ONNX exporter sets too, keeps sizes that the example happens to
+    have out of the program's conditions: whether a map is contiguous after a crop, whether a side is 1.
+    """
+    oblivious: Any = {'backed_size_oblivious': True} if hasattr(shapes, 'backed_size_oblivious') else {}
+    with torch.no_grad(), shapes.patch(**oblivious):  # type: ignore[attr-defined]
+        return torch.export.export(
             module, (example(interface),), dynamic_shapes={INPUT: dynamic_axes(interface)}
         )
-    metadata = {**interface.metadata(), 'exporter': 'torch.export'}
-    torch.export.save(program, path, extra_files={METADATA: json.dumps(metadata)})
+
+
+def check_compiler() -> None:
+    """Refuse to compile without a compiler.
+
+    Raises:
+        UserError: there is none.
+    """
+    compiler = os.environ.get('CXX', 'g++')
+    if shutil.which(compiler) is None:
+        raise UserError(
+            f'AOTInductor compiles C++ and there is no {compiler}; install g++, or name a compiler with CXX'
+        )
 
 
 EXPORTERS: dict[str, Callable[[ImageToImage, Interface, str], None]] = {'torch.export': by_torch_export}
-"""Exporters by name."""
+"""Exporters of programs by name."""
+
+AOT_EXPORTERS: dict[str, Callable[[ImageToImage, Interface, str], None]] = {'aotinductor': by_aotinductor}
+"""Exporters of compiled packages by name."""
 
 
 def runtime(path: str) -> Run:
-    """The program in PyTorch."""
-    module: Any = torch.export.load(path).module()
+    """The program in PyTorch, for which it need not have the batch that its convolutions were chosen with."""
+    loaded: Any = torch.export.load(path)
+    # PyTorch before 2.9 checks nothing and has no such argument.
+    checks = inspect.signature(loaded.module).parameters
+    module = loaded.module(check_guards=False) if 'check_guards' in checks else loaded.module()
 
     def run(image: np.ndarray) -> np.ndarray:
         with torch.no_grad():
             restored: np.ndarray = module(torch.from_numpy(image)).numpy()
+        return restored
+
+    return run
+
+
+def aot_runtime(path: str) -> Run:
+    """The compiled package in PyTorch."""
+    model: Any = torch._inductor.aoti_load_package(path)
+
+    def run(image: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            restored: np.ndarray = model(torch.from_numpy(image)).numpy()
         return restored
 
     return run

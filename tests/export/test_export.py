@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +17,8 @@ from dsgformer_arch import zoo
 from dsgformer_arch.archs.dsgformer_arch import DFGB, LayerNorm
 from dsgformer_arch.archs.layers.network import RestorationNetwork
 from dsgformer_arch.cli import dsgformer
-from dsgformer_arch.export import Interface, export, formats, onnx_file
+from dsgformer_arch.cli.commands import export as command
+from dsgformer_arch.export import Interface, darktable_file, export, formats, onnx_file
 from dsgformer_arch.export.image_to_image import ImageToImage
 from dsgformer_arch.export.substitutes import ExportDFGB, ExportLayerNorm
 from dsgformer_arch.export.verify import TOLERANCES, VerificationError, verify
@@ -24,7 +26,7 @@ from tests.conformance.check import fill_state_dict
 from tests.small_systems import small
 
 needs_runtime = pytest.mark.skipif(
-    not all(map(formats.importlib.util.find_spec, formats.FORMATS['.onnx'].requires)),
+    not all(map(formats.importlib.util.find_spec, formats.FORMATS['onnx'].requires)),
     reason='the packages of the extra `export` are not installed',
 )
 
@@ -226,6 +228,72 @@ def test_torch_export_programs(name: str, tmp_path: Path) -> None:
     assert json.loads(extra['dsgformer.json'])['system'] == name
 
 
+@pytest.mark.long
+def test_aotinductor_packages(tmp_path: Path) -> None:
+    """A network of four blocks: g++ takes minutes for more."""
+    smallest = zoo.create('nafnet32', width=8, enc_blk_nums=(1,), dec_blk_nums=(1,)).eval()
+    path = tmp_path / 'network.pt2'
+    done = export(fill_state_dict(smallest, seed=3, gain=0.7), path, 'nafnet32', format='aoti')
+    assert done.exporter == 'aotinductor'
+    assert 0 < done.difference <= 1e-4
+    metadata = torch._inductor.aoti_load_package(str(path)).get_metadata()
+    assert (metadata['system'], metadata['pad_multiple']) == ('nafnet32', '2')
+
+
+def test_aotinductor_needs_a_compiler(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv('CXX', 'no-such-compiler')
+    message = refused(capsys, 'dsgformer_h', '-o', tmp_path / 'a.pt2', '--format', 'aoti')
+    assert 'there is no no-such-compiler; install g++' in message
+
+
+@needs_runtime
+@pytest.mark.usefixtures('tracing_only')
+@pytest.mark.parametrize('precision', ['fp32', 'fp16'])
+def test_a_darktable_package_holds_its_graph_and_description(precision: Any, tmp_path: Path) -> None:
+    import onnx
+
+    path = tmp_path / 'network.dtmodel'
+    done = export(network('nafnet32'), path, 'nafnet32', precision)
+    assert done.difference <= TOLERANCES[done.interface.precision]
+    assert list(tmp_path.iterdir()) == [path]
+    with zipfile.ZipFile(path) as archive:
+        assert sorted(archive.namelist()) == [
+            'denoise-nafnet32/config.json', 'denoise-nafnet32/model.onnx',
+        ]  # fmt: skip
+        config = json.loads(archive.read('denoise-nafnet32/config.json'))
+        graph = onnx.load_from_string(archive.read('denoise-nafnet32/model.onnx')).graph
+    assert (config['id'], config['task'], config['backend']) == ('denoise-nafnet32', 'denoise', 'onnx')
+    assert config['num_inputs'] == len(graph.input) == 1
+    assert config['dsgformer']['precision'] == precision
+    # darktable fixes these axes by their names when it loads a graph.
+    axes = [axis.dim_param or axis.dim_value for axis in graph.input[0].type.tensor_type.shape.dim]
+    assert axes == ['batch', 3, 'height', 'width']
+
+
+def test_darktable_s_tiles_suit_the_network() -> None:
+    for multiple, least in ((8, 8), (16, 16), (128, 512), (3, 3)):
+        config: Any = darktable_file.config_of(Interface('system', {}, 'fp32', multiple, least))
+        tiles = config['attributes']['input_sizes']
+        assert all(tile % multiple == 0 and tile >= least for tile in tiles)
+        assert tiles == sorted(tiles, reverse=True)
+        assert len(tiles) >= 2
+
+
+def test_the_command_knows_every_format() -> None:
+    assert set(command.FORMATS) == {*formats.FORMATS, command.HUGGING_FACE}
+
+
+def test_the_command_writes_a_folder_for_the_hub(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ['export', 'dsgformer_h', '-o', str(tmp_path / 'net'), '--format', 'huggingface']
+    assert dsgformer.main(arguments) == 0
+    assert 'model.safetensors' in capsys.readouterr().out
+    found = zoo.from_pretrained(tmp_path / 'net')
+    expected = zoo.create('dsgformer_h', pretrained=True)
+    assert torch.equal(found.tail.weight, expected.tail.weight)  # type: ignore[union-attr]
+
+
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
     with pytest.raises(SystemExit) as status:
         dsgformer.main(['export', *map(str, arguments)])
@@ -242,7 +310,11 @@ def test_wrong_usage_is_one_sentence_and_status_2(
     target = tmp_path / 'a.onnx'
     assert "no system 'dsgformer_x'" in refused(capsys, 'dsgformer_x', '-o', target)
     assert 'no folder' in refused(capsys, 'dsgformer_h', '-o', tmp_path / 'none' / 'a.onnx')
-    assert '.onnx or .xml or .pt2' in refused(capsys, 'dsgformer_h', '-o', tmp_path / 'a.engine')
+    assert '.onnx or .xml or .pt2 or .dtmodel' in refused(capsys, 'dsgformer_h', '-o', tmp_path / 'a.engine')
+    wrong = refused(capsys, 'dsgformer_h', '-o', target, '--format', 'aoti')
+    assert wrong.endswith('choose a name that ends with .pt2')
+    hub = ('--format', 'huggingface', '--precision', 'fp16')
+    assert 'keeps the type' in refused(capsys, 'dsgformer_h', '-o', tmp_path / 'net', *hub)
     assert '--weights FILE' in refused(capsys, 'dsgformer_t', '-o', target)
     assert 'no such file' in refused(capsys, 'dsgformer_h', '-o', target, '--weights', tmp_path / 'w.pth')
     assert 'fp32 only' in refused(capsys, 'dsgformer_h', '-o', tmp_path / 'a.pt2', '--precision', 'fp16')
