@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import zipfile
 from pathlib import Path
 from typing import Any, cast
@@ -342,6 +343,14 @@ def test_the_command_exports_the_weights_of_the_package(
         expected = found(torch.from_numpy(image)).numpy()
     assert np.abs(expected - image).max() > 1e-3
     np.testing.assert_allclose(onnx_file.runtime(str(path))(image), expected, rtol=0, atol=1e-4)
+
+
+def test_the_extra_lists_the_packages_of_every_format() -> None:
+    setup = (Path(__file__).resolve().parents[2] / 'setup.py').read_text(encoding='utf-8')
+    extra = re.search(r"'export': \[(.*?)\]", setup)
+    assert extra is not None
+    listed = set(re.findall(r"'([\w-]+)'", extra[1]))
+    assert {package for entry in formats.FORMATS.values() for package in entry.requires} <= listed
 
 
 def test_the_public_names_exist() -> None:

@@ -15,7 +15,7 @@ import torch
 from dsgformer_arch import Deblurrer, zoo
 from dsgformer_arch.utils.errors import UserError
 
-FOLDER = Path(__file__).resolve().parents[2] / 'dsgformer_arch' / 'export' / 'comfyui'
+FOLDER = Path(__file__).resolve().parents[2] / 'dsgformer_arch' / 'inference' / 'comfyui'
 
 
 @pytest.fixture
