@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsgformer_arch.archs.layers.network import Outputs, meta_copy
 from dsgformer_arch.archs.layers.padding import padded_size
+from dsgformer_arch.archs.tlc import placed
 from dsgformer_arch.utils.memory import free_memory
 
 PRECISIONS = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
@@ -189,13 +190,15 @@ def restore_rows(
     for index, (top, bottom) in enumerate(vertical):
         source = rows(top, bottom)
         if len(horizontal) == 1:
-            total = call(source)
+            with placed((top, bottom), (0, width), size, multiple):
+                total = call(source)
             done += 1
             tick(done / count)
         else:
             total = torch.empty(0)
             for number, (left, right) in enumerate(horizontal):
-                restored = call(source[..., left:right])
+                with placed((top, bottom), (left, right), size, multiple):
+                    restored = call(source[..., left:right])
                 if number == 0:
                     total = restored.new_zeros(*restored.shape[:-1], width)
                     across = restored.new_zeros(width)

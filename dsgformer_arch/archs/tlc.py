@@ -19,15 +19,20 @@ at half the resolution has windows of half the size.
 There is no official TLC for DRSformer and DSGformer; theirs follows the two rules above.  DRSformer's
 experts are then weighted for each pixel, and DSGformer's blocks run in their reference implementation.
 
+An image that is restored in tiles has its windows of attention at the same places as the whole image
+(`placed`); those that a tile cuts are computed from the part that it holds.
+
 A network declares its attentions over all pixels in `RestorationNetwork.windowed_attentions`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +43,52 @@ from dsgformer_arch.utils.errors import UserError
 
 Window = tuple[int, int]
 """Height and width in pixels of a feature map."""
+
+Span = tuple[int, int]
+"""Start and end along one axis."""
+
+
+class Place(NamedTuple):
+    """Where a tile lies in its image along one axis, in pixels.
+
+    Attributes:
+        start: of the tile.
+        length: of the tile.
+        whole: length of the image.
+        multiple: to which the network pads both.
+    """
+
+    start: int
+    length: int
+    whole: int
+    multiple: int
+
+
+_places: ContextVar[tuple[Place, Place] | None] = ContextVar('_places', default=None)
+
+
+@contextlib.contextmanager
+def placed(vertical: Span, horizontal: Span, size: tuple[int, int], multiple: int = 1) -> Iterator[None]:
+    """Say which part of an image the networks that are called inside this `with` statement are given.
+
+    Windows of attention then lie where they lie in the whole image.  Within another `placed`, the image is
+    the tile of that one.
+
+    Args:
+        vertical, horizontal: the tile, in pixels of the image.
+        size: height and width of the image.
+        multiple: the network's `pad_multiple`.
+    """
+    outer = _places.get()
+    places = []
+    for i, (start, end) in enumerate((vertical, horizontal)):
+        around = Place(0, size[i], size[i], multiple) if outer is None else outer[i]
+        places.append(Place(around.start + start, end - start, around.whole, multiple))
+    token = _places.set((places[0], places[1]))
+    try:
+        yield
+    finally:
+        _places.reset(token)
 
 
 def use_local_pooling(
@@ -120,7 +171,8 @@ def windowed(core: Callable[..., Tensor], maps: Sequence[Tensor], window: Window
     """Apply a function of whole feature maps to windows, and average where they overlap.
 
     The windows cover the map with as few rows and columns of them as possible, spread evenly (TLC's
-    Restormer).  One window's worth of memory is needed at a time, besides the result.
+    Restormer).  One window's worth of memory is needed at a time, besides the result.  Within `placed`,
+    the windows are those of the whole image, cut to the tile.
 
     Args:
         core: takes maps of shape (N, ·, h, w), as many as there are in `maps`; returns one, (N, C, h, w).
@@ -131,19 +183,43 @@ def windowed(core: Callable[..., Tensor], maps: Sequence[Tensor], window: Window
         (N, C, H, W); exactly `core(*maps)` if one window covers the map.
     """
     height, width = maps[0].shape[-2:]
-    rows, columns = min(window[0], height), min(window[1], width)
-    tops, lefts = _starts(height, rows), _starts(width, columns)
-    if len(tops) == len(lefts) == 1:
+    places = None if torch.compiler.is_compiling() else _places.get()
+    rows, columns = (
+        _windows(size, length, places and places[axis])
+        for axis, (size, length) in enumerate(((height, window[0]), (width, window[1])))
+    )
+    if rows == [(0, height)] and columns == [(0, width)]:
         return core(*maps)
     total: Tensor | None = None
-    for top, left in itertools.product(tops, lefts):
-        inside = (..., slice(top, top + rows), slice(left, left + columns))
+    for (top, bottom), (left, right) in itertools.product(rows, columns):
+        inside = (..., slice(top, bottom), slice(left, right))
         part = core(*(x[inside] for x in maps))
         if total is None:
             total = part.new_zeros(*part.shape[:-2], height, width)
         total[inside] += part
     assert total is not None
-    return total / (_covers(tops, rows, total, -2)[:, None] * _covers(lefts, columns, total, -1))
+    return total / (_covers(rows, total, -2)[:, None] * _covers(columns, total, -1))
+
+
+def _windows(size: int, window: int, place: Place | None) -> list[Span]:
+    """The windows along one axis of a map of `size`, which is that of a tile at `place`."""
+    whole, offset = size, 0
+    if place is not None:
+        scale, rest = divmod(_padded(place.length, place.multiple), size)
+        if not rest and place.start % scale == 0:
+            whole, offset = _padded(place.whole, place.multiple) // scale, place.start // scale
+    window = min(window, whole)
+    spans = []
+    for start in _starts(whole, window):
+        start, end = start - offset, start - offset + window
+        if start < size and end > 0:
+            # The statistics of a sliver say little: at least half a window counts.
+            spans.append((max(0, min(start, size - window // 2)), min(size, max(end, window // 2))))
+    return list(dict.fromkeys(spans))
+
+
+def _padded(length: int, multiple: int) -> int:
+    return length + -length % multiple
 
 
 def _starts(size: int, window: int) -> list[int]:
@@ -153,10 +229,10 @@ def _starts(size: int, window: int) -> list[int]:
     return sorted({min(i * step, size - window) for i in range(number)})
 
 
-def _covers(starts: Sequence[int], window: int, like: Tensor, dim: int) -> Tensor:
+def _covers(spans: Sequence[Span], like: Tensor, dim: int) -> Tensor:
     """How many windows cover each position along `dim`, (size,)."""
     position = torch.arange(like.shape[dim], device=like.device)
-    inside = [(start <= position) & (position < start + window) for start in starts]
+    inside = [(start <= position) & (position < end) for start, end in spans]
     return torch.stack(inside).sum(0).to(like.dtype)
 
 

@@ -109,6 +109,7 @@ class Deblurrer:
         self.precision, self.tile, self.strength = precision, tile, strength
         self.report = Report()
         self._plain: Callable[[], nn.Module] | None = None
+        self._window = 0  # side of the windows of local pooling, in pixels
         if isinstance(model, nn.Module):
             if weights is not None or tlc:
                 raise UserError(
@@ -119,6 +120,7 @@ class Deblurrer:
         else:
             self.network, self.name = _load(model, weights, tlc)
             if tlc:
+                self._window = _trained_on(tlc) * 3 // 2
                 self._plain = lambda: _load(model, weights, False)[0]
         self.network = self.network.to(self.device)
         self._automatic: int | None = None
@@ -208,6 +210,8 @@ class Deblurrer:
             high = min(tile, max(4 * TILE_OVERLAP, BAND_BYTES // (BYTES_OF_A_BAND * size[1])))
             shape = (high, tile**2 // high)
         overlap = min(TILE_OVERLAP, min(shape) // 4)
+        if self._window:  # a window that ends at the end of a tile lacks at most half of its pixels
+            overlap = max(overlap, min(2 * self._window // 3, min(shape) // 3))
         multiple = getattr(self.network, 'pad_multiple', 1)
         pixels = first
 
@@ -422,8 +426,11 @@ def to_tensor(pixels: Pixels) -> Tensor:
 
 
 def _load(model: str | None, file: str | Path | None, tlc: bool | int) -> tuple[nn.Module, str]:
-    size = (weights.TRAINED_ON if tlc is True else int(tlc)) if tlc else None
-    return weights.network(model, file, size)
+    return weights.network(model, file, _trained_on(tlc) if tlc else None)
+
+
+def _trained_on(tlc: bool | int) -> int:
+    return weights.TRAINED_ON if tlc is True else int(tlc)
 
 
 def _scale(kind: np.dtype[Any]) -> float:

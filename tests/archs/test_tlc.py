@@ -20,7 +20,7 @@ from dsgformer_arch.archs.mhnet_arch import MHNet
 from dsgformer_arch.archs.mprnet_arch import MPRNet
 from dsgformer_arch.archs.nafnet_arch import NAFNet
 from dsgformer_arch.archs.restormer_arch import Restormer
-from dsgformer_arch.archs.tlc import LocalAvgPool2d, use_local_pooling, windowed
+from dsgformer_arch.archs.tlc import LocalAvgPool2d, placed, use_local_pooling, windowed
 from dsgformer_arch.utils.errors import UserError
 from tests.conformance.check import check
 
@@ -188,6 +188,37 @@ def test_windows_come_one_at_a_time() -> None:
 def test_one_window_is_the_function_itself() -> None:
     x = torch.rand(2, 3, 16, 9)
     assert torch.equal(windowed(lambda x: x.softmax(dim=1) / 3, (x,), (16, 10)), x.softmax(dim=1) / 3)
+
+
+def test_windows_of_a_tile_are_those_of_the_whole_image() -> None:
+    """What whole windows cover equals the whole image; also at half the resolution and in a tile of a tile."""
+    x = torch.rand(1, 2, 50, 60, dtype=torch.float64)
+
+    def centred(x: Tensor) -> Tensor:
+        return x - x.mean((2, 3), keepdim=True)
+
+    whole = windowed(centred, (x,), (16, 16))  # rows 0, 12, 24, 34; columns 0, 15, 30, 44
+    with placed((24, 100), (0, 80), (100, 120), 4):
+        tile = windowed(centred, (x[..., 12:, :40],), (16, 16))
+        with placed((24, 76), (20, 80), (76, 80), 4):
+            inner = windowed(centred, (x[..., 24:, 10:40],), (16, 16))
+    assert difference(tile[..., 8:, :30], whole[..., 20:, :30]) < 1e-12
+    assert difference(inner[..., 8:, 8:20], whole[..., 32:, 18:30]) < 1e-12
+    by_itself = windowed(centred, (x[..., 12:, :40],), (16, 16))
+    assert difference(by_itself[..., 8:, :30], whole[..., 20:, :30]) > 0.01
+
+
+def test_a_sliver_of_a_window_is_widened() -> None:
+    x = torch.rand(1, 1, 16, 40)
+    seen: list[int] = []
+
+    def core(x: Tensor) -> Tensor:
+        seen.append(x.shape[-1])
+        return x
+
+    with placed((0, 16), (0, 18), (16, 40)):
+        windowed(core, (x[..., :18],), (16, 16))  # columns 0, 12, 24
+    assert seen == [16, 8]
 
 
 def test_windows_pass_gradients() -> None:
