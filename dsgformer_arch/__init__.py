@@ -52,6 +52,7 @@ def register() -> None:
             importlib.import_module(f'{__name__}.{name}')
         importlib.import_module(f'{__name__}.archs').register_all()
         importlib.import_module(f'{__name__}.zoo.spandrel_support').register()
+        importlib.import_module(f'{__name__}.ops.flops')
     except BaseException:
         _registered = False
         raise

@@ -185,40 +185,48 @@ def restore_rows(
     height, width = size
     high, wide = (tile, tile) if isinstance(tile, int) else tile
     vertical, horizontal = spans(height, high, overlap, multiple), spans(width, wide, overlap, multiple)
+    down, across = _weights(vertical, height), _weights(horizontal, width)
     count, done = len(vertical) * len(horizontal), 0
-    kept: tuple[Tensor, Tensor] | None = None
+    kept: Tensor | None = None
     for index, (top, bottom) in enumerate(vertical):
         source = rows(top, bottom)
-        if len(horizontal) == 1:
-            with placed((top, bottom), (0, width), size, multiple):
-                total = call(source)
-            done += 1
-            tick(done / count)
-        else:
-            total = torch.empty(0)
-            for number, (left, right) in enumerate(horizontal):
-                with placed((top, bottom), (left, right), size, multiple):
-                    restored = call(source[..., left:right])
+        total = torch.empty(0)
+        for number, (left, right) in enumerate(horizontal):
+            with placed((top, bottom), (left, right), size, multiple):
+                restored = call(source[..., left:right])
+            if len(horizontal) == 1:
+                total = restored
+            else:
                 if number == 0:
                     total = restored.new_zeros(*restored.shape[:-1], width)
-                    across = restored.new_zeros(width)
-                ramp = _ramp(horizontal, number, restored)
-                total[..., left:right] += ramp * restored
-                across[left:right] += ramp
-                done += 1
-                tick(done / count)
-            total /= across
+                _blend(total[..., left:right], restored, across[number], -1)
+            done += 1
+            tick(done / count)
         if len(vertical) == 1:
             yield total
             return
-        weight = _ramp(vertical, index, total)[:, None].clone()
-        total = total.mul_(weight) if len(horizontal) > 1 else total * weight
-        if kept is not None:
-            total[..., : kept[0].shape[-2], :] += kept[0]
-            weight[: kept[1].shape[0]] += kept[1]
         end = (vertical[index + 1][0] if index + 1 < len(vertical) else height) - top
-        kept = total[..., end:, :].clone(), weight[end:].clone()
-        yield total[..., :end, :].div_(weight[:end])
+        before = 0 if kept is None else kept.shape[-2]
+        # Rows that the next tiles restore as well stay here till then; there may be more than `before`.
+        blended = total.new_zeros(*total.shape[:-2], max(before, bottom - top), width)
+        if kept is not None:
+            blended[..., :before, :] = kept
+        _blend(blended, total, down[index], -2)
+        kept = blended[..., end:, :].clone()
+        yield blended[..., :end, :]
+
+
+def _blend(total: Tensor, tile: Tensor, weight: Tensor, dim: int) -> None:
+    """Add a tile, weighted along `dim`, to `total`; where nothing else is there, it is copied."""
+    alone = (weight == 1).nonzero().flatten().tolist()
+    first, last = (alone[0], alone[-1] + 1) if alone else (0, 0)
+    if len(alone) != last - first:  # not one piece
+        first = last = 0
+    total.narrow(dim, first, last - first).copy_(tile.narrow(dim, first, last - first))
+    weight = weight.to(tile).reshape((-1, *(1,) * (-1 - dim)))
+    for start, end in ((0, first), (last, len(weight))):
+        shared = tile.narrow(dim, start, end - start) * weight[start:end]
+        total.narrow(dim, start, end - start).add_(shared)
 
 
 def spans(size: int, tile: int, overlap: int, multiple: int = 1) -> list[tuple[int, int]]:
@@ -245,22 +253,21 @@ def spans(size: int, tile: int, overlap: int, multiple: int = 1) -> list[tuple[i
     return [(step * i, min(step * i + tile, size)) for i in range(number)]
 
 
-def _ramp(tiles: list[tuple[int, int]], index: int, like: Tensor) -> Tensor:
-    """Weights of tile `index` along its axis: they rise smoothly over what its neighbours cover too."""
-    start, end = tiles[index]
-    weight = torch.ones(end - start, device=like.device, dtype=like.dtype)
-    if index:
-        shared = tiles[index - 1][1] - start
-        weight[:shared] *= _rise(shared, like)
-    if index + 1 < len(tiles):
-        shared = end - tiles[index + 1][0]
-        weight[end - start - shared :] *= _rise(shared, like).flip(0)
-    return weight
+def _weights(tiles: list[tuple[int, int]], size: int) -> list[Tensor]:
+    """Weights of tiles along their axis, on the CPU: 1 where a tile is alone, 1 in sum where tiles overlap.
 
-
-def _rise(length: int, like: Tensor) -> Tensor:
-    position = (torch.arange(length, device=like.device, dtype=like.dtype) + 0.5) / max(length, 1)
-    return (position * (math.pi / 2)).sin().square().clamp(min=1e-6)
+    They rise smoothly over what a tile shares with its neighbours.
+    """
+    ramps = [torch.ones(end - start, dtype=torch.float64) for start, end in tiles]
+    for (_, end), (start, _), before, after in zip(tiles, tiles[1:], ramps, ramps[1:], strict=False):
+        position = (torch.arange(end - start, dtype=torch.float64) + 0.5) / max(end - start, 1)
+        rise = (position * (math.pi / 2)).sin().square().clamp(min=1e-6)
+        after[: end - start] *= rise
+        before[len(before) - (end - start) :] *= rise.flip(0)
+    total = torch.zeros(size, dtype=torch.float64)
+    for (start, end), ramp in zip(tiles, ramps, strict=True):
+        total[start:end] += ramp
+    return [ramp / total[start:end] for (start, end), ramp in zip(tiles, ramps, strict=True)]
 
 
 class Halving:

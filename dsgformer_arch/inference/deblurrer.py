@@ -419,10 +419,13 @@ def has_bf16(device: torch.device) -> bool:
 
 def to_tensor(pixels: Pixels) -> Tensor:
     """(H, W, C) of uint8, uint16 or floating point to (1, 3, H, W), float32 in [0, 1]; alpha is left away."""
-    colours = 1 if pixels.shape[-1] <= 2 else 3
-    image = torch.from_numpy(np.ascontiguousarray(pixels[..., :colours].astype(np.float32)))
-    image = image.permute(2, 0, 1)[None].contiguous() / _scale(pixels.dtype)
-    return image.expand(-1, 3, -1, -1)
+    colours, scale = 1 if pixels.shape[-1] <= 2 else 3, _scale(pixels.dtype)
+    if pixels.dtype.type not in (np.uint8, np.float32):  # which not every PyTorch converts
+        pixels = pixels.astype(np.float32)
+    given = torch.from_numpy(np.require(pixels, requirements=['W']))[..., :colours].permute(2, 0, 1)[None]
+    image = torch.empty(given.shape)
+    image.copy_(given)
+    return image.div_(scale).expand(-1, 3, -1, -1)
 
 
 def _load(model: str | None, file: str | Path | None, tlc: bool | int) -> tuple[nn.Module, str]:

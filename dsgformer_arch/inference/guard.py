@@ -25,13 +25,26 @@ def fault(restored: Tensor, image: Tensor) -> str | None:
         restored: (N, 3, H, W), what the network returned, not clipped.
         image: (N, 3, H, W) in [0, 1], what it was given.
     """
-    if not torch.isfinite(restored).all():
+    before, after = _means(image), _means(restored)
+    if not torch.isfinite(after).all():  # one such value is enough in a block
         return 'values that are not finite'
-    before, after = (
-        F.avg_pool2d(x, BLOCK, ceil_mode=True, count_include_pad=False) for x in (image, restored)
-    )
     highest = F.max_pool2d(before, 3, 1, padding=1)
     lowest = -F.max_pool2d(-before, 3, 1, padding=1)
     if torch.maximum(after - highest, lowest - after).max() > MOST_SHIFT:
         return 'blocks of a foreign colour'
     return None
+
+
+def _means(x: Tensor) -> Tensor:
+    """Mean of each block, (N, C, H / BLOCK, W / BLOCK), rounded up; the last row and column may be smaller."""
+    # Several times as fast on a CPU as `avg_pool2d`.
+    return _means_along(_means_along(x, -1), -2)
+
+
+def _means_along(x: Tensor, dim: int) -> Tensor:
+    rest = x.shape[dim] % BLOCK
+    whole = x.shape[dim] - rest
+    means = x.narrow(dim, 0, whole).unflatten(dim, (whole // BLOCK, BLOCK)).mean(dim)
+    if not rest:
+        return means
+    return torch.cat([means, x.narrow(dim, whole, rest).mean(dim, keepdim=True)], dim)

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.checkpoint import checkpoint
 
 from dsgformer_arch.ops import eager, library
+from dsgformer_arch.ops.compiling import constant_when_compiled
 from dsgformer_arch.ops.cpu import binding, training
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def path() -> Path:
     return 'eager' if _set('DSGFORMER_EAGER') else 'fast'
 
 
-@torch.compiler.assume_constant_result  # a compiled network keeps the choice made at compilation
+@constant_when_compiled  # a compiled network keeps the choice made at compilation
 def _forced_path() -> Path | None:
     return _forced.get()
 

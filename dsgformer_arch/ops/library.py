@@ -1,8 +1,8 @@
 """The compiled kernels as PyTorch operators: `torch.ops.dsgformer.block` and `torch.ops.dsgformer.upsample`.
 
-Each has kernels for devices, a fake implementation for `torch.compile`, `torch.export` and fake tensors, a
-gradient, and a count of its operations for `torch.utils.flop_counter`.  Where its kernel cannot run or fails,
-an operator runs the eager implementation and warns.
+Each has kernels for devices, a fake implementation for `torch.compile`, `torch.export` and fake tensors, and a
+gradient; `flops` counts their operations.  Where its kernel cannot run or fails, an operator runs the eager
+implementation and warns.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from dsgformer_arch.ops import eager, selftest
 from dsgformer_arch.ops.cpu import binding
@@ -212,20 +211,3 @@ def _upsample_again(x: Tensor, weight: Tensor, skip: Tensor | None) -> Tensor:
 
 _differentiate(block, _block_again)
 _differentiate(upsample, _upsample_again)
-
-
-@register_flop_formula(torch.ops.dsgformer.block)
-def _block_flops(x_shape: Sequence[int], *arguments: Any, out_shape: Any = None, **_: Any) -> int:
-    """Two for each MAC of the convolutions and of the attention's products, as those of the reference."""
-    n, height, width, channels = x_shape
-    heads = arguments[8]
-    macs = channels * (4 * channels + 4 * 9 + 2 * channels // heads + channels)
-    return 2 * n * height * width * macs
-
-
-@register_flop_formula(torch.ops.dsgformer.upsample)
-def _upsample_flops(
-    x_shape: Sequence[int], weight_shape: Sequence[int], *_: Any, out_shape: Any = None, **__: Any
-) -> int:
-    n, height, width, coarse = x_shape
-    return 2 * n * height * width * coarse * weight_shape[0]

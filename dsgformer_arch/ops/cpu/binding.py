@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dsgformer_arch.ops import memory, selftest
+from dsgformer_arch.ops.compiling import constant_when_compiled
 from dsgformer_arch.ops.cpu import build
 from dsgformer_arch.ops.selftest import Verdict
 
@@ -244,7 +245,7 @@ _VERDICTS: dict[torch.dtype, Verdict] = {}
 _LOCK = threading.RLock()
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def works(dtype: torch.dtype) -> Verdict:
     """Whether the kernel for `dtype` can be compiled and passes its self-test; determined once per process.
 

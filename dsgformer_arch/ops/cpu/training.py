@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dsgformer_arch.ops import memory, selftest
+from dsgformer_arch.ops.compiling import constant_when_compiled
 from dsgformer_arch.ops.cpu import build
 from dsgformer_arch.ops.eager import Weights
 
@@ -139,7 +140,7 @@ def enter(entry: str, dtype: torch.dtype, call: ctypes.Structure) -> None:
 _VERDICTS: dict[torch.dtype, selftest.Verdict] = {}
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def works(dtype: torch.dtype) -> selftest.Verdict:
     """Whether the kernel can be compiled, and equals the eager implementation on a small image.
 
