@@ -180,7 +180,7 @@ def _libvips() -> tuple[str, str]:
 
 
 def _shipped() -> tuple[str, str]:
-    names = [name for name in zoo.names() if weights.ships(name)]
+    names = zoo.shipped()
     return (GOOD, ', '.join(names)) if names else (WARNING, 'none; `dsgformer deblur` needs --weights FILE')
 
 

@@ -36,7 +36,7 @@ def fault(restored: Tensor, image: Tensor) -> str | None:
 
 
 def _means(x: Tensor) -> Tensor:
-    """Mean of each block, (N, C, H / BLOCK, W / BLOCK), rounded up; the last row and column may be smaller."""
+    """Mean of each block, (N, C, ⌈H / BLOCK⌉, ⌈W / BLOCK⌉); the last row and column may be smaller."""
     # Several times as fast on a CPU as `avg_pool2d`.
     return _means_along(_means_along(x, -1), -2)
 

@@ -7,36 +7,13 @@ import os
 from typing import Any
 
 from dsgformer_arch import zoo
-from dsgformer_arch.inference import official_weights, weights
+from dsgformer_arch.inference import official_weights
 from dsgformer_arch.utils.errors import UserError
 from dsgformer_arch.zoo.checkpoint import read_checkpoint
 
-GIGA_MACS = {
-    'dsgformer': 55.5,
-    'dsgformer_s': 5.0,
-    'dsgformer_t': 2.7,
-    'dsgformer_h': 0.8,
-    'mhnet': 125.8,
-    'mprnet': 759.4,
-    'restormer': 154.9,
-    'stripformer': 154.7,
-    'convir_s': 38.8,
-    'convir_b': 67.7,
-    'convir_l': 125.7,
-    'mb_taylorformer_v2_b': 38.1,
-    'mb_taylorformer_v2_l': 86.2,
-    'mb_taylorformer_v2_xl': 130.7,
-    'nafnet32': 16.0,
-    'nafnet64': 63.1,
-    'drsformer': 229.4,
-    'fftformer': 131.4,
-    'ipt': 13089.9,
-}
-"""10⁹ MACs at 256×256 as `benchmark.measure.complexity` counts them, which takes a minute for all."""
-
 
 def table() -> list[dict[str, Any]]:
-    """One dict for each system: name, task, parameters, GMACs (None if not known), reported, weights, paper.
+    """One dict for each system: name, task, parameters, GMACs at 256×256 (None if not counted), reported, weights, paper.
 
     `reported` are dicts of dataset, psnr and ssim.  `weights` are dicts of name, state (`'in the package'`,
     `'downloaded'`, `'can be downloaded'` or `'by hand'`) and page.
@@ -49,7 +26,7 @@ def table() -> list[dict[str, Any]]:
                 'name': name,
                 'task': system.task,
                 'parameters': system.parameters,
-                'giga_macs': GIGA_MACS.get(name),
+                'giga_macs': system.giga_macs,
                 'paper': ' '.join(part for part in (system.authors, system.venue, str(system.year)) if part),
                 'licence': system.licence,
                 'reported': [
@@ -63,7 +40,7 @@ def table() -> list[dict[str, Any]]:
 
 def _weights(name: str) -> list[dict[str, str]]:
     found = []
-    if weights.ships(name):
+    if name in zoo.shipped():
         found.append({'name': name, 'state': 'in the package', 'page': ''})
     for entry in official_weights.TABLE:
         if entry.system == name:

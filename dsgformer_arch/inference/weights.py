@@ -43,7 +43,7 @@ def network(
     name = model or DEFAULT_MODEL
     if '/' not in name:
         zoo.get(name)
-        if ships(name):
+        if name in zoo.shipped():
             return zoo.create(name, pretrained=True, tlc=tlc), name
     from dsgformer_arch.inference import official_weights  # and with it requests, which takes its time
 
@@ -83,8 +83,3 @@ def offer(official: official_weights.OfficialWeights) -> None:
             return
     how = f'run: dsgformer weights get {official.key}' if official.url else official_weights.by_hand(official)
     raise UserError(f'the weights {official.key} are not on this machine; {how}')
-
-
-def ships(name: str) -> bool:
-    """Whether weights of a system come with the package."""
-    return zoo.get(name).weights is not None

@@ -102,7 +102,8 @@ def forward(block: DSGA, X: Tensor) -> Tensor:
     dtype = computing_dtype(X)
     residual = X.permute(0, 2, 3, 1).contiguous()
     if _operator_takes(block, X, dtype):
-        y, _ = library.block(
+        operator = library.block if library.needs_dispatcher(residual) else library.block_on_cpu
+        y, _ = operator(
             residual,
             block.norm.weight,
             block.norm.bias,

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from dsgformer_arch.ops import eager, selftest
 from dsgformer_arch.ops.cpu import binding
 
 
-@torch.library.custom_op('dsgformer::block', mutates_args=(), device_types='cpu')
-def block(
+def block_on_cpu(
     x: Tensor,
     norm_weight: Tensor,
     norm_bias: Tensor,
@@ -63,6 +63,9 @@ def block(
     return _eager_block(x, weights, dtype)
 
 
+block = torch.library.custom_op('dsgformer::block', mutates_args=(), device_types='cpu')(block_on_cpu)
+
+
 @block.register_kernel('cuda')
 def _block_on_gpu(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     *parameters, heads, top_k, dtype = arguments
@@ -87,8 +90,7 @@ def _(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), x.new_empty((x.shape[0], heads, c, c), dtype=_scores_dtype(arguments[-1]))
 
 
-@torch.library.custom_op('dsgformer::upsample', mutates_args=(), device_types='cpu')
-def upsample(x: Tensor, weight: Tensor, skip: Tensor | None) -> Tensor:
+def upsample_on_cpu(x: Tensor, weight: Tensor, skip: Tensor | None) -> Tensor:
     """`eager.upsample`: PixelShuffle of a 1×1 convolution, plus a skip connection.
 
     Args:
@@ -106,6 +108,25 @@ def upsample(x: Tensor, weight: Tensor, skip: Tensor | None) -> Tensor:
             selftest.warn_once(f'cpu {x.dtype}', str(reason))
     with torch.autocast('cpu', enabled=False):
         return eager.upsample(x, weight.to(x.dtype), skip).contiguous()
+
+
+upsample = torch.library.custom_op('dsgformer::upsample', mutates_args=(), device_types='cpu')(
+    upsample_on_cpu
+)
+
+
+def needs_dispatcher(x: Tensor) -> bool:
+    """Whether an operator of x has to be called as such, rather than its function for the CPU.
+
+    The first call of an operator that is defined in Python imports PyTorch's compiler, which takes a second:
+    as long as restoring some megapixels.
+    """
+    return (
+        x.device.type != 'cpu'
+        or torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or is_in_torch_dispatch_mode()
+    )
 
 
 @upsample.register_fake

@@ -77,9 +77,8 @@ def up(shuffled: nn.Sequential, x: Tensor, skip: Tensor | None) -> Tensor:
         dtype = computing_dtype(x)
         if not torch.is_grad_enabled() and binding.takes(dtype, *widths):
             added = None if skip is None else _channels_last(skip, dtype)
-            return _channels_first(
-                cast(Tensor, library.upsample(_channels_last(x, dtype), conv.weight, added))
-            )
+            operator = library.upsample if library.needs_dispatcher(x) else library.upsample_on_cpu
+            return _channels_first(cast(Tensor, operator(_channels_last(x, dtype), conv.weight, added)))
     y = cast(Tensor, shuffled(x))
     return y if skip is None else y + skip
 

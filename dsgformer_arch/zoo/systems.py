@@ -53,6 +53,7 @@ class System:
         release: repository of the official implementation.
         licence: of the official implementation.
         parameters: number of trainable parameters.
+        giga_macs: 10⁹ MACs at 256×256, as `benchmark.measure.complexity` counts them, which takes seconds.
         reported: what its own paper reports.
         release_excess: MACs at 256×256 that the official implementation takes on top, for the same result.
         tlc: whether the test-time local converter applies to it.
@@ -74,6 +75,7 @@ class System:
     parameters: int
     settings: Mapping[str, Any] = field(default_factory=dict)
     reported: tuple[Reported, ...] = ()
+    giga_macs: float | None = None
     release_excess: int = 0
     tlc: bool = False
     weights: Weights | None = None
@@ -105,6 +107,7 @@ DSGFORMER = System(
     release='this repository',
     licence="this repository's",
     parameters=15_567_983,
+    giga_macs=55.5,
     tlc=True,
     reported=(Reported('GoPro', 33.72, 0.966, 'table 1', 'the paper'),),
 )
@@ -121,6 +124,7 @@ MHNET = System(
     release='https://github.com/Tombs98/MHNet',
     licence='Academic Public Licence (non-commercial)',
     parameters=67_543_311,
+    giga_macs=125.8,
     # Its attention multiplies four maps with V one by one, and two convolutions feed nothing.
     release_excess=327_155_712,
     tlc=True,
@@ -147,6 +151,7 @@ MPRNET = System(
     release='https://github.com/swz30/MPRNet',
     licence='Academic Public Licence (non-commercial)',
     parameters=20_127_073,
+    giga_macs=759.4,
     tlc=True,
     reported=(
         Reported('GoPro', 32.66, 0.959, '', RESTORER),
@@ -175,6 +180,7 @@ RESTORMER = System(
     release='https://github.com/swz30/Restormer',
     licence='Academic Public Licence (non-commercial)',
     parameters=26_126_644,
+    giga_macs=154.9,
     tlc=True,
     reported=(
         Reported('GoPro', 32.92, 0.961, 'table 2', RESTORER),
@@ -201,6 +207,7 @@ STRIPFORMER = System(
     release='https://github.com/pp00704831/Stripformer-ECCV-2022-',
     licence='MIT text restricted to non-commercial use',
     parameters=19_708_611,
+    giga_macs=154.7,
     reported=(
         Reported('GoPro', 33.08, 0.962, '', PAPERS_WITH_CODE),
         Reported('HIDE', 31.03, 0.940, '', PAPERS_WITH_CODE),
@@ -222,6 +229,7 @@ CONVIR_L = System(
     release='https://github.com/c-yn/ConvIR',
     licence='MIT',
     parameters=14_830_985,
+    giga_macs=125.7,
     reported=(
         Reported('GoPro', 33.28, 0.963, '', RELEASE),
         Reported('RSBlur', 34.06, 0.868, '', RELEASE),
@@ -250,6 +258,7 @@ MB_TAYLORFORMER_V2_L = System(
     release='https://github.com/FVL2020/MB-TaylorFormerV2',
     licence='none stated (its setup.py, inherited from BasicSR, names Apache 2.0)',
     parameters=7_295_528,
+    giga_macs=86.2,
     # It computes the denominator of its attention, one number for each head, once for each channel.
     release_excess=7_025_197_056,
     reported=(Reported('GoPro', 33.24, 0.963, '', 'quoted by DSGformer (2025), table 1'),),
@@ -268,6 +277,7 @@ NAFNET64 = System(
     release='https://github.com/megvii-research/NAFNet',
     licence='MIT',
     parameters=67_888_835,
+    giga_macs=63.1,
     tlc=True,
     reported=(Reported('GoPro', 33.69, 0.967, 'table 7, with local pooling', 'the paper'),),
     compiles='inference whole; training with a break at each norm, whose gradient is written by hand',
@@ -285,6 +295,7 @@ DRSFORMER = System(
     release='https://github.com/cschenxiang/DRSformer',
     licence='none stated (its setup.py, inherited from BasicSR, names Apache 2.0)',
     parameters=33_655_424,
+    giga_macs=229.4,
     # It multiplies four maps with V one by one; here their weighted sum.
     release_excess=13_589_544_960,
     tlc=True,
@@ -309,6 +320,7 @@ FFTFORMER = System(
     release='https://github.com/kkkls/FFTformer',
     licence='MIT',
     parameters=16_560_474,
+    giga_macs=131.4,
     reported=(
         Reported('GoPro', 34.21, 0.969, '', PAPERS_WITH_CODE),
         Reported('HIDE', 31.62, None, '', 'wizwand.com'),
@@ -330,6 +342,7 @@ IPT = System(
     release='https://github.com/huawei-noah/Pretrained-IPT',
     licence='Apache 2.0',
     parameters=115_312_707,
+    giga_macs=13089.9,
     bf16='runs, but its values of 0 to 255 keep only 8 bits',
 )
 
@@ -340,6 +353,7 @@ SYSTEMS: tuple[System, ...] = (
         name='dsgformer_s',
         settings={'width': 16, 'num_blocks': (1, 2, 8, 20)},
         parameters=2_376_245,
+        giga_macs=5.0,
         reported=(),
     ),
     replace(
@@ -347,6 +361,7 @@ SYSTEMS: tuple[System, ...] = (
         name='dsgformer_t',
         settings={'width': 16, 'num_blocks': (1, 2, 4, 4)},
         parameters=701_749,
+        giga_macs=2.7,
         reported=(),
     ),
     replace(
@@ -360,6 +375,7 @@ SYSTEMS: tuple[System, ...] = (
             'output_init': 'zero',
         },
         parameters=889_478,
+        giga_macs=0.8,
         reported=(),
         weights=Weights(
             'dsgformer_h.safetensors', '40209207dd5f543330e6a33368bed96a208c102d0ccb6a0f66a5af4332312938'
@@ -369,14 +385,19 @@ SYSTEMS: tuple[System, ...] = (
     MPRNET,
     RESTORMER,
     STRIPFORMER,
-    replace(CONVIR_L, name='convir_s', settings={'num_res': 4}, parameters=5_530_505, reported=()),
-    replace(CONVIR_L, name='convir_b', settings={'num_res': 8}, parameters=8_630_665, reported=()),
+    replace(
+        CONVIR_L, name='convir_s', settings={'num_res': 4}, parameters=5_530_505, giga_macs=38.8, reported=()
+    ),
+    replace(
+        CONVIR_L, name='convir_b', settings={'num_res': 8}, parameters=8_630_665, giga_macs=67.7, reported=()
+    ),
     CONVIR_L,
     replace(
         MB_TAYLORFORMER_V2_L,
         name='mb_taylorformer_v2_b',
         settings={**MB_TAYLORFORMER_V2_L.settings, 'num_blocks': (2, 3, 3, 4), 'num_path': (2, 2, 2, 2)},
         parameters=2_629_436,
+        giga_macs=38.1,
         release_excess=3_226_730_496,
         reported=(),
     ),
@@ -386,6 +407,7 @@ SYSTEMS: tuple[System, ...] = (
         name='mb_taylorformer_v2_xl',
         settings={**MB_TAYLORFORMER_V2_L.settings, 'dim': (28, 56, 112, 160)},
         parameters=16_257_856,
+        giga_macs=130.7,
         release_excess=10_076_815_360,
         reported=(),
     ),
@@ -394,6 +416,7 @@ SYSTEMS: tuple[System, ...] = (
         name='nafnet32',
         settings={'width': 32},
         parameters=17_111_907,
+        giga_macs=16.0,
         reported=(Reported('GoPro', 32.85, 0.960, 'tables 2 and 3', 'the paper'),),
     ),
     NAFNET64,

@@ -191,7 +191,7 @@ def test_one_window_is_the_function_itself() -> None:
 
 
 def test_windows_of_a_tile_are_those_of_the_whole_image() -> None:
-    """What whole windows cover equals the whole image; also at half the resolution and in a tile of a tile."""
+    """What whole windows cover equals the whole; also at half the resolution and in a tile of a tile."""
     x = torch.rand(1, 2, 50, 60, dtype=torch.float64)
 
     def centred(x: Tensor) -> Tensor:

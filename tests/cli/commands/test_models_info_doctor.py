@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from dsgformer_arch import zoo
 from dsgformer_arch.benchmark.measure.complexity import count
 from dsgformer_arch.cli import dsgformer
 from dsgformer_arch.inference import doctor, models, official_weights
+from dsgformer_arch.zoo import registry
 
 
 def printed(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
@@ -45,14 +47,23 @@ def test_models_names_every_system_and_its_weights(
 
 
 def test_macs_are_what_is_counted() -> None:
-    assert set(models.GIGA_MACS) <= set(zoo.names())
+    rows = {row['name']: row for row in models.table()}
     for name in ('dsgformer_t', 'nafnet32'):
-        assert models.GIGA_MACS[name] == round(count(name).published / 1e9, 1)
+        assert rows[name]['giga_macs'] == round(count(name).published / 1e9, 1)
 
 
 @pytest.mark.long
 def test_all_macs_are_what_is_counted() -> None:
-    assert {name: round(count(name).published / 1e9, 1) for name in zoo.names()} == models.GIGA_MACS
+    counted = {name: round(count(name).published / 1e9, 1) for name in zoo.names()}
+    assert counted == {name: zoo.get(name).giga_macs for name in zoo.names()}
+
+
+def test_a_new_system_is_in_the_table_by_its_entry_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    new = dataclasses.replace(zoo.get('dsgformer_t'), name='mine', giga_macs=1.5)
+    monkeypatch.setitem(registry._BY_NAME, 'mine', new)
+    assert models.table()[-1]['giga_macs'] == 1.5
+    last = models.as_text(models.table()).splitlines()[-1]
+    assert last.split()[:5] == ['mine', 'deblurring', '0.70', 'M', '1.5']
 
 
 def test_info_of_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
