@@ -36,7 +36,8 @@ class Result:
     Attributes:
         input, output: paths.
         status: `'restored'`, `'skipped'` (done before) or `'failed'`.
-        seconds: in the network.
+        seconds: of restoring, without reading and writing.
+        network_seconds: of these, the forward passes alone.
         megapixels: restored.
         frames: of a video.
         error: one sentence, where it failed.
@@ -47,6 +48,7 @@ class Result:
     output: str
     status: str = 'restored'
     seconds: float = 0.0
+    network_seconds: float = 0.0
     megapixels: float = 0.0
     frames: int = 0
     error: str = ''
@@ -185,7 +187,8 @@ def _finish(finish: Callable[[], None] | None, result: Result, as_json: bool) ->
 
 
 def _print(result: Result) -> None:
-    print(json.dumps({**asdict(result), 'seconds': round(result.seconds, 3)}), flush=True)
+    times = {name: round(getattr(result, name), 3) for name in ('seconds', 'network_seconds')}
+    print(json.dumps({**asdict(result), **times}), flush=True)
 
 
 def _restored(
@@ -199,10 +202,12 @@ def _restored(
     """Restore one file; returns what is left to do, which needs no network: encoding and writing."""
     picture = reading.result()
     restorer.report.notes.clear()
+    restorer.report.network_seconds = 0.0
     if picture is None:
         from dsgformer_arch.inference.video import deblur_video
 
         deblur_video(restorer, job.source, job.target, result, progress.tick)
+        result.network_seconds = restorer.report.network_seconds
         result.notes += restorer.report.notes
         return None
     format = picture.format
@@ -221,6 +226,7 @@ def _restored(
         output.close()
         raise
     result.seconds = time.perf_counter() - begun
+    result.network_seconds = restorer.report.network_seconds
     result.megapixels = round(picture.size[0] * picture.size[1] / 1e6, 6)
     result.notes += [*picture.notes, *output.notes, *restorer.report.notes]
 

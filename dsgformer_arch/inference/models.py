@@ -13,8 +13,9 @@ from dsgformer_arch.zoo.checkpoint import read_checkpoint
 
 
 def table() -> list[dict[str, Any]]:
-    """One dict for each system: name, task, parameters, GMACs at 256×256 (None if not counted), reported, weights, paper.
+    """One dict for each system: name, task, parameters, giga_macs, reported, weights, paper, licence.
 
+    `giga_macs` are 10⁹ MACs at 256×256, None if not counted.
     `reported` are dicts of dataset, psnr and ssim.  `weights` are dicts of name, state (`'in the package'`,
     `'downloaded'`, `'can be downloaded'` or `'by hand'`) and page.
     """
