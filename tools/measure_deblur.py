@@ -1,8 +1,8 @@
 """Measure `dsgformer deblur` on one large JPEG: `python tools/measure_deblur.py`.
 
-Each run is the whole command in a process of its own, from the start of Python to the finished file, beside the
-time that its forward passes took alone.  A system whose weights the package does not ship runs with random
-ones of the same shapes, which take the same time.
+Each run is the whole command in a process of its own, from the start of Python to the finished file, beside
+the time that its forward passes took alone.  A system whose weights the package does not ship runs with
+random ones of the same shapes, which take the same time.
 """
 
 from __future__ import annotations

@@ -128,7 +128,8 @@ class Deblurrer:
         self.network = self.network.to(self.device)
         self._automatic: int | None = None
         self._graphs: dict[str, CudaGraphs] = {}
-        self._replay = False  # frames of one size are replayed as CUDA graphs
+        self._replay = False  # while frames of one size are replayed as CUDA graphs
+        self._unrecordable = False  # the network cannot be recorded
         self._halving: dict[str, Halving] = {}
 
     @cached_property
@@ -258,7 +259,7 @@ class Deblurrer:
             part = frames[start : start + together]
             image = torch.cat([to_tensor(frame) for frame in part])
             with evaluating(self.network):
-                self._replay = self.device.type == 'cuda' and len(part) == together
+                self._replay = self._records and len(part) == together
                 restored = self._tile(image, precision)
                 self._replay = False
             for i, frame in enumerate(part):
@@ -275,6 +276,11 @@ class Deblurrer:
                     yield from self._array(np.stack(chunk))
                 else:
                     yield from (self.restore(frame) for frame in chunk)
+
+    @property
+    def _records(self) -> bool:
+        """Whether batches of one size are recorded and replayed as CUDA graphs."""
+        return self.device.type == 'cuda' and not self._unrecordable
 
     @property
     def _batches(self) -> bool:
@@ -342,14 +348,14 @@ class Deblurrer:
         return self._halving[precision](image)
 
     def _whole(self, image: Tensor, precision: str) -> Tensor:
-        if self._replay and image.is_cuda:
+        if self._replay:
             graphs = self._graphs.setdefault(precision, CudaGraphs(self.network, precision))
             try:
                 return graphs(image)
             except RuntimeError as error:
                 if is_out_of_memory(error):
                     raise
-                self._replay = False
+                self._replay, self._unrecordable = False, True
                 self.report.note(f'{self.name} cannot be recorded as a CUDA graph: {error}')
         return whole_image(self.network, image, precision)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from dsgformer_arch import Deblurrer, zoo
+from dsgformer_arch import Deblurrer, cuda_graphs, zoo
 from dsgformer_arch.archs.layers.network import RestorationNetwork
 from dsgformer_arch.inference import deblurrer as module
 from dsgformer_arch.inference import official_weights, weights
@@ -135,6 +136,64 @@ def test_frames_of_one_size_go_through_the_network_together(monkeypatch: pytest.
     assert batches == [8, 3, 2]
     for frame, result in zip(frames, restored, strict=True):
         assert np.abs(result - expected(frame)).max() <= 1
+
+
+def test_batches_are_recorded_once_and_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: a recording is a call that writes where the first one wrote."""
+    recorded: list[int] = []
+
+    def recording(call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        result = call()
+        recorded.append(len(result))
+
+        def replay() -> None:
+            with torch.inference_mode():
+                result.copy_(call())
+
+        return replay, result
+
+    monkeypatch.setattr(cuda_graphs, '_recorded', recording)
+    monkeypatch.setattr(torch.cuda, 'device', lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(module.Deblurrer, '_batches', property(lambda self: True))
+    monkeypatch.setattr(module.Deblurrer, '_records', property(lambda self: not self._unrecordable))
+    frames = [(pixels(24, 32, 3) // (1 + i % 3)).astype(np.uint8) + 60 for i in range(19)]
+    restored = list(Deblurrer(Darker(), precision='fp32').restore(iter(frames)))
+    assert recorded == [8]  # the second batch replays the first; the rest of 3 is not worth a recording
+    for frame, result in zip(frames, restored, strict=True):
+        assert np.abs(result - expected(frame)).max() <= 1
+
+
+def test_a_network_that_cannot_be_recorded_runs_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+
+    def refusing(call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        tried.append(1)
+        raise RuntimeError('operation not permitted when stream is capturing')
+
+    monkeypatch.setattr(cuda_graphs, '_recorded', refusing)
+    monkeypatch.setattr(torch.cuda, 'device', lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(module.Deblurrer, '_batches', property(lambda self: True))
+    monkeypatch.setattr(module.Deblurrer, '_records', property(lambda self: not self._unrecordable))
+    deblurrer = Deblurrer(Darker(), precision='fp32')
+    frames = [pixels(24, 32, 3)] * 16
+    for frame, result in zip(frames, deblurrer.restore(iter(frames)), strict=True):
+        assert np.abs(result - expected(frame)).max() <= 1
+    assert tried == [1]
+    assert 'cannot be recorded as a CUDA graph' in deblurrer.report.notes[0]
+
+
+def test_precision_follows_the_device_the_system_and_the_depth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bf16 only where the device computes in it, and for images of 8 bits, whose steps it resolves."""
+    deblurrer = Deblurrer(Darker())
+    for supported, expected_precision in ((True, 'bf16'), (False, 'fp32')):
+        monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda supported=supported: supported)
+        assert deblurrer._precision(np.dtype(np.uint8)) == expected_precision
+        assert deblurrer._precision(np.dtype(np.uint16)) == 'fp32'
+        assert deblurrer._precision(np.dtype(np.float32)) == 'fp32'
+    monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda: True)
+    deblurrer.name = 'ipt'  # whose entry in the zoo says that bf16 costs it precision
+    assert deblurrer._precision(np.dtype(np.uint8)) == 'fp32'
+    assert Deblurrer(Darker(), precision='fp16')._precision(np.dtype(np.uint8)) == 'fp16'
 
 
 def test_strength_blends() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,32 @@ def test_time_stamps_sound_and_metadata_are_kept(tmp_path: Path, suffix: str) ->
         difference = b.to_ndarray(format='rgb24').astype(int) - a.to_ndarray(format='rgb24')
         assert difference.mean() == pytest.approx(-25.5, abs=1.5)
     assert sorted(path.name for path in tmp_path.iterdir()) == [f'in{suffix}', f'out{suffix}']
+
+
+@pytest.mark.parametrize('clockwise', [90, 180, 270])
+def test_rotation_is_applied(tmp_path: Path, clockwise: int) -> None:
+    """A phone's video: pictures as the sensor saw them, and a matrix that says how to show them."""
+    source = write(tmp_path / 'in.mp4', sound=False)
+    cosine, sine = {90: (0, 1), 180: (-1, 0), 270: (0, -1)}[clockwise]
+    data = bytearray(source.read_bytes())
+    start = data.find(b'tkhd') + 4 + 40  # the matrix of a track header of version 0
+    unit = 1 << 16
+    data[start : start + 36] = struct.pack(
+        '>9i', cosine * unit, sine * unit, 0, -sine * unit, cosine * unit, 0, 0, 0, 1 << 30
+    )
+    source.write_bytes(data)
+    result = deblur(source, tmp_path / 'out.mp4')
+    assert result.frames == len(STAMPS)
+    after = frames(tmp_path / 'out.mp4')
+    assert seconds(after) == [stamp / 1000 for stamp in STAMPS]
+    for i in (0, len(STAMPS) - 1):
+        assert after[i].rotation == 0  # nothing left to be turned by a player
+        shown = np.rot90(picture(i), -clockwise // 90).astype(int)
+        restored = after[i].to_ndarray(format='rgb24')
+        assert restored.shape == shown.shape
+        assert np.abs(restored - (shown - 25.5)).mean() < 4
+    described = video.describe_video(str(source))
+    assert (described['width'], described['height']) == (shown.shape[1], shown.shape[0])
 
 
 @pytest.mark.parametrize('full', [False, True])

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from numpy.typing import NDArray
 from PIL import Image
@@ -289,3 +290,37 @@ def test_the_installed_command_registers_when_it_needs_a_network(tmp_path: Path,
     done = as_installed(tmp_path, 'deblur', str(tmp_path / 'a.png'), '--weights', str(weights))
     assert done.returncode == 0, done.stderr[-500:]
     assert (tmp_path / 'a_deblurred.png').exists()
+
+
+def peak_memory(image: Path, script: Path) -> int:
+    """Bytes of memory that the command held at most while it restored an image in strips."""
+    script.write_text(
+        'import sys\nfrom dsgformer_arch.cli.dsgformer import main\nstatus = main()\n'
+        "lines = open('/proc/self/status', encoding='utf-8').read().splitlines()\n"
+        "print(next(line.split()[1] for line in lines if line.startswith('VmHWM:')))\n"
+        'sys.exit(status)\n'
+    )
+    done = subprocess.run(
+        [sys.executable, str(script), 'deblur', str(image), '--tile', '512', '--force'],
+        env={**os.environ, 'PYTHONPATH': str(Path(__file__).parents[3])}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-500:]
+    return int(done.stdout.split()[-1]) * 1024
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='memory is read from /proc')
+def test_memory_does_not_grow_with_the_height_of_a_tiff(tmp_path: Path) -> None:
+    """Rows are read and written as tiles need them: 12 more megapixels, 36 MB, are never held at once."""
+    peaks = []
+    for height in (3000, 6000):
+        path = tmp_path / f'{height}.tif'
+        strip = np.tile(scene(), (2, 56, 1))[:64, :4000]
+        with tifffile.TiffWriter(path) as writer:
+            writer.write(
+                (strip[: min(64, height - top)].tobytes() for top in range(0, height, 64)),
+                shape=(height, 4000, 3), dtype=np.uint8, photometric='rgb', rowsperstrip=64,
+            )  # fmt: skip
+        peaks.append(peak_memory(path, tmp_path / 'dsgformer'))
+    assert peaks[1] - peaks[0] < 3000 * 4000 * 3 / 2
