@@ -53,6 +53,9 @@ STRIP = 1 << 20
 IN_MEMORY = 256 << 20
 """Larger images, in bytes, wait in a temporary file until they are encoded."""
 
+LARGE_TIFF = 3_900_000_000
+"""Bytes of pixels from which on a TIFF is written as BigTIFF; a BigTIFF stays one."""
+
 LARGE = 100_000_000
 """Pixels from which on PNGs are read row by row, and other formats are decoded by libvips."""
 
@@ -325,7 +328,7 @@ class Output:
             extra.append((34675, 'B', len(metadata.icc), metadata.icc, True))
         if metadata.xmp:
             extra.append((700, 'B', len(metadata.xmp), metadata.xmp, True))
-        large = self.picture.bytes > 3_900_000_000
+        large = self.picture.settings.get('large', False) or self.picture.bytes > LARGE_TIFF
         with tifffile.TiffWriter(path, bigtiff=large, byteorder='<') as writer:
             writer.write(
                 (_encoded(part, compressed) for part in self._strips(strip)),
@@ -340,7 +343,7 @@ class Output:
                 metadata=None,
                 **plain,
             )
-        if directories and not large:
+        if directories:
             _append_directories(path, directories)
 
     def _write_vips_png(self, path: str) -> None:
@@ -689,7 +692,7 @@ def _tiff_metadata(source: Any, name: str) -> tuple[Metadata, dict[str, Any]]:
             exif[tag] = first[tag]
     for tag, directory in entries.items():
         exif.get_ifd(tag).update({key: value for key, value in directory.items() if key != 0x927C})
-    settings = {'compressed': first.get(259, 1) != 1}
+    settings = {'compressed': first.get(259, 1) != 1, 'large': large}
     if first.get(338):
         extra = first[338]
         settings['alpha'] = int(extra[0] if isinstance(extra, tuple) else extra)
@@ -720,21 +723,31 @@ def _exif(data: bytes | None) -> Image.Exif:
 def _append_directories(path: str, directories: Mapping[int, Mapping[int, Any]]) -> None:
     """Append EXIF directories to a little-endian TIFF that has an entry `tag - 1` for each of them."""
     with open(path, 'r+b') as file:
-        file.seek(4)
-        start = struct.unpack('<I', file.read(4))[0]
+        large = file.read(4)[2:3] == b'+'
+        # Where the first directory is written, and its number of entries; an entry; a pointer as entry.
+        start_at, number, size, pointer = (8, '<Q', 20, '<HHQQ') if large else (4, '<H', 12, '<HHII')
+        offset = '<Q' if large else '<I'
+        file.seek(start_at)
+        start = struct.unpack(offset, file.read(struct.calcsize(offset)))[0]
         file.seek(start)
-        count = struct.unpack('<H', file.read(2))[0]
+        count = struct.unpack(number, file.read(struct.calcsize(number)))[0]
         places = {}
         for i in range(count):
-            tag = struct.unpack('<H', file.read(12)[:2])[0]
-            places[tag] = start + 2 + 12 * i
+            tag = struct.unpack('<H', file.read(size)[:2])[0]
+            places[tag] = start + struct.calcsize(number) + size * i
         for tag, entries in directories.items():
-            directory = TiffImagePlugin.ImageFileDirectory_v2(b'II*\0\0\0\0\0', group=tag)
+            head = b'II+\0\x08\0\0\0' + bytes(8) if large else b'II*\0' + bytes(4)
+            directory = TiffImagePlugin.ImageFileDirectory_v2(head, group=tag)
             for key, value in entries.items():
                 with contextlib.suppress(Exception):
                     directory[key] = value
             end = file.seek(0, os.SEEK_END)
             end += file.write(b'\0' * (end % 2))
-            file.write(directory.tobytes(end))
+            data = directory.tobytes(end)
+            if struct.unpack_from(number, data)[0] != len(directory):
+                return  # an older Pillow, which lays out no directories of BigTIFF
+            file.write(data)
             file.seek(places[tag - 1])
-            file.write(struct.pack('<HHII', tag, 4, 1, end))  # of type LONG, one value
+            file.write(
+                struct.pack(pointer, tag, 18 if large else 4, 1, end)
+            )  # of type IFD8 or LONG, one value

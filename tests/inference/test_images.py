@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms
 from PIL.TiffImagePlugin import IFDRational
 
+from dsgformer_arch.inference import images as module
 from dsgformer_arch.inference.images import (
     ImageError,
     Output,
@@ -126,6 +127,36 @@ def test_exif_icc_and_resolution_are_carried_over(tmp_path: Path, suffix: str, d
     assert result.info['icc_profile'] == SRGB
     if suffix != '.webp':
         assert round(float(result.info['dpi'][0])) == 300
+
+
+@pytest.mark.parametrize('large', ['the input', 'the image'])
+def test_bigtiff_is_read_and_written(tmp_path: Path, large: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A BigTIFF stays one, and a large image becomes one; what the file carries comes along."""
+    image = scene(dtype=np.uint16)
+    Image.fromarray(scene()).save(tmp_path / 'in.jpg', exif=exif(), icc_profile=SRGB, dpi=(300, 300))
+    picture = open_image(tmp_path / 'in.jpg')
+    picture.dtype = np.dtype(np.uint16)
+    with monkeypatch.context() as patch:
+        if large == 'the input':
+            patch.setattr(module, 'LARGE_TIFF', 0)
+        output = Output(picture, tmp_path / 'in.tif', 'TIFF')
+        output.write(image)
+        output.finish()
+    if large == 'the image':
+        monkeypatch.setattr(module, 'LARGE_TIFF', 0)
+    through(tmp_path / 'in.tif')
+    for name in ('in.tif', 'out.tif')[large == 'the image' :]:
+        path = tmp_path / name
+        assert path.read_bytes()[:4] == b'II+\0'
+        assert np.array_equal(tifffile.imread(path), image)
+        with tifffile.TiffFile(path) as file:
+            tags = file.pages[0].tags
+            assert tags['ExifTag'].value['DateTimeOriginal'] == '2026:11:21 10:00:00'
+            assert tags['GPSTag'].value['GPSLatitudeRef'] == 'N'
+            assert (tags['Make'].value, tags['Model'].value) == ('Maker', 'Model 1')
+            assert tags['InterColorProfile'].value == SRGB
+            assert tags['XResolution'].value[0] / tags['XResolution'].value[1] == pytest.approx(300)
+            assert tags['ExifTag'].value['ExposureTime'][0] / tags['ExifTag'].value['ExposureTime'][1] == 0.02
 
 
 @pytest.mark.parametrize('suffix', ['.jpg', '.png', '.tif'])
