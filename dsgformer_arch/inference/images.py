@@ -748,6 +748,5 @@ def _append_directories(path: str, directories: Mapping[int, Mapping[int, Any]])
                 return  # an older Pillow, which lays out no directories of BigTIFF
             file.write(data)
             file.seek(places[tag - 1])
-            file.write(
-                struct.pack(pointer, tag, 18 if large else 4, 1, end)
-            )  # of type IFD8 or LONG, one value
+            kind = 16 if large else 4  # LONG8 or LONG: Pillow does not read IFD8
+            file.write(struct.pack(pointer, tag, kind, 1, end))

@@ -1,7 +1,7 @@
 """The compiled kernels as PyTorch operators: `torch.ops.dsgformer.block` and `torch.ops.dsgformer.upsample`.
 
-Each has kernels for devices, a fake implementation for `torch.compile`, `torch.export` and fake tensors, and a
-gradient; `flops` counts their operations.  Where its kernel cannot run or fails, an operator runs the eager
+Each has kernels for devices, a fake implementation for `torch.compile`, `torch.export` and fake tensors, and
+a gradient; `flops` counts their operations.  Where its kernel cannot run or fails, an operator runs the eager
 implementation and warns.
 """
 
