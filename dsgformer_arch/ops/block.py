@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -102,7 +102,9 @@ def forward(block: DSGA, X: Tensor) -> Tensor:
     dtype = computing_dtype(X)
     residual = X.permute(0, 2, 3, 1).contiguous()
     if _operator_takes(block, X, dtype):
-        operator = library.block if library.needs_dispatcher(residual) else library.block_on_cpu
+        operator: Callable[..., Any] = (
+            library.block if library.needs_dispatcher(residual) else library.block_on_cpu
+        )
         y, _ = operator(
             residual,
             block.norm.weight,
