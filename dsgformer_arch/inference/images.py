@@ -56,6 +56,9 @@ IN_MEMORY = 256 << 20
 LARGE_TIFF = 3_900_000_000
 """Bytes of pixels from which on a TIFF is written as BigTIFF; a BigTIFF stays one."""
 
+MAX_SIDE = 1 << 18
+"""Pixels of the longest side that is read: libvips keeps some dozens of rows, whatever their length."""
+
 LARGE = 100_000_000
 """Pixels from which on PNGs are read row by row, and other formats are decoded by libvips."""
 
@@ -134,6 +137,8 @@ def open_image(source: str | os.PathLike[str] | bytes, name: str | None = None) 
         kind = sniff(head)
         if kind is None:
             raise ImageError(f'{name} is no image; JPEG, PNG, TIFF, WebP and BMP can be read')
+        if kind == 'PNG':
+            _check_sides(name, *struct.unpack('>II', head[16:24]))
         if kind == 'TIFF' or (kind == 'PNG' and (head[24] == 16 or _png_pixels(head) > LARGE)):
             return _open_vips(source, name, kind)
         return _open_pillow(source, name, kind)
@@ -403,6 +408,13 @@ def _head(path: str | os.PathLike[str]) -> bytes:
     return head
 
 
+def _check_sides(name: str, width: int, height: int) -> None:
+    if max(width, height) > MAX_SIDE:
+        raise ImageError(
+            f'{name} is {width}×{height}; sides of at most {MAX_SIDE} pixels are read: cut it into parts'
+        )
+
+
 def _png_pixels(head: bytes) -> int:
     width, height = struct.unpack('>II', head[16:24])
     return int(width * height)
@@ -595,6 +607,7 @@ def _opened_vips(pyvips: Any, source: Any, name: str, kind: str) -> Picture:
         return pyvips.Image.new_from_file(os.fspath(source), **options)
 
     image = load('sequential')
+    _check_sides(name, image.width, image.height)
     fields = set(image.get_fields())
     if kind == 'TIFF' and 'n-pages' in fields and image.get('n-pages') > 1:
         raise ImageError(f'{name} has {image.get("n-pages")} pages; give them as files of their own')
@@ -652,6 +665,7 @@ class _Rows:
         self.region = pyvips.Region.new(image)
         self.top = 0
         self.kept = np.empty((0, image.width, image.bands), dtype)
+        self.row_bytes = image.width * image.bands * dtype.itemsize
 
     def __call__(self, top: int, bottom: int) -> Pixels:
         """Rows `top` to `bottom`; `top` never decreases."""
@@ -660,7 +674,8 @@ class _Rows:
         have = self.top + len(self.kept)
         parts = [self.kept]
         while have < bottom:
-            count = min(256, bottom - have)  # libvips reads on in strips of this order
+            # libvips reads on in strips of this order.
+            count = max(1, min(256, bottom - have, IN_MEMORY // self.row_bytes))
             try:
                 data = self.region.fetch(0, have, self.image.width, count)
             except self.error as error:

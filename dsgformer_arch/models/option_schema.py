@@ -29,6 +29,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from dsgformer_arch.models.board import SAMPLES
 from dsgformer_arch.utils.text import did_you_mean
 
 NATURAL_MAX = 2**53
@@ -290,8 +291,10 @@ class Logger(Section):
     """Iterations between two checkpoints."""
     use_tb_logger: bool
     """TensorBoard events below tb_logger/."""
+    samples: Natural = SAMPLES
+    """Images of each validation set that are shown at each validation: blurred, restored, sharp."""
     wandb: Wandb | None = None
-    """Weights & Biases."""
+    """Weights & Biases, beside TensorBoard."""
 
 
 class Save(Section):

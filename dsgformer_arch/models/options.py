@@ -21,6 +21,7 @@ import torch
 import yaml
 from torch import nn
 
+from dsgformer_arch.models import board
 from dsgformer_arch.models.option_schema import (
     DATASET_HOOKS,
     METRIC_GIVEN,
@@ -208,8 +209,8 @@ class _Checker:
                 self.faults.append(f'datasets: there is no section {wanted}')
         if is_train and 'train' in self.options:
             self.check_train()
-        if is_train and 'logger' in self.options:
-            self.section('logger', self.options['logger'], Logger)
+        if is_train and 'logger' in self.options and self.section('logger', self.options['logger'], Logger):
+            self.faults += board.faults(self.options['logger'])
         if self.options.get('dist_params') is not None:
             self.section('dist_params', self.options['dist_params'], DistParams)
         self.check_val(is_train)

@@ -29,8 +29,6 @@ from basicsr.utils import (
     get_env_info,
     get_root_logger,
     get_time_str,
-    init_tb_logger,
-    init_wandb_logger,
     make_exp_dirs,
     mkdir_and_rename,
 )
@@ -39,6 +37,7 @@ from filelock import FileLock, Timeout
 
 from dsgformer_arch.data.sampler import SampleStream, stop_workers, training_loader
 from dsgformer_arch.models import checkpointing
+from dsgformer_arch.models.board import Board, writes_board
 from dsgformer_arch.models.history import History, draw_curves, lock_path
 from dsgformer_arch.models.restoration_model import Interrupted, RestorationModel
 from dsgformer_arch.utils.errors import UserError
@@ -181,7 +180,7 @@ class Training:
         )  # fmt: skip
         self.reported: set[str] = set()
         self.make_folders(state is not None, file, buffer)
-        self.board = self.init_board()
+        self.board = Board(opt, self.start) if self.main and writes_board(opt) else None
 
     def find_state(self) -> dict[str, Any] | None:
         """The state to go on from: the one that the options name, or the newest complete one."""
@@ -227,15 +226,6 @@ class Training:
         if opt['dist']:
             torch.distributed.barrier()
 
-    def init_board(self) -> Any:
-        """TensorBoard's writer, in the first process and where the options ask for it."""
-        opt = self.opt
-        if not writes_board(opt):
-            return None
-        if (opt['logger'].get('wandb') or {}).get('project') is not None:
-            init_wandb_logger(opt)  # before TensorBoard, whose events it copies
-        return init_tb_logger(log_dir=os.path.join(opt['root_path'], 'tb_logger', opt['name']))
-
     def run(self) -> int:
         """All iterations that are left, exactly up to `total_iter`."""
         model, logger = self.model, self.logger
@@ -277,10 +267,10 @@ class Training:
             return INTERRUPTED
         finally:
             stop_workers(batches)
+            if self.board:
+                self.board.close()
         logger.info('End of training; saving the latest network')
         model.save(-1, -1)
-        if self.board:
-            self.board.close()
         return 0
 
     def next_batch(self, batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
@@ -354,10 +344,9 @@ class Training:
         entry['losses'] = {name: finite(value) for name, value in values.items()}
         self.history.add(entry | {'seconds_left': seconds_left, 'skipped': self.model.skipped})
         if self.board:
-            for name, value in values.items():
-                self.board.add_scalar(f'losses/{name}', value, iteration)
-            self.board.add_scalar('lr', rate, iteration)
-            self.board.add_scalar('images_per_second', speed, iteration)
+            shown = {f'losses/{name}': value for name, value in values.items()} | {'lr': rate}
+            shown |= {'images_per_second': speed, 'data_wait': waited, 'memory_gb': peak_memory()}
+            self.board.scalars(shown, iteration)
 
 
 def build_data_sets(opt: Options) -> tuple[Any, list[Any]]:
@@ -374,10 +363,6 @@ def build_data_sets(opt: Options) -> tuple[Any, list[Any]]:
                 )
             )
     return train_set, val_loaders
-
-
-def writes_board(opt: Options) -> bool:
-    return bool(opt['logger'].get('use_tb_logger')) and 'debug' not in opt['name']
 
 
 def finite(value: float) -> float | None:

@@ -38,6 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dsgformer_arch.data.sampler import ITERATION, derived_seed, seed_streams
 from dsgformer_arch.models import checkpointing, options
+from dsgformer_arch.models.board import samples, strip
 from dsgformer_arch.restore import final_output, predict, restore, set_memory_format
 from dsgformer_arch.utils.errors import UserError
 from dsgformer_arch.utils.files import write_atomically
@@ -362,11 +363,12 @@ class RestorationModel(SRModel):
         name = dataset.opt['name']
         # As many rounds in every process: after each they agree on whether to go on.
         rounds = range(math.ceil(len(dataset) / self.opt['world_size']))
+        shown = samples(self.opt)
         rows = []
         for number in track(rounds, f'validating {name}') if self.opt['val'].get('pbar', True) else rounds:
             if number < len(share):
                 data = dataset[share[number]]
-                row = self.validate_image(data, name, current_iter, save_img)
+                row = self.validate_image(data, name, current_iter, save_img, share[number] < shown)
                 rows.append(row | {'number': share[number]})
                 del self.lq, self.gt, self.output
             if self.opt['is_train'] and self.any_process_stops():
@@ -377,10 +379,12 @@ class RestorationModel(SRModel):
             rows = [row for part in shares for row in part]
         # Time spent here is no training time.
         self.iteration_started += time.monotonic() - started
+        rows.sort(key=lambda row: (row['image'], row['number']))
+        for row in rows:
+            number, shown_strip = row.pop('number'), row.pop('strip', None)
+            if shown_strip is not None and tb_logger:
+                tb_logger.image(f'{name}/{number}_{row["image"]}', shown_strip, current_iter)
         if self.opt['rank'] == 0 and self.opt['val'].get('metrics'):
-            rows.sort(key=lambda row: (row['image'], row['number']))
-            for row in rows:
-                del row['number']
             self.report_validation(name, rows, current_iter, tb_logger)
 
     def any_process_stops(self) -> bool:
@@ -392,9 +396,12 @@ class RestorationModel(SRModel):
         return bool(flag)
 
     def validate_image(
-        self, data: Mapping[str, Any], dataset: str, current_iter: Any, save_img: bool
+        self, data: Mapping[str, Any], dataset: str, current_iter: Any, save_img: bool, shown: bool = False
     ) -> dict:
-        """Restore one image, save it if asked; its metrics, restored and blurred, by name."""
+        """Restore one image, save it if asked; its metrics, restored and blurred, by name.
+
+        With `shown` also `strip`: blurred, restored and, where there is one, sharp, side by side.
+        """
         # LMDB keys and paths below a folder name an image; a base name alone need not be unique.
         image = os.path.splitext(os.path.basename(data['lq_path']))[0]
         self.feed_data({key: data[key][None] for key in ('lq', 'gt') if key in data})
@@ -409,8 +416,12 @@ class RestorationModel(SRModel):
         restored = tensor2img([torch.nan_to_num(self.output.detach().cpu())])
         if save_img:
             write_image(restored, self.picture_path(dataset, image, current_iter))
-        if self.gt is not None:
-            sharp, blurred = tensor2img([self.gt.cpu()]), tensor2img([self.lq.cpu()])
+        blurred = tensor2img([self.lq.cpu()])
+        sharp = None if self.gt is None else tensor2img([self.gt.cpu()])
+        if shown:
+            images = [image[..., ::-1] for image in (blurred, restored, sharp) if image is not None]
+            row['strip'] = strip(images)
+        if sharp is not None:
             for metric, settings in (self.opt['val'].get('metrics') or {}).items():
                 value = float(calculate_metric({'img': restored, 'img2': sharp}, settings))
                 row[metric] = value if finite else math.nan
@@ -445,7 +456,7 @@ class RestorationModel(SRModel):
                 line += f'\tBest: {best["val"]:.4f} @ {best["iter"]} iter'
             lines.append(line)
             if tb_logger:
-                tb_logger.add_scalar(f'metrics/{dataset}/{metric}', value, current_iter)
+                tb_logger.scalars({f'metrics/{dataset}/{metric}': value}, current_iter)
         get_root_logger().info('\n'.join(lines))
         record = {'dataset': dataset, 'iteration': current_iter, 'means': means, 'images': rows}
         write_json(record, os.path.join(self.opt['path']['log'], f'metrics_{dataset}.json'))

@@ -29,8 +29,9 @@ with atheris.instrument_imports(include=INSTRUMENTED):
 
 MEMORY_LIMIT = 4096
 """MiB of resident memory at which libFuzzer ends a target: `limits.MEMORY` finds out before, as a rule."""
-HANG = 120
-"""Seconds of real time after which libFuzzer reports a hang; `limits.SECONDS` is of processor time."""
+HANG = 1200
+"""Seconds of real time after which libFuzzer reports a hang, on a machine that may be busy with other work;
+`limits.SECONDS` of processor time are what an input may take."""
 FINDINGS = ('crash-', 'timeout-', 'oom-')
 """How the names of the inputs begin that libFuzzer keeps."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ MEMORY = 512 << 20
 """Bytes of resident memory at the peak."""
 
 
-class Finding(AssertionError):
+class FindingError(AssertionError):
     """An input was answered with something else than data or the documented error, or was too expensive."""
 
 
@@ -27,7 +28,7 @@ def examine(read: Callable[[bytes], None], data: bytes, allowed: type[Exception]
         allowed: the documented error.
 
     Raises:
-        Finding: another exception, an error of several lines, a message that cannot be printed, more than
+        FindingError: another exception, an error of several lines, a message that cannot be printed, more than
             `SECONDS`, or more than `MEMORY`.
     """
     before, start = _reset_peak(), time.process_time()
@@ -37,24 +38,24 @@ def examine(read: Callable[[bytes], None], data: bytes, allowed: type[Exception]
         _check_message(error)
         _check_cause(error)
     except Exception as error:
-        raise Finding(f'{type(error).__name__}: {error}') from error
+        raise FindingError(f'{type(error).__name__}: {error}') from error
     seconds, grown = time.process_time() - start, _peak() - before
     if seconds > SECONDS:
-        raise Finding(f'{seconds:.1f} seconds for {len(data)} bytes')
+        raise FindingError(f'{seconds:.1f} seconds for {len(data)} bytes')
     if grown > MEMORY:
-        raise Finding(f'{grown >> 20} MiB for {len(data)} bytes')
+        raise FindingError(f'{grown >> 20} MiB for {len(data)} bytes')
 
 
 def _check_message(error: Exception) -> None:
     message = str(error)
     if not message:
-        raise Finding(f'{type(error).__name__} without a message') from error
+        raise FindingError(f'{type(error).__name__} without a message') from error
     try:
         message.encode('utf-8')
     except UnicodeEncodeError:
-        raise Finding(f'a message that no terminal can print: {message[:200]!r}') from error
+        raise FindingError(f'a message that no terminal can print: {message[:200]!r}') from error
     if '\0' in message:
-        raise Finding(f'a message with a null character: {message[:200]!r}') from error
+        raise FindingError(f'a message with a null character: {message[:200]!r}') from error
 
 
 def _check_cause(error: BaseException) -> None:
@@ -62,16 +63,14 @@ def _check_cause(error: BaseException) -> None:
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, MemoryError) or "can't allocate memory" in str(cause):
-            raise Finding(f'memory ran out: {str(cause)[:200]}') from error
+            raise FindingError(f'memory ran out: {str(cause)[:200]}') from error
         cause = cause.__cause__ or cause.__context__
 
 
 def _reset_peak() -> int:
     """Start the peak of the resident memory anew (Linux); return what is resident now, in bytes."""
-    try:
+    with contextlib.suppress(OSError):
         Path('/proc/self/clear_refs').write_text('5', encoding='ascii')
-    except OSError:
-        pass
     return int(psutil.Process().memory_info().rss)
 
 

@@ -58,7 +58,7 @@ class Target:
         """Read one input within the limits.
 
         Raises:
-            limits.Finding: the reader crashed, or took too much time or memory.
+            limits.FindingError: the reader crashed, or took too much time or memory.
         """
         with _bounds():
             examine(self.read, data, self.allowed)
@@ -112,7 +112,7 @@ def read_yaml(data: bytes) -> None:
     try:
         value = safe_yaml.load(data.decode('utf-8', 'replace'))
     except safe_yaml.yaml.YAMLError as error:
-        assert safe_yaml.describe(error)[1]
+        safe_yaml.describe(error)
         return
     assert json.loads(json.dumps(value)) == value, 'no plain data'
     changed = tiny_options()
@@ -250,8 +250,8 @@ def _encoded(name: str) -> list[bytes]:
         add(colour.convert('L'))
         add(colour.convert('RGBA'), compression='tiff_lzw')
         add(colour, compression='jpeg')
-        for array in (pixels.astype(np.uint16) * 257, pixels.astype(np.float32) / 255):
-            made.append(cv2.imencode('.tiff', array)[1].tobytes())
+        arrays = (pixels.astype(np.uint16) * 257, pixels.astype(np.float32) / 255)
+        made += [cv2.imencode('.tiff', array)[1].tobytes() for array in arrays]
     elif name == 'WEBP':
         add(colour, lossless=True, exif=exif)
         add(colour.convert('RGBA'), quality=50)

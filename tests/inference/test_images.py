@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -370,6 +371,31 @@ def test_what_cannot_be_restored_is_refused_with_the_reason(tmp_path: Path) -> N
     other = [Image.fromarray(scene() // (i + 1)) for i in range(3)]
     other[0].save(path, save_all=True, append_images=other[1:])
     assert 'animation' in refusal(path)
+
+
+def wide_png(width: int, height: int) -> bytes:
+    """A PNG whose header promises more than its few bytes of black pixels hold."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack('>I', len(body)) + kind + body + struct.pack('>I', zlib.crc32(kind + body))
+
+    header = struct.pack('>IIBBBBB', width, height, 8, 3, 0, 0, 0)
+    parts = [(b'IHDR', header), (b'PLTE', bytes(3)), (b'IDAT', zlib.compress(bytes(1 << 16))), (b'IEND', b'')]
+    return b'\x89PNG\r\n\x1a\n' + b''.join(chunk(*part) for part in parts)
+
+
+@pytest.mark.parametrize('size', [(16_777_451, 9), (9, 2**31 - 1)])
+def test_a_side_that_no_image_has_is_refused(size: tuple[int, int]) -> None:
+    """Found by fuzzing: libvips keeps some dozens of rows, which took 855 MiB for a file of 844 bytes."""
+    with pytest.raises(ImageError, match='at most 262144 pixels'):
+        open_image(wide_png(*size))
+
+
+def test_a_tiff_of_an_absurd_side_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / 'wide.tif'
+    tifffile.imwrite(path, np.zeros((1, 2**18 + 1), np.uint16))
+    with pytest.raises(ImageError, match='at most 262144 pixels'):
+        open_image(path)
 
 
 def test_a_header_that_promises_a_huge_image_is_refused(tmp_path: Path) -> None:
