@@ -28,8 +28,8 @@ def examine(read: Callable[[bytes], None], data: bytes, allowed: type[Exception]
         allowed: the documented error.
 
     Raises:
-        FindingError: another exception, an error of several lines, a message that cannot be printed, more than
-            `SECONDS`, or more than `MEMORY`.
+        FindingError: another exception, no message or one that cannot be printed, more than `SECONDS`, or
+            more than `MEMORY`.
     """
     before, start = _reset_peak(), time.process_time()
     try:
