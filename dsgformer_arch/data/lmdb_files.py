@@ -1,11 +1,13 @@
 """Safe opening of LMDBs that may be truncated or other files.
 
-LMDB maps `data.mdb` into memory and trusts its first two pages, the meta pages.  If the file is shorter than
-they say, reading ends the process with SIGBUS.
+LMDB maps `data.mdb` into memory and trusts its pages.  If the file is shorter than they say, or a page is
+damaged, reading ends the process with SIGBUS or SIGSEGV.  `check_lmdb` reads the pages that hold the keys, a
+few for each thousand images, before LMDB does.
 """
 
 from __future__ import annotations
 
+import mmap
 import os
 import struct
 from pathlib import Path
@@ -19,17 +21,26 @@ from dsgformer_arch.utils.errors import UserError
 DATA = 'data.mdb'
 
 # Offsets in a meta page of a 64-bit LMDB (lmdb 0.9, mdb.c: MDB_page, MDB_meta and MDB_db).
-MAGIC_AT, PAGE_SIZE_AT, LAST_PAGE_AT = 16, 40, 136
+MAGIC_AT, PAGE_SIZE_AT, MAIN_AT, LAST_PAGE_AT = 16, 40, 88, 136
 MAGIC = struct.pack('=II', 0xBEEFC0DE, 1)
 PAGE_SIZES = [2**power for power in range(9, 17)]
+NO_PAGE = 2**64 - 1
+PAGE_HEADER, NODE_HEADER = 16, 8
+BRANCH, LEAF, OVERFLOW = 1, 2, 4
+"""Flags of a page: nodes that lead to other pages, nodes with keys and values, a large value."""
+LARGE_VALUE = 1
+"""Flag of a node whose value is on pages of its own."""
+MOST_LEVELS = 32
 AGAIN = 'make it again with tools/create_lmdb.py'
 
 
 def check_lmdb(folder: str | os.PathLike[str]) -> None:
-    """Check that `data.mdb` is an LMDB's, and as long as its meta pages say.
+    """Check that `data.mdb` is an LMDB's, as long as its meta pages say, and that its keys can be read.
+
+    Values are not read.
 
     Raises:
-        UserError: it is not.
+        UserError: it is not, or a page is damaged.
     """
     path = Path(folder, DATA)
     try:
@@ -48,10 +59,72 @@ def check_lmdb(folder: str | os.PathLike[str]) -> None:
         raise UserError(f'{path} is no LMDB, or its beginning is damaged; {AGAIN}')
     if any(len(part) < LAST_PAGE_AT + 16 for part in meta):
         raise UserError(f'{path} is truncated; {AGAIN}')
-    last_page, _ = max((struct.unpack_from('=QQ', part, LAST_PAGE_AT) for part in meta), key=lambda m: m[1])
+    # The newer one counts; of two that are equally new, LMDB takes the first.
+    newest = max(meta, key=lambda part: struct.unpack_from('=Q', part, LAST_PAGE_AT + 8)[0])
+    last_page = struct.unpack_from('=Q', newest, LAST_PAGE_AT)[0]
     if (last_page + 1) * page > size:
         whole = (last_page + 1) * page
         raise UserError(f'{path} is truncated: it has {size} of its {whole} bytes; {AGAIN}')
+    with open(path, 'rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        try:
+            _check_tree(data, newest, page, last_page)
+        except (_DamagedError, struct.error):
+            raise UserError(f'{path} is damaged: a page of its keys cannot be read; {AGAIN}') from None
+
+
+class _DamagedError(Exception):
+    """A page is not as LMDB writes it."""
+
+
+def _check_tree(data: mmap.mmap, meta: bytes, size: int, last: int) -> None:
+    """Check all pages that reading the keys visits (lmdb 0.9, mdb.c: MDB_page, MDB_node, mdb_page_search).
+
+    Args:
+        data: the file.
+        meta: its newest meta page.
+        size: bytes of a page.
+        last: number of the last page.
+    """
+    (flags, depth), root = struct.unpack_from('=HH', meta, MAIN_AT + 4), meta[MAIN_AT + 40 : MAIN_AT + 48]
+    above = [struct.unpack('=Q', root)[0]]
+    if above == [NO_PAGE]:
+        return
+    _require(flags == 0 and 0 < depth <= MOST_LEVELS)
+    seen: set[int] = set()
+    for level in range(1, depth + 1):
+        below = []
+        for number in above:
+            _require(1 < number <= last and number not in seen)
+            seen.add(number)
+            start = number * size
+            _, kind, lower, upper = struct.unpack_from('=HHHH', data, start + 8)
+            _require(kind == (LEAF if level == depth else BRANCH))
+            _require(PAGE_HEADER < lower <= upper <= size and lower % 2 == 0)
+            count = (lower - PAGE_HEADER) // 2
+            _require(count > 1 or kind == LEAF)  # LMDB aborts the process otherwise
+            for at in struct.unpack_from(f'={count}H', data, start + PAGE_HEADER):
+                _require(upper <= at <= size - NODE_HEADER)
+                low, high, node, key = struct.unpack_from('=HHHH', data, start + at)
+                end = at + NODE_HEADER + key
+                _require(end <= size)
+                if kind == BRANCH:
+                    below.append(low | high << 16 | node << 32)
+                    continue
+                _require(node in (0, LARGE_VALUE))
+                length = low | high << 16
+                _require(end + (8 if node else length) <= size)
+                if node:
+                    first = struct.unpack_from('=Q', data, start + end)[0]
+                    _require(1 < first <= last)
+                    pages = -(-(PAGE_HEADER + length) // size)
+                    large, stated = struct.unpack_from('=2xHI', data, first * size + 8)
+                    _require(large == OVERFLOW and pages <= stated <= last + 1 - first)
+        above = below
+
+
+def _require(sound: bool) -> None:
+    if not sound:
+        raise _DamagedError
 
 
 def open_lmdb(folder: str | os.PathLike[str]) -> lmdb.Environment:
