@@ -203,8 +203,8 @@ def _check_png(data: memoryview, upright: bool) -> Shape:
             raise BadImageError('is truncated: it ends before its IEND chunk')
         length, kind = struct.unpack_from('>I4s', data, start)
         body, end = start + 8, start + 12 + length
-        if not kinds and (kind, length) != (b'IHDR', 13):
-            raise BadImageError('is damaged: it does not begin with an IHDR chunk')
+        if (kind == b'IHDR') == bool(kinds) or (kind == b'IHDR' and length != 13):
+            raise BadImageError('is damaged: its first chunk, and no other one, should be a sound IHDR')
         if end > len(data):
             raise BadImageError(f'is truncated: it ends within the chunk at byte {start}')
         if zlib.crc32(data[start + 4 : end - 4]) != struct.unpack_from('>I', data, end - 4)[0]:

@@ -122,7 +122,7 @@ def test_every_truncation_is_noticed(suffix: str) -> None:
     [
         (b'', 'is empty'),
         (b'BM not for us', 'neither PNG nor JPEG'),
-        (b'\x89PNG\r\n\x1a\n' + chunk(b'IDAT', b'') + chunk(b'IEND', b''), 'does not begin with an IHDR'),
+        (b'\x89PNG\r\n\x1a\n' + chunk(b'IDAT', b'') + chunk(b'IEND', b''), 'first chunk, and no other one'),
         (png(2).replace(chunk(b'IDAT', zlib.compress(bytes(19 * 4))), b''), 'no image data'),
         (b'\xff\xd8\xff\xd9' + bytes(8), 'no image data'),
     ],
@@ -224,3 +224,12 @@ def test_any_bytes_are_decoded_or_refused(start: bytes, rest: bytes) -> None:
     for read in (check_image, decode, header_shape):
         with contextlib.suppress(BadImageError):
             read(start + rest)
+
+
+@pytest.mark.parametrize('second', [b'', b'12345678', struct.pack('>IIBBBBB', 2**20, 2**20, 8, 2, 0, 0, 0)])
+def test_a_second_header_is_refused(second: bytes) -> None:
+    """Found by fuzzing: a short one ended in struct.error, another one would have given the size."""
+    data = png(2, before_data=chunk(b'IHDR', second))
+    for read in (check_image, decode):
+        with pytest.raises(BadImageError, match='IHDR'):
+            read(data)

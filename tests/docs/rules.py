@@ -61,7 +61,8 @@ SLOW_PYTHON = ('export(', 'onnxruntime')
 """Python with one of these is run in the long test; otherwise it is compiled and its imports are done."""
 
 DATA_IS_MISSING = re.compile(
-    r'(there is no|there is no file|cannot read the camera response) (datasets|experiments|results|data|study)/'
+    r'(there is no|there is no file|cannot read the camera response) '
+    r'(datasets|experiments|results|data|study)/'
 )
 """Faults of option files that a reader with the data does not have."""
 

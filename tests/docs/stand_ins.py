@@ -22,6 +22,9 @@ SMALL_SYSTEM = 'dsgformer_t'
 
 TREES = {
     'my_photos': ['blurred/a.png', 'blurred/b.png', 'sharp/a.png', 'sharp/b.png'],
+    **dict.fromkeys(
+        ('study/train', 'study/test'), ['blur/a.png', 'blur/b.png', 'sharp/a.png', 'sharp/b.png']
+    ),
     'my/sharp': ['a.jpg', 'b.jpg'],
     'my/others': ['c.jpg'],
 }

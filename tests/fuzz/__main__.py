@@ -15,6 +15,7 @@ import random
 import re
 import sys
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ INSTRUMENTED = ['dsgformer_arch', 'yaml', 'PIL', 'tifffile', 'zipfile', 'safeten
 """Packages whose branches guide the fuzzer; of torch only its restricted unpickler does."""
 
 with atheris.instrument_imports(include=INSTRUMENTED):
+    from tests.fuzz.limits import FindingError
     from tests.fuzz.targets import TARGETS
 
 MEMORY_LIMIT = 4096
@@ -166,10 +168,28 @@ def fuzz(name: str, folder: Path, seconds: float) -> None:
         'report_slow_units': HANG,
         'reload': 0,
     }
+
+    def read(data: bytes) -> None:
+        try:
+            target.examine(data)
+        except FindingError as error:
+            keep(error, data, folder)
+
     arguments = [sys.argv[0], *(f'-{key}={value}' for key, value in flags.items()), str(corpus)]
     how = {'custom_mutator': mutate} if target.mutate is not None else {}
-    atheris.Setup(arguments, target.examine, **how)
+    atheris.Setup(arguments, read, **how)
     atheris.Fuzz()
+
+
+def keep(error: FindingError, data: bytes, folder: Path) -> None:
+    """Keep the first input of each kind of finding, and go on: a finding stops only what LMDB or libpng end."""
+    cause = error.__cause__
+    last = traceback.extract_tb(cause.__traceback__)[-1] if cause is not None else None
+    kind = f'{type(cause).__name__}, {last.filename}:{last.lineno}' if last else 'limits'
+    file = folder / f'crash-{hashlib.sha1(kind.encode()).hexdigest()}'
+    if not file.exists():
+        file.write_bytes(data)
+        print(f'FINDING {file.name}: {error} ({kind})', flush=True)
 
 
 if __name__ == '__main__':
