@@ -2,6 +2,7 @@
 # make test      every test that takes seconds        make test-all   the long ones too
 # make lint      ruff and mypy                        make setup      only the environment, .venv
 # make docs      the documentation as a web site, site/; every link is checked
+# make fuzz      fuzz every reader of files, minutes=30 of each
 # make pretrained  retrain the weights in the package, from the data of docs/pretraining.md (hours)
 
 PYTHON ?= python3
@@ -13,12 +14,12 @@ SAMPLE := datasets/sample
 # Tests share the cores as processes; a thread pool in each of them would fight the others.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
-.PHONY: setup demo docs pretrained test test-all lint clean
+.PHONY: setup demo docs fuzz pretrained test test-all lint clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
 help:
-	@sed -n 's/^# //p' Makefile | head -5
+	@sed -n 's/^# //p' Makefile | head -6
 
 setup: $(READY)
 
@@ -75,6 +76,12 @@ lint: $(READY)
 
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --clean
+
+minutes ?= 30
+
+fuzz: $(READY)
+	$(BIN)/pip install --quiet -c constraints.txt atheris
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --minutes $(minutes)
 
 clean:
 	rm -rf $(VENV) build *.egg-info results experiments tb_logger site $(SAMPLE)

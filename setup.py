@@ -63,6 +63,8 @@ setup(
         'stream': ['litdata>=0.2.76'],
         'video': ['av'],
         'web': WEB,
+        'fuzz': ['atheris'],
+        'wandb': ['wandb'],
         'dev': [
             *('matplotlib', 'av', 'ray[data]', 'pytest', 'pytest-xdist', 'hypothesis', 'jsonschema'),
             *('onnx', 'onnxscript', 'onnxruntime', 'openvino', 'huggingface_hub'),

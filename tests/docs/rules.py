@@ -99,7 +99,7 @@ def check_basicsr(command: Command, slow: bool) -> None:
     words = command.words[command.words.index('basicsr') + 1 :]
     parsed = basicsr.parser().parse_args(words)
     if parsed.command == 'status':
-        runs = {safe_yaml.load(path.read_text('utf-8')).get('name') for path in option_files()}
+        runs = {options.read(str(path)).get('name') for path in option_files()}
         assert Path(parsed.experiment).name in runs, f'no option file has the name {parsed.experiment}'
         return
     check_option_file(parsed.opt, tuple(parsed.force_yml), parsed.command == 'train')
@@ -334,7 +334,7 @@ def check_yaml(block: Block, slow: bool) -> None:
         changed['datasets']['train'] = safe_yaml.load(block.text)
     elif isinstance(found, dict) and set(found) & {'datasets', 'network_g', 'train', 'val', 'logger', 'save'}:
         for key, section in safe_yaml.load(block.text).items():
-            if isinstance(section, dict) and isinstance(changed.get(key), dict):
+            if isinstance(section, dict) and 'type' not in section and isinstance(changed.get(key), dict):
                 changed[key] |= section
             else:
                 changed[key] = section

@@ -22,9 +22,8 @@ SMALL_SYSTEM = 'dsgformer_t'
 
 TREES = {
     'my_photos': ['blurred/a.png', 'blurred/b.png', 'sharp/a.png', 'sharp/b.png'],
-    **dict.fromkeys(
-        ('study/train', 'study/test'), ['blur/a.png', 'blur/b.png', 'sharp/a.png', 'sharp/b.png']
-    ),
+    'study/train': ['blur/a.png', 'blur/b.png', 'sharp/a.png', 'sharp/b.png'],
+    'study/test': ['blur/a.png', 'blur/b.png', 'sharp/a.png', 'sharp/b.png'],
     'my/sharp': ['a.jpg', 'b.jpg'],
     'my/others': ['c.jpg'],
 }

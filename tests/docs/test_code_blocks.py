@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from basicsr.utils.registry import ARCH_REGISTRY
 
 from tests.docs import rules
 from tests.docs.blocks import Block, blocks_of, commands_of
@@ -29,6 +30,7 @@ def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('DSGFORMER_HOME', str(tmp_path / 'home'))
     monkeypatch.setattr(sys, 'argv', ['pytest'])
+    monkeypatch.setattr(ARCH_REGISTRY, '_obj_map', dict(ARCH_REGISTRY._obj_map))  # a block may add a network
 
 
 def check(page: str, slow: bool) -> None:

@@ -1,8 +1,8 @@
 """Fuzz readers with atheris, guided by coverage: `python -m tests.fuzz [TARGET …] --minutes 30`.
 
-Each target runs in a process of its own.  After a finding it starts again with what it has collected; the
-input is kept as `FOLDER/TARGET/crash-…`.  A table of all targets is printed at the end and written to
-`FOLDER/summary.json`.  Read one input again: `python -m tests.fuzz TARGET --input FILE`.
+Each target runs in a process of its own, which is started again where a library ends it.  The first input of
+each kind of finding is kept as `FOLDER/TARGET/crash-…`.  A table of all targets is printed at the end and
+written to `FOLDER/summary.json`.  Read one input again: `python -m tests.fuzz TARGET --input FILE`.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class Run:
 
 
 def supervise(runs: list[Run], jobs: int) -> list[dict[str, Any]]:
-    """Run targets until their time is over, starting each again after a finding."""
+    """Run targets until their time is over, starting each again where its process ends."""
     waiting, running, rows = runs[::-1], dict[int, Run](), dict[str, dict[str, Any]]()
     while waiting or running:
         while waiting and len(running) < jobs:
@@ -182,7 +182,7 @@ def fuzz(name: str, folder: Path, seconds: float) -> None:
 
 
 def keep(error: FindingError, data: bytes, folder: Path) -> None:
-    """Keep the first input of each kind of finding, and go on: a finding stops only what LMDB or libpng end."""
+    """Keep the first input of each kind of finding; fuzzing goes on."""
     cause = error.__cause__
     last = traceback.extract_tb(cause.__traceback__)[-1] if cause is not None else None
     kind = f'{type(cause).__name__}, {last.filename}:{last.lineno}' if last else 'limits'
