@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 
 from dsgformer_arch.utils.errors import UserError
 from dsgformer_arch.utils.files import write_atomically
+from dsgformer_arch.zoo.pickles import check_nesting
 
 SCALAR_STATES = {'step', 'eta', 'mu', 'mu_product'}
 """Entries of an optimizer's state that hold one number for a parameter of any shape (torch.optim)."""
@@ -104,6 +105,7 @@ def read_state(path: str) -> dict[str, Any]:
     """
     check_archive(path)
     try:
+        check_nesting(path)
         state = torch.load(path, map_location='cpu', weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError):
         raise DamagedError(f'{path} is damaged or no training state') from None

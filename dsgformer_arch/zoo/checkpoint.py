@@ -8,6 +8,7 @@ Checks before a tensor is used:
 - the CRC-32 of every record of a `.pth` file, which `torch.load` does not compare;
 - that no record is larger than the file: PyTorch never compresses, so a small file that unpacks to
   gigabytes is malicious;
+- that no tuple in a pickle refers to itself so often that hashing it takes hours (`pickles`);
 - that tensors are dense, real, of floating-point numbers (or integers, for counters) and finite.
 
 The safetensors format has no checksum.  Its header is checked against the size of the file, but a flipped
@@ -31,6 +32,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dsgformer_arch.utils.errors import UserError
+from dsgformer_arch.zoo.pickles import check_nesting
 
 State = dict[str, Tensor]
 
@@ -205,6 +207,7 @@ def _read_pickle(path: str) -> Any:
             archive = file.read(4) == b'PK\x03\x04'
         if archive:
             _check_archive(path)
+        check_nesting(path)
         with _plain_numpy_allowed():
             return torch.load(path, map_location='cpu', weights_only=True)
     except CheckpointError:

@@ -25,6 +25,7 @@ from dsgformer_arch.zoo.checkpoint import (
     mismatches,
     read_checkpoint,
 )
+from dsgformer_arch.zoo.pickles import NestedError, check_nesting
 
 STATE = {'body.weight': torch.arange(6.0).reshape(2, 3), 'body.bias': torch.tensor([1.0, -1.0])}
 
@@ -340,3 +341,37 @@ def test_any_bytes_are_read_or_refused_in_one_sentence(
         told = str(error)
     assert '\n' not in told
     assert str(path) in told or all(tensor.numel() < 100 for tensor in checkpoint.state.values())
+
+
+def nested(levels: int) -> bytes:
+    """A pickle of `{t: 1}` where t is a pair of references to a pair of references, and so on."""
+    content = b'\x80\x02K\x01K\x01\x86q\x00'
+    for level in range(1, levels):
+        content += b'h%ch%c\x86q%c' % (level - 1, level - 1, level)
+    return content + b'}h%cK\x01s.' % (levels - 1)
+
+
+@pytest.mark.parametrize('legacy', [False, True])
+@pytest.mark.parametrize('levels', [18, 200])
+def test_a_pickle_that_takes_hours_to_hash_is_refused(tmp_path: Path, legacy: bool, levels: int) -> None:
+    """2^200 steps for 1 kB.  With 18 levels it takes a fraction of a second, where the check is missing."""
+    path = tmp_path / 'net.pth'
+    if legacy:
+        head = [0x1950A86A20F9469CFC6C, 1001, {'little_endian': True}]
+        path.write_bytes(b''.join(pickle.dumps(part, 2) for part in head) + nested(levels))
+    else:
+        with zipfile.ZipFile(path, 'w') as archive:
+            for name, record in (('data.pkl', nested(levels)), ('version', b'3\n'), ('byteorder', b'little')):
+                archive.writestr(f'net/{name}', record)
+    with pytest.raises(NestedError):
+        check_nesting(path)
+    with pytest.raises(CheckpointError, match='damaged'):
+        read_checkpoint(path)
+
+
+def test_what_pytorch_writes_is_not_nested(tmp_path: Path) -> None:
+    content = {'params': STATE, 'betas': (0.9, 0.999), 'sizes': [(i, (i, i)) for i in range(30_000)]}
+    for legacy in (False, True):
+        torch.save(content, tmp_path / 'net.pth', _use_new_zipfile_serialization=not legacy)
+        check_nesting(tmp_path / 'net.pth')
+        assert_state(read_checkpoint(tmp_path / 'net.pth').state)
