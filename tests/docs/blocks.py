@@ -106,6 +106,9 @@ def commands_of(block: Block) -> list[Command]:
     if block.language == 'console' or text.startswith('$ '):
         text = ''.join(line[2:] + '\n' for line in text.splitlines() if line.startswith(('$ ', '> ')))
     text = re.sub(r'\\\n\s*', ' ', text)
+    text = re.sub(
+        r'\$\(\([^()]*\)\)|\$\([^()]*\)|\$SLURM_\w+', '1', text
+    )  # what another command prints, a number of SLURM's
     found: list[Command] = []
     for line in _logical_lines(text):
         lexer = shlex.shlex(line, posix=True, punctuation_chars='|&;<>')

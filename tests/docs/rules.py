@@ -81,7 +81,8 @@ def run_dsgformer(command: Command, slow: bool) -> None:
         return
     if isinstance(model, str) and parsed.command in ('deblur', 'export') and not model.endswith('.pth'):
         zoo.get(model)
-    if name not in RUN and not (slow and name in SLOW):
+    on_a_cluster = any(word.startswith('/') for word in words)
+    if on_a_cluster or (name not in RUN and not (slow and name in SLOW)):
         return
     for word in [*words[1:], command.stdin or '']:
         if re.search(r'[./]', word) and not word.startswith('-') and word != getattr(parsed, 'output', None):
@@ -184,9 +185,14 @@ def check_torchrun(command: Command, slow: bool) -> None:
     check_module([parsed.training_script, *parsed.training_script_args], slow)
 
 
+STARTED = ('basicsr', 'dsgformer', 'python', 'torchrun', 'ray')
+"""What `srun` starts in the documentation."""
+
+
 def check_srun(command: Command, slow: bool) -> None:
-    at = next(i for i, word in enumerate(command.words) if word in ('basicsr', 'dsgformer', 'python'))
-    check_command(Command(command.words[at:]), slow)
+    at = [i for i, word in enumerate(command.words) if word in STARTED]
+    assert at, f'srun starts none of {STARTED}'
+    check_command(Command(command.words[at[0] :], text=command.text), slow)
 
 
 def check_python_module(command: Command, slow: bool) -> None:
@@ -251,15 +257,15 @@ RULES = [
     Rule(r'basicsr ', check_basicsr, 'training takes days: options, their file and --force_yml are checked'),
     Rule(r'(python |\./)?tools/\w+\.py', run_tool, "read by the tool's parser; cheap ones are run"),
     Rule(r'torchrun ', check_torchrun, 'needs several GPUs: its options and the command are checked'),
-    Rule(r'srun |sbatch ', check_srun, 'needs SLURM: the command that it starts is checked'),
+    Rule(r'srun ', check_srun, 'needs SLURM: the command that it starts is checked'),
     Rule(r'python -m ', check_python_module, 'checked as the command that the module is, or that it exists'),
     Rule(r'python -c ', run_python, 'run on stand-ins'),
     Rule(r'make ', check_make, 'takes minutes: the target exists'),
     Rule(r'pip ', check_pip, 'needs the network: the extras exist'),
     Rule(r'pytest ', check_pytest, 'run by the suite itself: files and tests exist'),
-    Rule(r'(git|apt|apt-get|sudo|conda|docker|curl|wget|tensorboard|wandb|ray|aws|echo|export) ', syntax_only,
-         'another program, or the network: bash reads it'),
-    Rule(r'(for|do|done|if|then|fi|while|mkdir|cp|mv|rm|ln|cd|ls|cat|unzip|tar)\b', syntax_only,
+    Rule(r'(git|apt|apt-get|sudo|conda|docker|curl|wget|tensorboard|wandb|ray|aws|echo|export|sbatch) ',
+         syntax_only, 'another program, or the network: bash reads it'),
+    Rule(r'(for|do|done|if|then|fi|while|mkdir|cp|mv|rm|ln|cd|ls|cat|unzip|tar|sleep)\b', syntax_only,
          "a step with the reader's own files: bash reads it"),
 ]  # fmt: skip
 
