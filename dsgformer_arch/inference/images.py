@@ -492,7 +492,8 @@ def _metadata(image: Image.Image) -> Metadata:
     info = image.info
     exif = info.get('exif')
     if exif is None and (parsed := image.getexif()):
-        exif = parsed.tobytes()
+        with contextlib.suppress(TypeError, ValueError, KeyError, struct.error):  # damaged: not carried over
+            exif = parsed.tobytes()
     dpi = info.get('dpi')
     text = getattr(image, 'text', None) or {}
     return Metadata(

@@ -447,7 +447,10 @@ def _merged(faults: list[Any]) -> list[Any]:
     """One fault for each value: a union reports one for each of its kinds."""
     merged: dict[tuple[Any, ...], Any] = {}
     for fault in faults:
-        place = tuple(part for part in fault['loc'] if not _names_a_kind(part))
+        # The last part of these is a key of the file, whatever it looks like.
+        own = 1 if fault['type'] in ('extra_forbidden', 'missing') else 0
+        inner, last = fault['loc'][: len(fault['loc']) - own], fault['loc'][len(fault['loc']) - own :]
+        place = (*(part for part in inner if not _names_a_kind(part)), *last)
         merged.setdefault(place, {**fault, 'loc': place, 'all': []})['all'].append(fault)
     return list(merged.values())
 

@@ -502,3 +502,13 @@ def test_a_damaged_header_is_one_sentence(tmp_path: Path, content: bytes, senten
     assert '\n' not in str(caught.value)
     with pytest.raises(ImageError, match='there is no such file'):
         image_header(tmp_path / 'missing.png')
+
+
+def test_exif_that_cannot_be_written_again_is_left_away(tmp_path: Path) -> None:
+    """Found by fuzzing: YPosition, a rational number, given as text ended in TypeError."""
+    body = b'MM\0*' + struct.pack('>IHHHI4sI', 8, 1, 0x011F, 2, 4, b'abc\0', 0)
+    chunk = struct.pack('>I', len(body)) + b'eXIf' + body + struct.pack('>I', zlib.crc32(b'eXIf' + body))
+    path = tmp_path / 'a.png'
+    Image.fromarray(scene()).save(path)
+    data = path.read_bytes()
+    assert open_image(data[:-12] + chunk + data[-12:]).metadata.exif is None

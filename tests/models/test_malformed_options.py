@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -305,3 +306,10 @@ def test_command_exits_with_status_2(name: str, project: Path, capsys: pytest.Ca
     assert printed.startswith('error: ')
     assert 'Traceback' not in printed
     assert sorted(os.listdir(project)) == ['datasets', 'options']
+
+
+@pytest.mark.parametrize('key', ['-scete]', 'a)', 'int'])
+def test_an_unknown_key_that_looks_like_a_type_is_named(key: str) -> None:
+    """Found by fuzzing: IndexError, for such parts of a place were taken for pydantic's."""
+    with pytest.raises(UserError, match=re.escape(f"unknown key '{key}'")):
+        options.check({key: 5}, 'a.yml', is_train=True)
