@@ -34,6 +34,7 @@ def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check(page: str, slow: bool) -> None:
+    rules.PAGE.clear()
     faults = []
     for block in BLOCKS[page]:
         folder = os.getcwd()
