@@ -185,7 +185,8 @@ def as_table(records: Sequence[dict[str, Any]]) -> Any:
 
     types = {
         'input': pyarrow.string(), 'output': pyarrow.string(), 'status': pyarrow.string(),
-        'seconds': pyarrow.float64(), 'megapixels': pyarrow.float64(), 'frames': pyarrow.int64(),
+        'seconds': pyarrow.float64(), 'network_seconds': pyarrow.float64(),
+        'megapixels': pyarrow.float64(), 'frames': pyarrow.int64(),
         'bytes': pyarrow.int64(), 'error': pyarrow.string(), 'notes': pyarrow.list_(pyarrow.string()),
     }  # fmt: skip
     return pyarrow.Table.from_pylist(list(records), schema=pyarrow.schema(list(types.items())))

@@ -102,10 +102,7 @@ def forward(block: DSGA, X: Tensor) -> Tensor:
     dtype = computing_dtype(X)
     residual = X.permute(0, 2, 3, 1).contiguous()
     if _operator_takes(block, X, dtype):
-        operator: Callable[..., Any] = (
-            library.block if library.needs_dispatcher(residual) else library.block_on_cpu
-        )
-        y, _ = operator(
+        tensors = (
             residual,
             block.norm.weight,
             block.norm.bias,
@@ -114,11 +111,12 @@ def forward(block: DSGA, X: Tensor) -> Tensor:
             block.project_out.weight,
             block.attention.temperature,
             block.attention.weights,
-            block.gate.mask,
-            block.attention.heads,
-            block.attention.top_k,
-            dtype,
+            cast(Tensor, block.gate.mask),
         )
+        operator: Callable[..., Any] = (
+            library.block if library.needs_dispatcher(*tensors) else library.block_on_cpu
+        )
+        y, _ = operator(*tensors, block.attention.heads, block.attention.top_k, dtype)
         return cast(Tensor, y).permute(0, 3, 1, 2)
     if (
         dtype == X.dtype

@@ -115,17 +115,18 @@ upsample = torch.library.custom_op('dsgformer::upsample', mutates_args=(), devic
 )
 
 
-def needs_dispatcher(x: Tensor) -> bool:
-    """Whether an operator of x has to be called as such, rather than its function for the CPU.
+def needs_dispatcher(*tensors: Tensor) -> bool:
+    """Whether an operator of these tensors has to be called as such, rather than its function for the CPU.
 
     The first call of an operator that is defined in Python imports PyTorch's compiler, which takes a second:
-    as long as restoring some megapixels.
+    as long as restoring some megapixels. The dispatcher also computes negated views, which the kernels do not
+    know.
     """
     return (
-        x.device.type != 'cpu'
-        or torch.is_grad_enabled()
+        torch.is_grad_enabled()
         or torch.compiler.is_compiling()
         or is_in_torch_dispatch_mode()
+        or any(tensor.device.type != 'cpu' or tensor.is_neg() for tensor in tensors)
     )
 
 

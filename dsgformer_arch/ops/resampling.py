@@ -77,8 +77,10 @@ def up(shuffled: nn.Sequential, x: Tensor, skip: Tensor | None) -> Tensor:
         dtype = computing_dtype(x)
         if not torch.is_grad_enabled() and binding.takes(dtype, *widths):
             added = None if skip is None else _channels_last(skip, dtype)
-            operator = library.upsample if library.needs_dispatcher(x) else library.upsample_on_cpu
-            return _channels_first(cast(Tensor, operator(_channels_last(x, dtype), conv.weight, added)))
+            tensors = [_channels_last(x, dtype), conv.weight, *([] if added is None else [added])]
+            direct = not library.needs_dispatcher(*tensors)
+            operator = library.upsample_on_cpu if direct else library.upsample
+            return _channels_first(cast(Tensor, operator(tensors[0], conv.weight, added)))
     y = cast(Tensor, shuffled(x))
     return y if skip is None else y + skip
 

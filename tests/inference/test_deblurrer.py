@@ -208,7 +208,8 @@ def test_strength_blends() -> None:
 def test_tiles_and_local_pooling_give_what_the_whole_image_gives(name: str) -> None:
     """On real images, with the weights that come with the package: issue 12's bounds for seams.
 
-    The largest difference holds for tiles of several windows, such as `auto` takes; the mean for all.
+    On these images the bound on the largest difference holds for tiles of several windows, that on the mean
+    for all tiles.
     """
     file = Path(__file__).parents[3] / 'shared' / 'data' / 'gopro_blurred' / f'{name}.png'
     if not file.is_file():

@@ -40,6 +40,16 @@ def _kernel() -> None:
     kernel.require()
 
 
+def test_negated_views() -> None:
+    """Views that negate when they are read, as `x.conj().imag` is, are computed first."""
+    module, inputs = CASES['skip']
+    x, skip = inputs(1, 8, 8)
+    assert skip is not None
+    with torch.inference_mode():
+        ours = ops.resampling.up(module, torch._neg_view(-x), torch._neg_view(-skip))
+        torch.testing.assert_close(ours, ops.resampling.up(module, x, skip))
+
+
 @pytest.mark.parametrize('size', SIZES)
 @pytest.mark.parametrize('case', CASES)
 def test_float32_equals_the_modules(case: str, size: tuple[int, int, int]) -> None:
