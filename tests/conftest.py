@@ -21,6 +21,14 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
+def _same_folder() -> Iterator[None]:
+    """`basicsr --root` changes the working folder of its process; the next test starts where this one did."""
+    before = os.getcwd()
+    yield
+    os.chdir(before)
+
+
+@pytest.fixture(autouse=True)
 def _fresh_logger() -> Iterator[None]:
     """BasicSR keeps one logger a process, writing to the first run's file; each test gets its own."""
     yield

@@ -20,6 +20,7 @@ from torch.nn.utils import parametrizations, prune
 
 from dsgformer_arch import ops
 from dsgformer_arch.archs.dsgformer_arch import DSGA, DSGformer
+from tests.trees import ROOT
 
 HEADS = (1, 1, 1, 1)
 
@@ -432,7 +433,9 @@ assert all(parameter.grad.isfinite().all() for parameter in network.parameters()
 from tests.ops import kernel
 print(ops.status().self_tests['float32'], kernel.expected())
 """
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, encoding='utf-8', check=False)
+    done = subprocess.run(
+        [sys.executable, '-c', code], capture_output=True, encoding='utf-8', check=False, cwd=ROOT
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ['passed', 'True'] or done.stdout.endswith('False\n')
 
