@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,3 +46,11 @@ def outputs(network: nn.Module, *arguments: Any) -> list[Any]:
     """What a network returns, as a list."""
     found = network(*arguments)
     return list(found) if isinstance(found, (list, tuple)) else [found]
+
+
+def save_gentle_weights(path: Path) -> Path:
+    """Write a checkpoint of a small DSGformer whose result differs from its input, but by little."""
+    network: Any = small('dsgformer')
+    network.tail.weight.data *= 0.05
+    torch.save({'params': network.state_dict()}, path)
+    return path

@@ -11,9 +11,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from dsgformer_arch.data.prepare.arguments import add_choices, add_source, layouts, positive, splits_of
+from dsgformer_arch.data.prepare.arguments import add_choices, add_source, layouts, splits_of
 from dsgformer_arch.data.prepare.lmdb_writer import create_lmdbs
 from dsgformer_arch.data.prepare.pair_files import CropGrid
+from dsgformer_arch.utils.arguments import positive
 from dsgformer_arch.utils.errors import UserError, guarded
 
 

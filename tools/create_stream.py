@@ -11,8 +11,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from dsgformer_arch.data.prepare.arguments import add_choices, add_source, layouts, positive, splits_of
+from dsgformer_arch.data.prepare.arguments import add_choices, add_source, layouts, splits_of
 from dsgformer_arch.data.prepare.stream_writer import create_streams
+from dsgformer_arch.utils.arguments import positive
 from dsgformer_arch.utils.errors import UserError, guarded
 
 MOST_MEGABYTES = 1024

@@ -27,25 +27,12 @@ from dsgformer_arch.data.prepare.blur.synthesis import (
     window_jobs,
 )
 from dsgformer_arch.data.prepare.blur.video import Averaging, find_clips, find_windows
+from dsgformer_arch.utils.arguments import natural, positive
 from dsgformer_arch.utils.errors import UserError, guarded
 
 SOURCES = {'shake': ShakeSource, 'objects': ObjectsSource}
 MEGABYTES = 2048
 """For reduced photographs, in all processes together."""
-
-
-def positive(text: str) -> int:
-    """An argument that must be a whole number above 0."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f'{text!r} is not a whole number above 0')
-    return int(text)
-
-
-def seed(text: str) -> int:
-    """An argument that must be a whole number of at least 0."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f'{text!r} is not a whole number of at least 0')
-    return int(text)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -67,7 +54,9 @@ def parser() -> argparse.ArgumentParser:
         type=positive,
         help='how many pairs (default: as many as photographs, or as the video gives)',
     )
-    result.add_argument('--seed', metavar='N', type=seed, default=0, help='all follows from it (default: 0)')
+    result.add_argument(
+        '--seed', metavar='N', type=natural, default=0, help='all follows from it (default: 0)'
+    )
     result.add_argument(
         '--crop', metavar='S', type=positive, help='photographs: make crops of SxS, not whole images'
     )

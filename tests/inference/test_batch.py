@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -34,7 +33,7 @@ from dsgformer_arch.inference.batch import Attempts, Pool, Work, prepare, restor
 from dsgformer_arch.inference.deblur import Result, deblur
 from dsgformer_arch.inference.jobs import Tree, plan
 from dsgformer_arch.utils.errors import UserError
-from tests.small_systems import small
+from tests.small_systems import save_gentle_weights
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,11 +41,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope='module')
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of a small network whose result differs from its input, but by little."""
-    path = tmp_path_factory.mktemp('weights') / 'net.pth'
-    network: Any = small('dsgformer')
-    network.tail.weight.data *= 0.05
-    torch.save({'params': network.state_dict()}, path)
-    return path
+    return save_gentle_weights(tmp_path_factory.mktemp('weights') / 'net.pth')
 
 
 @pytest.fixture(scope='module')

@@ -7,16 +7,10 @@ import os
 from pathlib import Path
 
 from dsgformer_arch.data.prepare.layouts import PRESETS, USUAL_FOLDERS, Split, read_pairs, read_splits
+from dsgformer_arch.utils.arguments import positive
 from dsgformer_arch.utils.errors import UserError
 
 PAIRS = 'pairs'
-
-
-def positive(text: str) -> int:
-    """An argument that must be a whole number above 0."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f'{text!r} is not a whole number above 0')
-    return int(text)
 
 
 def layouts() -> str:

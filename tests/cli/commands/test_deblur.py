@@ -13,23 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 import tifffile
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 
 from dsgformer_arch import Deblurrer
 from dsgformer_arch.cli import dsgformer
-from tests.small_systems import small
+from tests.small_systems import save_gentle_weights
 
 
 @pytest.fixture(scope='module')
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of a small network whose result differs from its input, but by little."""
-    path = tmp_path_factory.mktemp('weights') / 'net.pth'
-    network: Any = small('dsgformer')
-    network.tail.weight.data *= 0.05
-    torch.save({'params': network.state_dict()}, path)
-    return path
+    return save_gentle_weights(tmp_path_factory.mktemp('weights') / 'net.pth')
 
 
 @pytest.fixture
