@@ -170,6 +170,12 @@ def training(command: argparse.ArgumentParser) -> None:
     budget.add_argument('--seconds', type=positive, help='seconds of training for each system')
     learning(command, several_rates=True)
     command.add_argument(
+        '--rates',
+        type=Path,
+        metavar='JSON',
+        help='in place of --lr: the best of each system in these results',
+    )
+    command.add_argument(
         '--precision', choices=('fp32', 'bf16'), default='fp32', help='autocast type (default: %(default)s)'
     )
     common(command, 'training')

@@ -32,6 +32,7 @@ def run(
     batch: int = 8,
     patch: int = 64,
     lr: Sequence[float] = (1e-3,),
+    rates: Path | None = None,
     precision: str = 'fp32',
     validations: int = 4,
     protocol: str = 'gopro',
@@ -52,6 +53,8 @@ def run(
         patch: side of the crops.
         lr: peak of the learning rate. With several, seed 0 trains every system with each, and the other seeds
             train it with the rate that reached the highest PSNR.
+        rates: results of an earlier comparison, PATH.json, whose best learning rate of every system takes the
+            place of `lr`.
         precision: `'fp32'`, or `'bf16'` for autocast in training.
         validations: how often a run is measured.
         protocol: a name in `metrics.PROTOCOLS`, by which the held-out images are scored.
@@ -61,15 +64,20 @@ def run(
 
     Returns:
         The record; rows that could not be measured have an `error`.
+
+    Raises:
+        UserError: a wrong setting, data that cannot be used, or a system that `rates` does not hold.
     """
+    tried = {name: [known_rate(rates, name)] if rates else list(lr) for name in models}
     recipe = learning.Recipe(
         iterations, seconds, batch, patch, lr[0], validations, precision=precision, protocol=protocol
     )
-    settings = {'models': list(models), 'match': match, 'seeds': seeds, 'lr': list(lr)}
+    settings = {'models': list(models), 'match': match, 'seeds': seeds, 'lr': tried if rates else list(lr)}
     # Seeds are the outer loop: an early end leaves every system with the same number of runs.
-    runs: list[tuple[int, str, float | None]] = [(0, name, rate) for name in models for rate in lr]
+    runs: list[tuple[int, str, float | None]] = [(0, name, rate) for name in models for rate in tried[name]]
     runs += [(seed, name, None) for seed in range(1, seeds) for name in models]
-    study = Study('training', data, recipe, settings, len(runs), device, out, resume, describe(recipe, lr))
+    protocol_text = describe(recipe, lr, rates)
+    study = Study('training', data, recipe, settings, len(runs), device, out, resume, protocol_text)
     overrides = {name: matched(name, match) if match else {} for name in models}
     costs = {name: cost(name, overrides[name]) for name in models}
     for seed, name, given in runs:
@@ -83,11 +91,13 @@ def run(
     return study.record
 
 
-def describe(recipe: learning.Recipe, rates: Sequence[float]) -> str:
+def describe(recipe: learning.Recipe, lr: Sequence[float], rates: Path | None) -> str:
     """How the runs were made, in sentences."""
-    if len(rates) == 1:
+    if rates:
+        return f'{recipe.describe(rate="its own rate")} The rate of each system is its best in {rates.name}.'
+    if len(lr) == 1:
         return recipe.describe()
-    tried = ', '.join(f'{rate:g}' for rate in rates)
+    tried = ', '.join(f'{rate:g}' for rate in lr)
     return (
         f'{recipe.describe(rate="its own rate")} Seed 0 trains every system with the peak learning rates '
         f'{tried}; the table holds the rate that reached the highest PSNR there, and the other seeds use it.'
@@ -99,6 +109,18 @@ def best_rate(record: records.Record, model: str) -> float:
     rows = [row for row in record.rows if row['model'] == model and row['seed'] == 0]
     best = max(rows, key=lambda row: row.get('psnr', -math.inf))
     return float(best['lr'])
+
+
+def known_rate(path: Path, model: str) -> float:
+    """The best learning rate of a system in the results of an earlier comparison.
+
+    Raises:
+        UserError: the file holds no comparison, or not this system.
+    """
+    record = records.Record.load(path)
+    if record.kind != 'training' or all(row['model'] != model for row in record.rows):
+        raise UserError(f'--rates: {path} has no training of {model}; measure it there first')
+    return best_rate(record, model)
 
 
 def cost(name: str, overrides: dict[str, Any]) -> dict[str, Any]:

@@ -82,6 +82,18 @@ def test_every_system_uses_the_best_of_several_learning_rates(
     monkeypatch.setattr(learning, 'train', lambda *_: pytest.fail('trained again'))
     assert commands.run('training', ['tiny', 'tiny_nafnet'], str(sample), resume=True, **settings) == 0
 
+    # A longer comparison takes these rates, and no others.
+    monkeypatch.setattr(learning, 'train', train)
+    longer = {**settings, 'out': tmp_path / 'longer', 'rates': settings['out'].with_suffix('.json')}
+    assert commands.run('training', ['tiny', 'tiny_nafnet'], str(sample), **longer) == 0
+    found = [(row['model'], row['seed'], row['lr']) for row in rows_of(longer['out'])]
+    assert found == [
+        ('tiny', 0, 1e-2), ('tiny_nafnet', 0, 1e-4), ('tiny', 1, 1e-2), ('tiny_nafnet', 1, 1e-4),
+    ]  # fmt: skip
+    assert 'its best in training.json' in longer['out'].with_suffix('.md').read_text(encoding='utf-8')
+    with pytest.raises(UserError, match='has no training of nafnet32'):
+        commands.run('training', ['nafnet32'], str(sample), **longer)
+
 
 def test_a_system_that_fails_is_reported_and_tried_again_on_resume(
     sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
