@@ -20,10 +20,16 @@ import sys
 import types
 from collections import OrderedDict
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
 import torch
+
+from dsgformer_arch.utils.errors import UserError
+
+CONNECTING = timedelta(minutes=3)
+"""How long the processes that torchrun started may take to connect over gloo."""
 
 
 def load_registries() -> None:
@@ -118,6 +124,30 @@ def fix_unsafe_yaml() -> None:
     options._postprocess_yml_value = forced_value
 
 
+def init_gloo(**kwargs: Any) -> None:
+    """Initialise the default process group over gloo.
+
+    After a restart by torchrun on a busy machine, gloo was seen to wait for a connection that nobody opens.
+    Its time limit for connecting is that of every operation, 30 minutes.  torchrun starts all processes at
+    once, so there they get `CONNECTING`, and torchrun restarts a run that could not connect.
+
+    Raises:
+        UserError: the processes could not connect in time.
+    """
+    if not torch.distributed.is_torchelastic_launched():
+        torch.distributed.init_process_group(backend='gloo', **kwargs)
+        return
+    try:
+        torch.distributed.init_process_group(backend='gloo', timeout=CONNECTING, **kwargs)
+    except RuntimeError as error:
+        raise UserError(
+            f'process {os.environ.get("RANK", "?")} could not connect to the others of this run within '
+            f'{CONNECTING} over gloo; start it again ({error})'
+        ) from None
+    c10d: Any = torch.distributed.distributed_c10d
+    c10d._set_pg_timeout(c10d.default_pg_timeout)  # of what they compute and wait for together
+
+
 def fix_distributed_on_cpu() -> None:
     """Let distributed training start where there are no GPUs, over gloo.
 
@@ -139,7 +169,7 @@ def fix_distributed_on_cpu() -> None:
             torch.cuda.set_device(local_rank % torch.cuda.device_count())
             torch.distributed.init_process_group(backend=backend, **kwargs)
         else:
-            torch.distributed.init_process_group(backend='gloo', **kwargs)
+            init_gloo(**kwargs)
 
     def init_slurm(backend: str, port: int | None = None) -> None:
         first = subprocess.run(

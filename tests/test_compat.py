@@ -177,3 +177,31 @@ def test_slurm_without_gpus_reads_its_variables(tmp_path: Path) -> None:
         pytest.skip('this is the path of machines without a GPU')
     done = run(check, None, tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+def test_processes_of_torchrun_that_do_not_connect_end_soon(tmp_path: Path) -> None:
+    """Gloo's own limit is 30 minutes, which stays that of every operation afterwards."""
+    check = """
+        import datetime, os, socket, torch
+        from dsgformer_arch.utils.errors import UserError
+        def start(world_size):
+            with socket.socket() as probe:
+                probe.bind(('127.0.0.1', 0))
+                port = str(probe.getsockname()[1])
+            os.environ.update(RANK='0', WORLD_SIZE=world_size, MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
+            os.environ['TORCHELASTIC_RUN_ID'] = 'run'
+            compat.init_gloo()
+        start('1')
+        gloo = torch.distributed.group.WORLD._get_backend(torch.device('cpu'))
+        assert gloo.options._timeout == datetime.timedelta(minutes=30), gloo.options._timeout
+        torch.distributed.destroy_process_group()
+        compat.CONNECTING = datetime.timedelta(seconds=1)
+        try:
+            start('2')
+        except UserError as error:
+            assert 'process 0 could not connect to the others of this run within 0:00:01' in str(error)
+        else:
+            raise AssertionError('connected to nobody')
+    """
+    done = run(check, None, tmp_path)
+    assert done.returncode == 0, done.stderr
