@@ -26,6 +26,7 @@ from dsgformer_arch.restore import (
     restore_rows,
     set_memory_format,
     spans,
+    tile_shape,
 )
 
 
@@ -116,6 +117,31 @@ def test_tiles_cover_everything_and_overlap(size: int, tile: int, overlap: int, 
     for (a, b), (c, d) in itertools.pairwise(tiles):
         assert a < c <= b - overlap
         assert b < d
+
+
+@pytest.mark.parametrize('multiple', [1, 16, 256])
+@pytest.mark.parametrize('overlap', [64, 256])
+@pytest.mark.parametrize(
+    'size', [(3000, 4000), (1500, 2000), (2160, 3840), (1520, 1530), (90, 30000), (12500, 16000)]
+)
+def test_tiles_are_shaped_for_the_image(size: tuple[int, int], overlap: int, multiple: int) -> None:
+    """A tile of 1504×1504 computes each pixel of the second image 1.5 times, of the fourth 3.9 times."""
+    pixels, highest = 1504**2, 1400
+    shape = tile_shape(size, pixels, highest, overlap, multiple)
+    assert shape[0] <= highest
+    assert shape[0] * shape[1] <= pixels
+    tiles = [spans(*side, overlap, multiple) for side in zip(size, shape, strict=True)]
+    computed = [sum(end - start for start, end in along) for along in tiles]
+    if overlap == 64 and multiple <= 16:  # larger ones leave less choice
+        assert computed[0] * computed[1] <= 1.1 * size[0] * size[1]
+    square = [spans(side, highest, overlap, multiple) for side in size]
+    by_squares = [sum(end - start for start, end in along) for along in square]
+    assert computed[0] * computed[1] <= by_squares[0] * by_squares[1]
+
+
+def test_a_shape_of_tiles_is_found_where_memory_is_scarce() -> None:
+    assert tile_shape((5000, 5000), 64 * 64, 64, 16, 8) == (64, 64)
+    assert tile_shape((5000, 5000), 20 * 20, 20, 16, 8) == (20, 20)
 
 
 def test_rows_are_read_in_order_and_come_out_once() -> None:

@@ -1,8 +1,11 @@
 """Measure `dsgformer deblur` on one large JPEG: `python tools/measure_deblur.py`.
 
 Each run is the whole command in a process of its own, from the start of Python to the finished file, beside
-the time that its forward passes took alone.  A system whose weights the package does not ship runs with
-random ones of the same shapes, which take the same time.
+the time that its forward passes took alone.
+
+A system whose weights the package does not ship runs with random ones of the same shapes.  Their output layer
+is scaled by `OUTPUT_SCALE`, so that the result stays near the input: without it the command finds blocks of a
+foreign colour and restores those tiles again in float32, which it does not do with trained weights.
 """
 
 from __future__ import annotations
@@ -20,8 +23,10 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from torch import nn
 
 from dsgformer_arch import zoo
+from dsgformer_arch.restore import evaluating
 from dsgformer_arch.utils.errors import UserError, guarded
 
 PICTURE = Path(__file__).resolve().parents[1] / 'docs' / 'images' / 'before_after.jpg'
@@ -29,6 +34,12 @@ PICTURE = Path(__file__).resolve().parents[1] / 'docs' / 'images' / 'before_afte
 
 COMMAND = 'import sys\nfrom dsgformer_arch.cli.dsgformer import main\nsys.exit(main())\n'
 """The console script, as pip installs it."""
+
+OUTPUT_SCALE = 1e-3
+"""Factor of the output layer's random weights."""
+
+SHIPPED, RANDOM = 'of the package', 'random, output layer scaled'
+"""What the last column says about a system's weights."""
 
 
 @dataclass
@@ -38,6 +49,7 @@ class Run:
     wall: float
     network: float
     megapixels: float
+    notes: list[str]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -65,16 +77,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
             folder / 'in.jpg', quality=92
         )
         (folder / 'dsgformer').write_text(COMMAND, encoding='utf-8')
-        print(f'{"system":<24}{"command, s":>12}{"network, s":>12}{"ratio":>8}{"MP/s":>8}')
+        print(f'{"system":<24}{"command, s":>12}{"network, s":>12}{"ratio":>8}{"MP/s":>8}  weights')
         for system in systems:
             options = ['--precision', args.precision, *_weights(system, folder)]
             runs = [_run(folder, options, args.threads) for _ in range(args.repeats)]
             best = min(runs, key=lambda run: run.wall)
             print(
                 f'{system:<24}{best.wall:>12.2f}{best.network:>12.2f}{best.wall / best.network:>8.2f}'
-                f'{best.megapixels / best.wall:>8.2f}',
+                f'{best.megapixels / best.wall:>8.2f}  {SHIPPED if system in zoo.shipped() else RANDOM}',
                 flush=True,
             )
+            for note in best.notes:
+                print(f'note: {system}: {note}', file=sys.stderr, flush=True)
 
 
 def _weights(system: str, folder: Path) -> list[str]:
@@ -83,8 +97,26 @@ def _weights(system: str, folder: Path) -> list[str]:
         return ['--model', system] if system != 'dsgformer_h' else []
     path = folder / f'{system}.pth'
     torch.manual_seed(0)
-    torch.save({'params': zoo.create(system).state_dict()}, path)
+    network = zoo.create(system)
+    for parameter in output_layer(network).parameters():
+        parameter.data *= OUTPUT_SCALE
+    torch.save({'params': network.state_dict()}, path)
     return ['--weights', str(path)]
+
+
+def output_layer(network: nn.Module) -> nn.Module:
+    """The last convolution that a network calls."""
+    called: list[nn.Module] = []
+    convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
+    hooks = [
+        module.register_forward_hook(lambda module, inputs, output: called.append(module))
+        for module in convolutions
+    ]
+    with evaluating(network):
+        network(torch.zeros(1, 3, 64, 64))
+    for hook in hooks:
+        hook.remove()
+    return called[-1]
 
 
 def _run(folder: Path, options: list[str], threads: int) -> Run:
@@ -104,7 +136,7 @@ def _run(folder: Path, options: list[str], threads: int) -> Run:
     if done.returncode:
         raise UserError(f'dsgformer deblur {" ".join(options)} failed: {done.stderr.strip()[-300:]}')
     told = json.loads(done.stdout)
-    return Run(wall, told['network_seconds'], told['megapixels'])
+    return Run(wall, told['network_seconds'], told['megapixels'], told['notes'])
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -264,6 +264,7 @@ class DSGformer(RestorationNetwork):
 
     pad_multiple = BLOCK
     min_size = BLOCK
+    channels_last = True
     sees_whole_image = True
     width_settings = ('width',)
     depth_settings = ('num_blocks',)

@@ -32,6 +32,7 @@ from dsgformer_arch.restore import (
     evaluating,
     is_out_of_memory,
     restore_rows,
+    tile_shape,
     whole_image,
 )
 from dsgformer_arch.utils.errors import UserError
@@ -44,6 +45,9 @@ BAND_BYTES = 300_000_000
 
 BYTES_OF_A_BAND = 40
 """For each of its pixels: three channels in float32 three times over, and the pixels themselves."""
+
+STRIP_VALUES = 1 << 18
+"""Numbers that are converted at once: in float32 1 MiB, which a processor's cache holds."""
 
 FRAMES_AT_ONCE = 8
 """Frames of a video that a GPU restores together."""
@@ -209,15 +213,18 @@ class Deblurrer:
         precision = self._precision(first.dtype)
         tile = self._side(size)
         shape = (tile, tile)
-        if self.tile == 'auto' and size[0] * size[1] > tile**2:
+        multiple = getattr(self.network, 'pad_multiple', 1)
+        cut = self.tile == 'auto' and size[0] * size[1] > tile**2
+        if cut:
             # Rows of tiles are kept whole: the wider the image, the lower the tiles.
             high = min(tile, max(4 * TILE_OVERLAP, BAND_BYTES // (BYTES_OF_A_BAND * size[1])))
             shape = (high, tile**2 // high)
         overlap = min(TILE_OVERLAP, min(shape) // 4)
         if self._window:  # a window that ends at the end of a tile lacks at most half of its pixels
             overlap = max(overlap, min(2 * self._window // 3, min(shape) // 3))
-        multiple = getattr(self.network, 'pad_multiple', 1)
-        pixels = first
+        if cut:
+            shape = tile_shape(size, tile**2, shape[0], overlap, multiple)
+        pixels, order = first, self._order
 
         def read(top: int, bottom: int) -> Tensor:
             nonlocal pixels
@@ -225,7 +232,7 @@ class Deblurrer:
             return torch.from_numpy(np.require(pixels, requirements=['C', 'W'])).permute(2, 0, 1)[None]
 
         def call(part: Tensor) -> Tensor:
-            return self._tile(to_tensor(part[0].permute(1, 2, 0).numpy()), precision)
+            return self._tile(to_tensor(part[0].permute(1, 2, 0).numpy(), order), precision)
 
         restored = restore_rows(call, read, size, shape, overlap, multiple, tick)
         # A band starts where the rows start that were read for it.
@@ -257,7 +264,7 @@ class Deblurrer:
         result = np.empty_like(frames)
         for start in range(0, len(frames), together):
             part = frames[start : start + together]
-            image = torch.cat([to_tensor(frame) for frame in part])
+            image = torch.cat([to_tensor(frame, self._order) for frame in part])
             with evaluating(self.network):
                 self._replay = self._records and len(part) == together
                 restored = self._tile(image, precision)
@@ -315,6 +322,13 @@ class Deblurrer:
         if kind == np.uint8 and has_bf16(self.device) and _bears_bf16(self.name):
             return 'bf16'
         return 'fp32'
+
+    @property
+    def _order(self) -> torch.memory_format:
+        """The memory format of images that the network takes."""
+        return (
+            torch.channels_last if getattr(self.network, 'channels_last', False) else torch.contiguous_format
+        )
 
     def _side(self, size: tuple[int, int]) -> int:
         """The largest side of tiles for images of this size."""
@@ -379,19 +393,21 @@ class Deblurrer:
 
     def _finished(self, band: Tensor, pixels: Pixels) -> Pixels:
         """Restored (1, 3, H, W) in the form of `pixels`, blended with them by `strength`; alpha is theirs."""
-        restored = band[0].permute(1, 2, 0).numpy()
-        colours = 1 if pixels.shape[-1] <= 2 else 3
-        if colours == 1:
-            restored = restored.mean(-1, keepdims=True)
-        scale = _scale(pixels.dtype)
-        before = pixels[..., :colours]
-        restored = np.clip(restored, 0.0, 1.0) * np.float32(scale)
-        if self.strength != 1:
-            restored = before + np.float32(self.strength) * (restored - before)
-        if scale != 1:
-            restored = np.rint(restored)
+        colours, scale = 1 if pixels.shape[-1] <= 2 else 3, _scale(pixels.dtype)
         result = pixels.copy()
-        result[..., :colours] = restored.astype(pixels.dtype)
+        height = max(1, STRIP_VALUES // (3 * pixels.shape[1]))
+        for top in range(0, len(pixels), height):
+            rows = slice(top, top + height)
+            restored = band[0, :, rows].permute(1, 2, 0).numpy()
+            if colours == 1:
+                restored = restored.mean(-1, keepdims=True)
+            restored = np.clip(restored, 0.0, 1.0) * np.float32(scale)
+            before = pixels[rows, :, :colours]
+            if self.strength != 1:
+                restored = before + np.float32(self.strength) * (restored - before)
+            if scale != 1:
+                restored = np.rint(restored)
+            result[rows, :, :colours] = restored.astype(pixels.dtype)
         return result
 
 
@@ -430,13 +446,13 @@ def has_bf16(device: torch.device) -> bool:
     return False
 
 
-def to_tensor(pixels: Pixels) -> Tensor:
+def to_tensor(pixels: Pixels, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
     """(H, W, C) of uint8, uint16 or floating point to (1, 3, H, W), float32 in [0, 1]; alpha is left away."""
     colours, scale = 1 if pixels.shape[-1] <= 2 else 3, _scale(pixels.dtype)
     if pixels.dtype.type not in (np.uint8, np.float32):  # which not every PyTorch converts
         pixels = pixels.astype(np.float32)
     given = torch.from_numpy(np.require(pixels, requirements=['W']))[..., :colours].permute(2, 0, 1)[None]
-    image = torch.empty(given.shape)
+    image = torch.empty(given.shape, memory_format=memory_format)
     image.copy_(given)
     return image.div_(scale).expand(-1, 3, -1, -1)
 

@@ -242,6 +242,21 @@ def test_tiles_overlap_by_more_where_pooling_is_local(
     assert taken == [overlap]
 
 
+def test_automatic_tiles_compute_few_pixels_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    computed: list[int] = []
+
+    class Counting(Darker):
+        def forward(self, x: Tensor) -> Tensor:
+            computed.append(x.shape[-2] * x.shape[-1])
+            return super().forward(x)
+
+    monkeypatch.setattr(module, 'automatic_tile', lambda *arguments: 400)
+    image = pixels(420, 800, 3)
+    assert np.abs(Deblurrer(Counting()).restore(image) - expected(image)).max() <= 1
+    assert max(computed) <= 400**2
+    assert sum(computed) <= 1.3 * 420 * 800  # tiles of 400×400 compute 2.8 times as many
+
+
 def test_bands_of_an_image_that_is_read_row_by_row() -> None:
     image = pixels(300, 150, 3)
     deblurrer = Deblurrer(Darker(), tile=64)

@@ -58,6 +58,7 @@ class RestorationNetwork(nn.Module):
         final_output: index of the restored image if the network returns several.
         bytes_per_pixel: memory for each pixel of an image in float32; 0 if it must be counted by
             `restore.memory_per_pixel`.
+        channels_last: whether it computes in this memory format, and takes images in it without a conversion.
         sees_whole_image: whether a pixel of the result depends on the whole image, so that tiles change it.
         channel_settings: names of the settings for channels of images, the input's first; 3 is the default.
         width_settings: names of the settings for numbers of features, which are scaled together.
@@ -73,6 +74,7 @@ class RestorationNetwork(nn.Module):
     input_offset: float = 0.0
     final_output: int = -1
     bytes_per_pixel: float = 0.0
+    channels_last: ClassVar[bool] = False
     sees_whole_image: ClassVar[bool] = False
     channel_settings: ClassVar[tuple[str, ...]] = ()
     width_settings: ClassVar[tuple[str, ...]] = ()

@@ -139,9 +139,11 @@ def run(arguments: argparse.Namespace) -> int:
 
     def make() -> Deblurrer:
         from dsgformer_arch.utils.allocator import keep_freed_memory
+        from dsgformer_arch.utils.collection import without_collection
 
         keep_freed_memory()
-        return restorer(arguments)
+        with without_collection():
+            return restorer(arguments)
 
     results = deblur(jobs, make, force=arguments.force, compare=arguments.compare, as_json=arguments.json)
     print(summary(results, time.monotonic() - begun), file=sys.stderr, flush=True)

@@ -280,6 +280,29 @@ def test_the_default_network_needs_no_more_than_torch(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+def test_start_and_exit_do_not_traverse_what_pytorch_made(tmp_path: Path) -> None:
+    """Passes of the garbage collector over it take a third of the time for a small image."""
+    Image.fromarray(scene()).save(tmp_path / 'a.png')
+    script = tmp_path / 'dsgformer'
+    script.write_text(
+        'import gc, sys\ntraversed = []\n'
+        'gc.callbacks.append(lambda *_: traversed.append(len(gc.get_objects())))\n'
+        'from dsgformer_arch.cli.dsgformer import main\nstatus = main()\n'
+        'print(max(traversed), len(gc.get_objects()), gc.isenabled())\nsys.exit(status)\n'
+    )
+    done = subprocess.run(
+        [sys.executable, str(script), 'deblur', str(tmp_path / 'a.png')],
+        env={**os.environ, 'PYTHONPATH': str(Path(__file__).parents[3])}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-500:]
+    most, left, enabled = done.stdout.split()
+    assert enabled == 'True'
+    assert int(most) < 50_000  # PyTorch makes ten times as many objects
+    assert int(left) < 50_000
+
+
+@pytest.mark.long
 def test_the_installed_command_registers_when_it_needs_a_network(tmp_path: Path, weights: Path) -> None:
     Image.fromarray(scene()).save(tmp_path / 'a.png')
     done = as_installed(tmp_path, 'deblur', str(tmp_path / 'a.png'), '--weights', str(weights))
