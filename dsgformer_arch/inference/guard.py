@@ -37,9 +37,8 @@ def fault(restored: Tensor, image: Tensor) -> str | None:
 
 def _means(x: Tensor) -> Tensor:
     """Mean of each block, (N, C, ⌈H / BLOCK⌉, ⌈W / BLOCK⌉); the last row and column may be smaller."""
-    # Several times as fast on a CPU as `avg_pool2d`; rows first, whose sums are vectorized in both orders of
-    # channels.
-    return _means_along(_means_along(x, -2), -1)
+    # Several times as fast on a CPU as `avg_pool2d`.
+    return _means_along(_means_along(x, -1), -2)
 
 
 def _means_along(x: Tensor, dim: int) -> Tensor:
