@@ -11,6 +11,7 @@ foreign colour and restores those tiles again in float32, which it does not do w
 from __future__ import annotations
 
 import argparse
+import compileall
 import json
 import os
 import subprocess
@@ -29,7 +30,9 @@ from dsgformer_arch import zoo
 from dsgformer_arch.restore import evaluating
 from dsgformer_arch.utils.errors import UserError, guarded
 
-PICTURE = Path(__file__).resolve().parents[1] / 'docs' / 'images' / 'before_after.jpg'
+ROOT = Path(__file__).resolve().parents[1]
+
+PICTURE = ROOT / 'docs' / 'images' / 'before_after.jpg'
 """What the JPEG is made of, enlarged: the content does not change the time."""
 
 COMMAND = 'import sys\nfrom dsgformer_arch.cli.dsgformer import main\nsys.exit(main())\n'
@@ -71,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.repeats < 1:
         raise UserError(f'--repeats {args.repeats}: give a number from 1 up')
     systems = [zoo.get(name).name for name in args.systems]
+    compileall.compile_dir(ROOT / 'dsgformer_arch', quiet=2)  # as pip does when it installs the package
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         Image.open(PICTURE).convert('RGB').resize(args.size, Image.Resampling.BICUBIC).save(
@@ -121,9 +125,7 @@ def output_layer(network: nn.Module) -> nn.Module:
 
 def _run(folder: Path, options: list[str], threads: int) -> Run:
     environment = dict(os.environ)
-    environment['PYTHONPATH'] = os.pathsep.join(
-        [str(Path(__file__).resolve().parents[1]), *filter(None, [environment.get('PYTHONPATH')])]
-    )
+    environment['PYTHONPATH'] = os.pathsep.join([str(ROOT), *filter(None, [environment.get('PYTHONPATH')])])
     if threads:
         environment['OMP_NUM_THREADS'] = str(threads)
     command = [sys.executable, str(folder / 'dsgformer'), 'deblur', str(folder / 'in.jpg')]
