@@ -6,6 +6,8 @@ Each command is a module of `dsgformer_arch.cli.commands`; a name in `COMMANDS` 
 from __future__ import annotations
 
 import argparse
+import atexit
+import gc
 import importlib
 from typing import Any
 
@@ -17,6 +19,10 @@ COMMANDS = ('deblur', 'batch', 'models', 'info', 'weights', 'export', 'serve', '
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of the console script; returns the exit status."""
+
+    # At exit the collector would free what PyTorch's import made, object by object: a quarter of the time of
+    # restoring a small image.
+    atexit.register(gc.freeze)
 
     def run() -> int:
         parsed = parser().parse_args(arguments)

@@ -1,4 +1,4 @@
-"""Programs that start and end without passes of Python's garbage collector."""
+"""Programs that start without passes of Python's garbage collector."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def without_collection() -> Iterator[None]:
     """Pause the garbage collector, and exempt all objects that exist at the end from later collections.
 
     For imports at the start of a program.  What importing PyTorch makes lives until the process ends, but
-    the collector traverses it several times during the import, and frees it object by object at exit.
+    the collector traverses it several times during the import and in each full collection after it.
     """
     enabled = gc.isenabled()
     gc.disable()
