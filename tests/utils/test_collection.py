@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 
 import pytest
 
@@ -10,7 +11,7 @@ from dsgformer_arch.utils.collection import without_collection
 
 
 @pytest.fixture(autouse=True)
-def _thawed() -> object:
+def _thawed() -> Iterator[None]:
     yield
     gc.enable()
     gc.unfreeze()
