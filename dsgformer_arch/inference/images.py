@@ -50,8 +50,8 @@ ZLIB_LEVEL = 3
 STRIP = 1 << 20
 """Bytes of a strip of a TIFF, before compression."""
 
-IN_MEMORY = 256 << 20
-"""Larger images, in bytes, wait in a temporary file until they are encoded."""
+IN_MEMORY = 32 << 20
+"""Larger TIFFs, in bytes of pixels, and PNGs of 16 bits wait in a temporary file until they are encoded."""
 
 LARGE_TIFF = 3_900_000_000
 """Bytes of pixels from which on a TIFF is written as BigTIFF; a BigTIFF stays one."""
