@@ -298,7 +298,7 @@ def result(text: str) -> Path:
 def positive(text: str) -> int:
     value = int(text) if text.isdecimal() else 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f'{text} is no whole number from 1 up')
+        raise argparse.ArgumentTypeError(f'{text} is not a whole number from 1 up')
     return value
 
 
@@ -308,7 +308,7 @@ def rate(text: str) -> float:
     except ValueError:
         value = math.nan
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f'{text} is no positive number')
+        raise argparse.ArgumentTypeError(f'{text} is not a positive number')
     return value
 
 
@@ -327,7 +327,7 @@ def cores(text: str) -> int:
 def size(text: str, example: str = '720x1280 (height first)') -> tuple[int, int]:
     sides = text.lower().split('x')
     if len(sides) > 2 or not all(side.isdigit() and int(side) >= 16 for side in sides):
-        raise argparse.ArgumentTypeError(f'{text!r} is no size; write 256 or {example}, from 16 up')
+        raise argparse.ArgumentTypeError(f'{text!r} is not a size; write 256 or {example}, from 16 up')
     return int(sides[0]), int(sides[-1])
 
 

@@ -144,7 +144,7 @@ def _run(folder: Path, options: list[str], threads: int) -> Run:
 def _size(text: str) -> tuple[int, int]:
     width, _, height = text.partition('x')
     if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
-        raise argparse.ArgumentTypeError(f'{text!r} is no size such as 4000x3000')
+        raise argparse.ArgumentTypeError(f'{text!r} is not a size such as 4000x3000')
     return int(width), int(height)
 
 

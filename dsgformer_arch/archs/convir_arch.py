@@ -269,8 +269,8 @@ class ConvIR(RestorationNetwork):
         super().__init__()
         if num_res < 1 or base_channel < 1 or base_channel % GROUPS or len(dilations) != len(POOLS):
             raise UserError(
-                f'ConvIR: num_res={num_res}, base_channel={base_channel}, dilations={tuple(dilations)} is no '
-                f'network; give at least 1, a multiple of {GROUPS} and {len(POOLS)} numbers'
+                f'ConvIR: num_res={num_res}, base_channel={base_channel}, dilations={tuple(dilations)}: '
+                f'not possible; give at least 1, a multiple of {GROUPS} and {len(POOLS)} numbers'
             )
         self.min_size = _min_size(dilations)
         C = base_channel

@@ -144,7 +144,7 @@ class DFGB(nn.Module):
 
     P splits U into 8×8 blocks that do not overlap, F is the real FFT of a block
     and M a learnt real matrix of shape (C, 8, 5), one per channel.  M starts at
-    1, so that DFGB starts as GELU.  A height or width that is no multiple of 8
+    1, so that DFGB starts as GELU.  A height or width that is not a multiple of 8
     is padded by repeating the border, and cropped again.  (N, C, H, W) to the same.
     """
 

@@ -225,7 +225,7 @@ class Stripformer(RestorationNetwork):
         num_blocks: strip blocks at a quarter of the resolution and in the decoder.
 
     Raises:
-        UserError: for a width of strip blocks that is no multiple of 64.
+        UserError: for a width of strip blocks that is not a multiple of 64.
     """
 
     pad_multiple = 8

@@ -112,7 +112,7 @@ def use_local_pooling(
         `network`.
 
     Raises:
-        UserError: a size is no positive number, or the network has no statistics to make local.
+        UserError: a size is not a positive number, or the network has no statistics to make local.
     """
     train = _pair(train_size, 'train_size')
     base = (train[0] * 3 // 2, train[1] * 3 // 2) if base_size is None else _pair(base_size, 'base_size')

@@ -80,7 +80,7 @@ class Record:
             raise UserError(f'cannot read {path}: {error.strerror}') from None
         except (ValueError, TypeError):
             raise UserError(
-                f'{path} is no result of tools/benchmark.py; delete it or name another one'
+                f'{path} is not a result of tools/benchmark.py; delete it or name another one'
             ) from None
 
 

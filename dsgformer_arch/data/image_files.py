@@ -52,12 +52,12 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
     """The bytes of an image file.
 
     Raises:
-        BadImageError: it is no ordinary file (a pipe would never end), or larger than any image.
+        BadImageError: it is not an ordinary file (a pipe would never end), or larger than any image.
         OSError: it cannot be read.
     """
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
-        raise BadImageError('is no ordinary file')
+        raise BadImageError('is not an ordinary file')
     if status.st_size > MAX_FILE_BYTES:
         raise BadImageError(f'has {status.st_size} bytes, more than any image that is read here')
     with open(path, 'rb') as file:
@@ -83,7 +83,7 @@ def check_image(data: bytes | memoryview, upright: bool = True) -> Shape:
 
     A PNG must have its signature, a sound IHDR, at least one IDAT, an IEND, and the right CRC-32 in every
     chunk; a JPEG, which carries no check sums, its start and end markers and a sound header between them; a
-    raw image (see `raw_image`) exactly as many bytes as its size asks for.  The kind is told from the
+    raw image (see `raw_image`) exactly as many bytes as its size asks for.  The kind is detected from the
     content, not from a file name.
 
     Args:
@@ -164,7 +164,7 @@ def header_shape(data: bytes | memoryview) -> Shape:
     """The size that an image's header gives; three channels are assumed.
 
     Raises:
-        BadImageError: it is no PNG, JPEG or raw image, has no sound header, or more than `MAX_PIXELS`.
+        BadImageError: it is not a PNG, JPEG or raw image, has no sound header, or more than `MAX_PIXELS`.
     """
     view = memoryview(data)
     start = bytes(view[:32])

@@ -52,11 +52,11 @@ def check_lmdb(folder: str | os.PathLike[str]) -> None:
                 file.seek(page)
                 meta.append(file.read(LAST_PAGE_AT + 16))
     except OSError as error:
-        raise UserError(f'{folder} is no finished LMDB ({DATA}: {error.strerror}); {AGAIN}') from None
+        raise UserError(f'{folder} is not a finished LMDB ({DATA}: {error.strerror}); {AGAIN}') from None
     if size == 0:
         raise UserError(f'the LMDB {folder} is empty; {AGAIN}')
     if len(meta) < 2 or any(part[MAGIC_AT : MAGIC_AT + 8] != MAGIC for part in meta):
-        raise UserError(f'{path} is no LMDB, or its beginning is damaged; {AGAIN}')
+        raise UserError(f'{path} is not an LMDB, or its beginning is damaged; {AGAIN}')
     if any(len(part) < LAST_PAGE_AT + 16 for part in meta):
         raise UserError(f'{path} is truncated; {AGAIN}')
     # The newer one counts; of two that are equally new, LMDB takes the first.
@@ -131,7 +131,7 @@ def open_lmdb(folder: str | os.PathLike[str]) -> lmdb.Environment:
     """Open an LMDB for reading, without locks, after `check_lmdb`.
 
     Raises:
-        UserError: it is no LMDB, truncated, or damaged.
+        UserError: it is not an LMDB, truncated, or damaged.
     """
     check_lmdb(folder)
     try:
@@ -190,7 +190,7 @@ def keys_of(folder: str | os.PathLike[str], opened: lmdb.Environment) -> list[st
     """All keys of an LMDB, sorted.
 
     Raises:
-        UserError: a key is no relative path (see `meta_info.check_key`).
+        UserError: a key is not a relative path (see `meta_info.check_key`).
     """
     keys = []
     try:

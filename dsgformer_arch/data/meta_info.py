@@ -59,7 +59,7 @@ def read(folder: str | os.PathLike[str]) -> dict[str, Entry]:
             raise UserError(f'{path} has more than {MAX_BYTES >> 20} MiB; make the LMDB again')
         text = path.read_text('utf-8')
     except (OSError, ValueError) as error:
-        reason = getattr(error, 'strerror', None) or 'it is no text'
+        reason = getattr(error, 'strerror', None) or 'it is not text'
         raise UserError(f'{path} cannot be read ({reason}); make the LMDB again') from None
     return parse(text.splitlines(), str(path))
 
@@ -93,7 +93,7 @@ def parse(lines: Iterable[str], path: str) -> dict[str, Entry]:
 
 
 def check_key(key: str, where: str) -> None:
-    """Refuse a key that is no relative path below a folder.
+    """Refuse a key that is not a relative path below a folder.
 
     Raises:
         UserError: it is empty, too long, absolute, holds `..`, a backslash or a control character.
@@ -107,6 +107,6 @@ def check_key(key: str, where: str) -> None:
         or any(part in ('', '.', '..') for part in parts)
     ):
         raise UserError(
-            f'{where} has the key {key[:80]!r}, which is no relative path; '
+            f'{where} has the key {key[:80]!r}, which is not a relative path; '
             'make the LMDB again with other names'
         )

@@ -110,7 +110,7 @@ class SampleStream(Sampler[list[tuple[int, int]]]):
 class SeededSamples(Dataset[dict[str, Any]]):
     """A data set that is indexed by (position, index) and draws its random numbers from the position.
 
-    A sample that cannot be read is no exception, which a loader worker would
+    A sample that cannot be read is not an exception, which a loader worker would
     turn into two tracebacks: it is the entry `'error'` of what is returned, one
     sentence.  With `replace`, the next image takes its place and the entry
     `'faults'` lists such sentences.

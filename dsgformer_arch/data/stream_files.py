@@ -155,7 +155,7 @@ class Folder:
         try:
             status = path.stat()
             if not stat.S_ISREG(status.st_mode) or status.st_size > most:
-                raise UserError(f'{path} is no ordinary file of at most {most >> 20} MiB; {AGAIN}')
+                raise UserError(f'{path} is not an ordinary file of at most {most >> 20} MiB; {AGAIN}')
             return path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             return None
@@ -196,7 +196,7 @@ class Bucket:
     def __init__(self, address: str) -> None:
         found = BUCKET.fullmatch(address)
         if found is None:
-            raise UserError(f'{address} is no address of the form s3://bucket/prefix')
+            raise UserError(f'{address} is not an address of the form s3://bucket/prefix')
         require_litdata(address)
         self.bucket = found[1]
         self.prefix = (found[2] or '').strip('/')

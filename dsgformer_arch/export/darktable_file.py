@@ -42,7 +42,7 @@ def packaged(exporter: Exporter, module: ImageToImage, interface: Interface, pat
 
 
 def config_of(interface: Interface) -> dict[str, object]:
-    """What `config.json` says: darktable's keys, and under `dsgformer` the metadata of all our files."""
+    """The content of `config.json`: darktable's keys, and under `dsgformer` the metadata of all formats."""
     fitting = [side for side in TILES if side % interface.pad_multiple == 0 and side >= interface.min_size]
     metadata = interface.metadata()
     return {

@@ -1,4 +1,4 @@
-"""The one function that exports, and the formats by name."""
+"""`export`, and the table of formats."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from dsgformer_arch.utils.files import write_atomically
 
 @dataclass(frozen=True)
 class Format:
-    """A format of files."""
+    """An export format."""
 
     title: str
     suffix: str
-    """Of its files"""
+    """Suffix of its files"""
     exporters: Mapping[str, Callable[[ImageToImage, Interface, str], None]]
     """Functions that write a file, in the order in which they are tried"""
     runtime: Callable[[str], Run]
-    """Load a file in the runtime that it is made for"""
+    """Loads a file in its runtime"""
     requires: tuple[str, ...] = ()
-    """Packages to import"""
+    """Packages that must be installed"""
     companions: tuple[str, ...] = ()
-    """Suffixes of the files that are written beside it"""
+    """Suffixes of files that belong to it"""
     precisions: tuple[Precision, ...] = ('fp32', 'fp16')
     check: Callable[[], None] = lambda: None
     """Raises `UserError` where something other than a package is missing"""
@@ -96,12 +96,12 @@ class Exported:
 def check_target(
     path: str | os.PathLike[str], precision: Precision = 'fp32', format: str | None = None
 ) -> Format:
-    """The format of a file that is to be written; called before anything that takes time.
+    """Choose the format of a file, and check that it can be written; called before slow work.
 
     Args:
         path: the file.
         precision: see `export`.
-        format: one of `FORMATS`; None for the one that the suffix of `path` tells.
+        format: one of `FORMATS`; None for the one with the suffix of `path`.
 
     Raises:
         UserError: no such format, or one with another suffix or without this precision; a package or a
@@ -138,18 +138,18 @@ def export(
     precision: Precision = 'fp32',
     format: str | None = None,
 ) -> Exported:
-    """Write a network as a file for another runtime, and verify it there.
+    """Export a network to a file for another runtime, and verify it there.
 
     The file is run on images of two sizes that it was not exported with, and compared with the reference
-    implementation (see `verify.TOLERANCES`).  An exporter whose file fails is followed by the format's
-    next.  `path` is replaced once a file has passed, so it is there whole and verified, or not at all.
+    implementation (see `verify.TOLERANCES`).  If it fails, the next exporter of the format is tried.  `path`
+    is written atomically, and only with a verified file.
 
     Args:
         network: in float32 on the CPU.
         path: the file to write; its suffix is the format's.
         system: name of the system, for the metadata.
         precision: type of the weights and of most of the arithmetic.
-        format: one of `FORMATS`; None for the one that the suffix of `path` tells.
+        format: one of `FORMATS`; None for the one with the suffix of `path`.
 
     Raises:
         UserError: as `check_target`; or `path` cannot be written.
@@ -176,7 +176,7 @@ def _attempt(
     exporter: str,
     write: Callable[[ImageToImage, Interface, str], None],
 ) -> Exported:
-    """One exporter's file, verified and moved into place."""
+    """Export with one exporter, verify, and move the file to its path."""
     what = f'the file of the exporter {exporter}'
     try:
         with tempfile.TemporaryDirectory(prefix=f'.{path.name}.part', dir=path.absolute().parent) as folder:

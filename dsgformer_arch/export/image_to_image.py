@@ -1,4 +1,4 @@
-"""What an exported file computes, and what it says about itself: one interface for all systems."""
+"""The interface of exported files, the same for all systems, and the module that is exported."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ INPUT, OUTPUT = 'image', 'restored'
 """Names of the graph's input and output."""
 
 SIDE = 48
-"""About the least side in pixels of the images that a file is exported and verified with."""
+"""Approximate least side, in pixels, of the images for export and verification."""
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,10 @@ class Interface:
 
 
 class ImageToImage(nn.Module):
-    """A network behind the interface of `Interface`.
+    """A network with the inputs and outputs of `Interface`.
 
-    Padding stays outside the graph: a tool that cuts images into tiles pads them anyway.  A copy of the
-    network is kept, whose modules have their forms for export where `exported` is set.
+    Padding is not part of the graph: tools that cut images into tiles pad them anyway.  The network is
+    copied; with `exported`, modules of the copy are replaced by their forms for export.
 
     Raises:
         UserError: the network takes no RGB images.

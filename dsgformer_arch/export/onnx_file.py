@@ -125,7 +125,7 @@ def example(interface: Interface) -> Tensor:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Exporters warn of their own deprecations and of every shape that they keep as a variable."""
+    """Suppress warnings of exporters: about their own deprecations, and about every dynamic shape."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,4 +1,4 @@
-"""OpenVINO's intermediate representation: a graph (.xml) and its weights beside it (.bin), made from ONNX."""
+"""OpenVINO's intermediate representation: a graph (.xml) and its weights (.bin), converted from ONNX."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ METADATA = 'dsgformer'
 
 
 def through_onnx(exporter: Exporter, module: ImageToImage, interface: Interface, path: str) -> None:
-    """Write `path` (.xml) and the weights beside it (.bin)."""
+    """Write `path` (.xml) and the file of weights (.bin) next to it."""
     import openvino
 
     graph = f'{path}.onnx'
@@ -42,7 +42,7 @@ EXPORTERS: dict[str, Exporter] = {
 
 
 def runtime(path: str) -> Run:
-    """The file in OpenVINO on the CPU, in float32: its own choice is bfloat16 where the CPU has it."""
+    """The file in OpenVINO on the CPU, in float32; the default is bfloat16 where the CPU has it."""
     import openvino
 
     compiled = openvino.Core().compile_model(path, 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})

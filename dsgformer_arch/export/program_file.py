@@ -76,7 +76,7 @@ AOT_EXPORTERS: dict[str, Callable[[ImageToImage, Interface, str], None]] = {'aot
 
 
 def runtime(path: str) -> Run:
-    """The program in PyTorch, for which it need not have the batch that its convolutions were chosen with."""
+    """The program in PyTorch, without guards on the batch size for which its convolutions were chosen."""
     loaded: Any = torch.export.load(path)
     # PyTorch before 2.9 checks nothing and has no such argument.
     checks = inspect.signature(loaded.module).parameters

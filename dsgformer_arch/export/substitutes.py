@@ -99,5 +99,5 @@ def variable_sizes() -> Iterator[None]:
 
 
 def _whole(value: Any) -> Any:
-    """`int(value)` that a traced tensor or a symbolic number survives."""
+    """`int(value)` that keeps traced tensors and symbolic numbers symbolic."""
     return value.long() if isinstance(value, Tensor) else torch.sym_int(value)

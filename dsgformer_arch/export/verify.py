@@ -1,4 +1,4 @@
-"""Whether an exported file computes what the network computes."""
+"""Verification of exported files against the network in PyTorch."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ step of an 8-bit image.
 """
 
 Run = Callable[[np.ndarray], np.ndarray]
-"""A runtime with a file: (N, 3, H, W), float32, to the same."""
+"""A file loaded in its runtime: maps (N, 3, H, W), float32, to the same."""
 
 
 class VerificationError(UserError):
-    """A file that does not compute what the network computes."""
+    """A file whose results differ from those of the network."""
 
 
 def verify(run: Run, network: RestorationNetwork, interface: Interface, what: str) -> float:
@@ -32,8 +32,8 @@ def verify(run: Run, network: RestorationNetwork, interface: Interface, what: st
     Args:
         run: the file in its runtime.
         network: the network, in float32.
-        interface: of the file; tells the images' sizes, none of them the one of the export.
-        what: the file in words, for the message.
+        interface: of the file; defines the sizes of the images, which differ from that of the export.
+        what: what the message calls the file.
 
     Returns:
         The largest absolute difference.
@@ -56,7 +56,7 @@ def verify(run: Run, network: RestorationNetwork, interface: Interface, what: st
         if found.shape != expected.shape:
             raise VerificationError(f'{what} returns {found.shape} at {size} pixels, not {expected.shape}')
         difference = float(np.abs(found.astype(np.float64) - expected).max())
-        if not difference <= tolerance:  # NaN is no result either
+        if not difference <= tolerance:  # NaN is not a result either
             raise VerificationError(
                 f'{what} differs from PyTorch by {difference:.2g} at {size} pixels, more than {tolerance:.2g}'
             )

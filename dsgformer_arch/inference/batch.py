@@ -1,9 +1,8 @@
 """Restore millions of files on a Ray cluster.
 
-The driver lists the inputs as Arrow strings and gives them, some at a time, to a pool of Ray Data's actors.
-Each actor holds one `Deblurrer` and restores its files as `dsgformer deblur` does: it skips what is done,
-reads ahead, and moves a complete result to its name.  The result files are the checkpoint; there is no other
-state.
+The driver lists the inputs as Arrow strings and sends them in blocks to a pool of Ray Data actors.
+Each actor holds one `Deblurrer` and restores its files as `dsgformer deblur` does: it skips finished files,
+reads ahead, and writes results atomically.  The result files are the checkpoint; there is no other state.
 """
 
 from __future__ import annotations
@@ -40,16 +39,16 @@ FAILED = 'failed.jsonl'
 """File in the folder of the results: one JSON object for each image that failed."""
 
 RAY_LOG = 'ray.log'
-"""File in the folder of the results: what Ray printed before it ended the work."""
+"""File in the folder of the results: the output of Ray, kept where Ray failed."""
 
 ATTEMPTS = '.attempts'
 """Folder in the folder of the results: see `Attempts`."""
 
-MOST_ATTEMPTS = 2
-"""Restarted workers that a file may end before it counts as failed."""
+MAX_ATTEMPTS = 2
+"""Restarted workers that may crash on a file before it counts as failed."""
 
 BLOCK = 64
-"""The most files that a worker is given at once."""
+"""The most files in a block."""
 
 CPUS = 4
 """Cores of a worker without a GPU."""
@@ -58,24 +57,24 @@ LOCAL_STORE = 512 << 20
 """Bytes of a local cluster's object store: it holds paths and records, never pixels."""
 
 ANSWER = 5.0
-"""Seconds within which a cluster has to answer."""
+"""Seconds until a cluster counts as unreachable."""
 
 LISTED = 20
 """The most failed files that are named on standard error; `FAILED` names all of them."""
 
 
-# What a worker does
+# Worker
 
 
 @dataclass(frozen=True)
 class Work:
-    """What all workers have in common.
+    """The job description that all workers share.
 
     Attributes:
         tree: the files.
         make: makes the restorer.
-        fingerprint: of the weights that the driver found, as `Deblurrer.fingerprint`.
-        force: restore what is done already too.
+        fingerprint: `Deblurrer.fingerprint` of the weights on the driver.
+        force: also restore files whose result is up to date.
         threads: of PyTorch, in a worker without a GPU; None leaves them as they are.
         version: of this package.
     """
@@ -91,15 +90,15 @@ class Work:
 class Worker:
     """An actor of the pool: called with a table of paths, returns a table of records.
 
-    A worker that cannot work says why in records of the status `'refused'`: an exception would reach the
-    driver as a part of a long text of Ray's.
+    A worker that cannot start returns a record of the status `'refused'` with the reason: Ray would wrap an
+    exception in a long traceback.
     """
 
     def __init__(self, work: Work) -> None:
         import ray
 
         self.work = work
-        # Only a restarted worker writes down what it starts: a few files on the shared disk, not millions.
+        # Only a restarted worker counts its attempts: that makes few files on the shared disk, not millions.
         restarted = ray.get_runtime_context().was_current_actor_reconstructed
         self.attempts = Attempts(os.path.join(work.tree.out, ATTEMPTS)) if restarted else None
         self.refusal = ''
@@ -119,8 +118,8 @@ def prepare(work: Work) -> Deblurrer:
     """The restorer of a worker.
 
     Raises:
-        UserError: this machine has another version of the package, other weights, no such device, or does not
-            see the files.
+        UserError: this machine has another version of the package, other weights, no such device, or no
+            access to the files.
     """
     import torch
 
@@ -134,7 +133,7 @@ def prepare(work: Work) -> Deblurrer:
     for folder in (work.tree.folder, work.tree.out):
         if not os.path.isdir(folder):
             raise UserError(
-                f'it does not see the folder {folder}; inputs and results have to lie on a file system that '
+                f'it does not see the folder {folder}; inputs and results have to be on a file system that '
                 'all machines mount at the same place'
             )
     if work.threads is not None:
@@ -152,10 +151,10 @@ def restored(
     """Restore files, as `deblur` does; returns one record for each, see `record`.
 
     Args:
-        work: says where inputs and results lie.
-        restorer: restores images.
+        work: the job description.
+        restorer: the network.
         paths: see `Tree.paths`.
-        attempts: counts how often each file was started; then files are restored one after the other.
+        attempts: counter of attempts; with it files are restored one at a time.
     """
     records, jobs = [], []
     for path in paths:
@@ -174,13 +173,13 @@ def restored(
 
 
 def record(result: Result) -> dict[str, Any]:
-    """What the driver is told about a file: a `Result`, and the bytes that were read and written."""
+    """The record of a file for the driver: a `Result`, and the bytes that were read and written."""
     done = result.status == 'restored'
     return {**asdict(result), 'bytes': _size(result.input) + _size(result.output) if done else 0}
 
 
 def as_table(records: Sequence[dict[str, Any]]) -> Any:
-    """An Arrow table of records, with the same types whatever is in them."""
+    """An Arrow table of records with a fixed schema."""
     import pyarrow
 
     types = {
@@ -193,24 +192,24 @@ def as_table(records: Sequence[dict[str, Any]]) -> Any:
 
 
 class Attempts:
-    """Counts how often restarted workers started a file, in files that outlive them.
+    """Counts in files how often restarted workers started to restore each input.
 
-    Ray restarts a worker that ends and gives it the same files again.  A file that ends every worker, for
-    instance because the decoder crashes, would be restored forever.
+    Ray restarts a crashed worker and sends it the same files again.  A file that crashes every worker, for
+    instance in the decoder, would otherwise be restored forever.
 
     Args:
-        folder: of the counters.
+        folder: folder of the counters.
     """
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
 
     def counted(self, job: Job, run: Callable[[Sequence[Job]], list[Result]]) -> list[Result]:
-        """Restore a file, unless workers have ended with it too often."""
+        """Restore a file, unless it has crashed `MAX_ATTEMPTS` workers."""
         counter = Path(self.folder, hashlib.sha256(job.target.encode()).hexdigest()[:32])
-        if _size(counter) >= MOST_ATTEMPTS:
+        if _size(counter) >= MAX_ATTEMPTS:
             error = (
-                f'{job.source}: {MOST_ATTEMPTS} restarted workers ended while they restored it; '
+                f'{job.source}: {MAX_ATTEMPTS} restarted workers ended while they restored it; '
                 'restore it alone with `dsgformer deblur`, or with a smaller --tile'
             )
             return [Result(job.source, job.target, 'failed', error=error)]
@@ -236,7 +235,7 @@ def _leads_to_inputs(tree: Tree, folder: str) -> bool:
     return inside(place, os.path.realpath(tree.folder)) and not inside(place, os.path.realpath(tree.out))
 
 
-# What the driver does
+# Driver
 
 
 @dataclass(frozen=True)
@@ -248,7 +247,7 @@ class Pool:
             start one on this machine.
         workers: how many at most; None for as many as the cluster has room for.
         cpus: cores of a worker without a GPU; None for `CPUS`, or less where a machine has less.
-        per_gpu: workers on each GPU: several where encoding the results takes longer than the network.
+        per_gpu: workers on each GPU; more than one pays off where encoding takes longer than the network.
         device: `'auto'` (GPUs where the cluster has some), `'cuda'` or `'cpu'`.
     """
 
@@ -269,25 +268,25 @@ def batch(
 ) -> Tally:
     """Restore a tree of files on a Ray cluster.
 
-    Failed files are listed in `FAILED` and do not stop the others.  A worker that ends is restarted and its
-    files are given out again.  Started again after it was killed, this skips what is done.
+    Failed files are listed in `FAILED` and do not stop the others.  A crashed worker is restarted and its
+    files are restored again.  A repeated call skips files whose result is up to date.
 
     Args:
         tree: inputs and results, with absolute paths that are the same on all machines.
         make: makes a restorer for a device, `'cpu'` or `'cuda'`; called here once and in each worker.
         pool: the workers.
-        force: restore what is done already too.
+        force: also restore files whose result is up to date.
         as_json: print one JSON object for each file on standard output.
 
     Raises:
-        UserError: nothing to restore, no Ray, no cluster, no room for a worker, or a worker that cannot work.
+        UserError: nothing to restore, no Ray, no cluster, no resources for a worker, or one cannot start.
     """
     if pool.device not in ('auto', 'cpu', 'cuda', 'mps'):
         raise UserError(f'--device {pool.device}: Ray chooses the GPU of each worker; give auto, cuda or cpu')
     if importlib.util.find_spec('ray') is None or importlib.util.find_spec('pyarrow') is None:
         raise UserError('batch needs Ray; install it with pip install "dsgformer[cluster]"')
     paths = listing(tree)
-    # What is wrong with the network is said before a cluster is started.
+    # A wrong model or checkpoint is reported before a cluster is started.
     fingerprint = make('cpu').fingerprint
     tally = Tally()
     failures: list[str] = []
@@ -321,7 +320,7 @@ def batch(
                 traceback.print_exc(file=file)
             raise UserError(
                 f'Ray ended the work: {_last_line(error)}; see {kept}, then give the same command again: '
-                'what is done is skipped'
+                'finished files are skipped'
             ) from None
         finally:
             if 'ray' in sys.modules:
@@ -352,7 +351,7 @@ def listing(tree: Tree) -> Any:
             if not len(chunks[-1]):
                 break
     except UnicodeEncodeError as error:
-        raise UserError(f'{os.fsencode(error.object)!r} is no name in UTF-8; rename the file') from None
+        raise UserError(f'{os.fsencode(error.object)!r} is not a name in UTF-8; rename the file') from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f'{tree.listed or tree.folder} cannot be read: {_sentence(error)}') from None
     paths = pyarrow.chunked_array(chunks)
@@ -362,7 +361,7 @@ def listing(tree: Tree) -> Any:
 
 
 def connect(address: str) -> None:
-    """Connect to a cluster, or start one on this machine that only this machine can reach.
+    """Connect to a cluster, or start one on this machine that is reachable from this machine only.
 
     Raises:
         UserError: no cluster answers at the address, or it has another version of Ray or Python.
@@ -370,13 +369,13 @@ def connect(address: str) -> None:
     os.environ['RAY_USAGE_STATS_ENABLED'] = '0'
     options: dict[str, Any] = {'address': address}
     if address == 'local':
-        # Makes Ray use the loopback address, which it does by itself on other systems than Linux only.
+        # Makes Ray use the loopback address, its default on Windows and macOS only.
         os.environ['RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER'] = '0'
         options |= {'include_dashboard': False, 'object_store_memory': LOCAL_STORE}
         if hasattr(os, 'sched_getaffinity'):
             options['num_cpus'] = len(os.sched_getaffinity(0))
     elif address != 'auto':
-        _knock(address)
+        _check_address(address)
     import ray
 
     try:
@@ -391,15 +390,15 @@ def connect(address: str) -> None:
             f'--ray {address}: {_sentence(error)}; start a cluster with `ray start --head`, join this '
             'machine to one with `ray start --address HOST:PORT`, or leave out --ray to start one here'
         ) from None
-    except Exception as error:  # other versions, a cluster that does not start: of no type of their own
+    except Exception as error:  # other versions, a cluster that does not start: Ray has no common base class
         raise UserError(f'--ray {address}: {_sentence(error)}') from None
 
 
-def _knock(address: str) -> None:
-    """Find out within seconds whether a cluster answers: Ray itself tries for minutes.
+def _check_address(address: str) -> None:
+    """Check within seconds whether a cluster answers: Ray itself retries for minutes.
 
     Raises:
-        UserError: no gRPC server, which Ray's is, answers.
+        UserError: the address is malformed, or no gRPC server answers there.
     """
     host, _, port = address.rpartition(':')
     if not host or '://' in address or not port.isdecimal() or not 0 < int(port) < 65536:
@@ -410,17 +409,17 @@ def _knock(address: str) -> None:
                 # The first bytes of HTTP/2, with an empty frame of settings (RFC 9113, section 3.4).
                 connection.sendall(b'PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n' + b'\0\0\0\4\0\0\0\0\0')
                 if connection.recv(9)[3:4] != b'\4':
-                    raise OSError('what answers is no Ray cluster')
+                    raise OSError('the server is not a Ray cluster')
     except OSError as error:
         reason = 'no answer' if isinstance(error, TimeoutError) else _sentence(error)
         raise UserError(f'--ray {address}: {reason}; `ray start --head` prints the address') from None
 
 
 def room(pool: Pool) -> tuple[int, dict[str, Any], str]:
-    """How many workers the cluster has room for, what each needs, and the device of each.
+    """The number of workers, the resources of each, and their device.
 
     Raises:
-        UserError: for none.
+        UserError: the cluster has no resources for a single worker.
     """
     import ray
 
@@ -442,14 +441,14 @@ def room(pool: Pool) -> tuple[int, dict[str, Any], str]:
 
 
 def _records(work: Work, paths: Any, workers: int, needs: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Give out the files; yields a record for each as soon as its block is done."""
+    """Send the files to the workers; yields a record for each as soon as its block is done."""
     import pyarrow
     import ray.data
 
     logging.getLogger('ray.data').setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    context.max_consecutive_actor_init_deaths = 10  # machines may vanish while they load the network
+    context.max_consecutive_actor_init_deaths = 10  # machines may be pre-empted while they load the network
     rows = block_rows(len(paths), workers)
     tables = [
         # Not a slice: Arrow would send the whole array with each.
@@ -461,7 +460,7 @@ def _records(work: Work, paths: Any, workers: int, needs: dict[str, Any]) -> Ite
     data = data.map_batches(
         Worker,
         fn_constructor_args=(work,),
-        # Starts with what the cluster has room for and goes on with what is left of it.
+        # Starts as many as fit, and continues with fewer where machines are lost.
         compute=ray.data.ActorPoolStrategy(
             min_size=1, max_size=workers, initial_size=workers, max_tasks_in_flight_per_actor=2
         ),
@@ -476,16 +475,16 @@ def _records(work: Work, paths: Any, workers: int, needs: dict[str, Any]) -> Ite
 
 
 def block_rows(files: int, workers: int) -> int:
-    """Files that a worker is given at once: few enough that all workers end at about the same time."""
+    """Files in a block: few enough that all workers finish at about the same time."""
     return max(1, min(BLOCK, files // (8 * workers)))
 
 
 @contextlib.contextmanager
 def separate_output() -> Iterator[tuple[TextIO, TextIO, str]]:
-    """Send what Ray prints, from Python and from C++, to a temporary file.
+    """Redirect file descriptors 1 and 2, to which Ray prints from Python and C++, to a temporary file.
 
     Yields:
-        Streams to where standard output and standard error led before, and the path of the file.
+        Streams of the original standard output and standard error, and the path of the file.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -507,7 +506,7 @@ def separate_output() -> Iterator[tuple[TextIO, TextIO, str]]:
 
 @contextlib.contextmanager
 def open_late(path: str) -> Iterator[Callable[[str], None]]:
-    """Yields a function that appends a line to a file at once; without a line there is no file afterwards."""
+    """Yields a function that writes a line to a file; the file is created with the first line."""
     with contextlib.suppress(FileNotFoundError):
         os.remove(path)
     file: TextIO | None = None
@@ -525,7 +524,7 @@ def open_late(path: str) -> Iterator[Callable[[str], None]]:
 
 
 def remove_leftovers(out: str) -> None:
-    """Remove what killed workers left below a folder: counters, and temporary files beside their results."""
+    """Remove the leftovers of killed workers below a folder: counters and temporary files."""
     shutil.rmtree(os.path.join(out, ATTEMPTS), ignore_errors=True)
     for parent, _, names in os.walk(out):
         for name in names:
@@ -545,12 +544,12 @@ def _sentence(error: BaseException) -> str:
 
 
 def _last_line(error: BaseException) -> str:
-    """What went wrong, from the end of the traceback in Ray's message."""
+    """The last line of Ray's message, which is the cause at the end of a traceback."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[-1] if lines else type(error).__name__)[:300]
 
 
 def absolute(tree: Tree) -> Tree:
-    """The same files, named independently of the working directory."""
+    """The same tree with absolute paths."""
     listed = tree.listed and os.path.abspath(tree.listed)
     return replace(tree, folder=os.path.abspath(tree.folder), out=os.path.abspath(tree.out), listed=listed)

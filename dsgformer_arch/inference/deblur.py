@@ -1,4 +1,4 @@
-"""Restore files: images are read ahead and written behind while the network computes."""
+"""Restore files: the next image is read and the last one written while the network computes."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
     from dsgformer_arch.inference.deblurrer import Deblurrer
 
 COMPARISON = '_compare.jpg'
-"""What replaces the suffix of a result in the name of its side-by-side image."""
+"""Replaces the suffix of a result in the name of its side-by-side image."""
 
 LARGEST_COMPARISON = 100_000_000
-"""Pixels; larger images are not shown side by side."""
+"""Pixels; no side-by-side image is written of larger images."""
 
 
 @dataclass
 class Result:
-    """What became of a job.
+    """The result of a job.
 
     Attributes:
         input, output: paths.
@@ -68,8 +68,8 @@ def deblur(
     Args:
         jobs: see `plan`.
         make: makes the restorer; called once, while the first image is read, and only if it is needed.
-        force: restore what is done already too.
-        compare: write side-by-side images beside the results.
+        force: also restore files whose result is up to date.
+        compare: also write a side-by-side image for each result.
         as_json: print one JSON object for each file on standard output.
 
     Returns:
@@ -158,7 +158,7 @@ def _read(job: Job) -> Picture | None:
 
 
 def _attempt(call: Callable[..., Any], result: Result, *arguments: Any) -> Any:
-    """Call, or say in the result why not."""
+    """Call; where it raises, record the failure in the result."""
     try:
         return call(result, *arguments)
     except UserError as error:
@@ -199,7 +199,7 @@ def _restored(
     compare: bool,
     progress: Stages,
 ) -> Callable[[], None] | None:
-    """Restore one file; returns what is left to do, which needs no network: encoding and writing."""
+    """Restore one file; returns a function that encodes and writes the result, None for a video."""
     picture = reading.result()
     restorer.report.notes.clear()
     restorer.report.network_seconds = 0.0
@@ -242,7 +242,7 @@ def _restored(
 
 
 def _compare(job: Job, restored: Pixels, result: Result) -> None:
-    """Write input and result beside each other."""
+    """Write a side-by-side image of input and result."""
     height, width = restored.shape[:2]
     if height * width > LARGEST_COMPARISON:
         result.notes.append('too large for a side-by-side image')

@@ -41,16 +41,16 @@ Pixels = NDArray[Any]
 """An image or a batch: (H, W), (H, W, C) or (N, H, W, C) with C of 1 to 4; the second or fourth is alpha."""
 
 BAND_BYTES = 300_000_000
-"""What a row of tiles may take beside the tile that is being restored."""
+"""Bytes that a row of tiles may take, in addition to the tile that is being restored."""
 
 BYTES_OF_A_BAND = 40
-"""For each of its pixels: three channels in float32 three times over, and the pixels themselves."""
+"""Bytes for each of its pixels: three float32 copies of three channels, and the pixels themselves."""
 
 STRIP_VALUES = 1 << 18
 """Numbers that are converted at once: in float32 1 MiB, which a processor's cache holds."""
 
 FRAMES_AT_ONCE = 8
-"""Frames of a video that a GPU restores together."""
+"""Frames of a video in one batch on a GPU."""
 
 PILLOW_MODES = ('L', 'LA', 'RGB', 'RGBA')
 
@@ -60,7 +60,7 @@ class Report:
     """What happened while images were restored.
 
     Attributes:
-        notes: sentences about what did not go as asked, such as blocks that were restored anew.
+        notes: sentences about what did not go as asked, such as blocks that were restored again.
         tiles: number of tiles that were restored.
         network_seconds: wall time of the forward passes alone.
     """
@@ -81,10 +81,10 @@ class Deblurrer:
     Args:
         model: a name of `zoo.names()`, or a network of (N, 3, H, W) in [0, 1] to the same; by default the
             system whose weights come with the package.
-        weights: a checkpoint; which system it belongs to is told from the file.
+        weights: a checkpoint; the system is detected from the file.
         device: `'auto'` (a GPU where there is one), `'cpu'`, `'cuda'`, `'cuda:1'` or `'mps'`.
         precision: `'fp32'`; `'bf16'` or `'fp16'` for autocast; `'auto'` for bf16 where the device computes
-            in it, the system bears it and the image has 8 bits, and fp32 otherwise.
+            in it, the system tolerates it and the image has 8 bits, and fp32 otherwise.
         tile: largest side of the tiles into which images are cut; `'auto'` for what free memory allows;
             None for whole images.
         tlc: local pooling at test time (Chu et al., ECCV 2022): True, or the side of the crops that the
@@ -92,7 +92,7 @@ class Deblurrer:
         strength: 0 returns the image, 1 the restored one, values between them blend.
 
     Attributes:
-        name: what the network is called.
+        name: the name of the network.
         network: the network, in evaluation mode, on the device.
         report: what happened since it was last replaced; see `Report`.
 
@@ -132,8 +132,8 @@ class Deblurrer:
         self.network = self.network.to(self.device)
         self._automatic: int | None = None
         self._graphs: dict[str, CudaGraphs] = {}
-        self._replay = False  # while frames of one size are replayed as CUDA graphs
-        self._unrecordable = False  # the network cannot be recorded
+        self._replay = False  # True while frames of one size are replayed as CUDA graphs
+        self._unrecordable = False  # True once recording the network has failed
         self._halving: dict[str, Halving] = {}
 
     @cached_property
@@ -174,7 +174,7 @@ class Deblurrer:
             The same kind, size and data type; alpha unchanged; values clipped to the range of the type.
 
         Raises:
-            UserError: an array that is no image, or has values outside [0, 1].
+            UserError: an array that is not an image, or has values outside [0, 1].
         """
         if isinstance(image, Image.Image):
             return self._pillow(image)
@@ -220,7 +220,7 @@ class Deblurrer:
             high = min(tile, max(4 * TILE_OVERLAP, BAND_BYTES // (BYTES_OF_A_BAND * size[1])))
             shape = (high, tile**2 // high)
         overlap = min(TILE_OVERLAP, min(shape) // 4)
-        if self._window:  # a window that ends at the end of a tile lacks at most half of its pixels
+        if self._window:  # a window at the border of a tile then keeps at least half of its pixels
             overlap = max(overlap, min(2 * self._window // 3, min(shape) // 3))
         if cut:
             shape = tile_shape(size, tile**2, shape[0], overlap, multiple)
@@ -305,7 +305,7 @@ class Deblurrer:
         channels = image.shape[-3] if image.ndim in (3, 4) else 0
         if channels not in (1, 3) or not (image.is_floating_point() or image.dtype == torch.uint8):
             raise UserError(
-                f'a tensor of shape {tuple(image.shape)} and type {image.dtype} is no image; give '
+                f'a tensor of shape {tuple(image.shape)} and type {image.dtype} is not an image; give '
                 '(C, H, W) or (N, C, H, W) with 1 or 3 channels, floating point in [0, 1] or uint8'
             )
         batch = image.reshape(-1, *image.shape[-3:])
@@ -319,7 +319,7 @@ class Deblurrer:
     def _precision(self, kind: np.dtype[Any]) -> str:
         if self.precision != 'auto':
             return self.precision
-        if kind == np.uint8 and has_bf16(self.device) and _bears_bf16(self.name):
+        if kind == np.uint8 and has_bf16(self.device) and _tolerates_bf16(self.name):
             return 'bf16'
         return 'fp32'
 
@@ -338,11 +338,19 @@ class Deblurrer:
             return self.tile
         if self._automatic is None:
             self._automatic = automatic_tile(self.network, self.device)
-        # A wide or high image of as many pixels as a tile needs no cut.
+        # A wide or high image with no more pixels than a tile is not cut.
         return max(size) if size[0] * size[1] <= self._automatic**2 else self._automatic
 
     def _tile(self, image: Tensor, precision: str) -> Tensor:
-        """A tile on the CPU to the same restored, in float32; blocks that broke are restored anew."""
+        """Restore a tile; again, without local pooling or in float32, where the result fails `guard.fault`.
+
+        Args:
+            image: (N, 3, H, W) in [0, 1], float32, on the CPU.
+            precision: as in `restore.PRECISIONS`.
+
+        Returns:
+            The same shape and type, on the CPU, not clipped.
+        """
         self.report.tiles += 1
         on_device = image.to(self.device, non_blocking=True)
         begun = time.perf_counter()
@@ -374,21 +382,21 @@ class Deblurrer:
         return whole_image(self.network, image, precision)
 
     def _again(self, image: Tensor, restored: Tensor, precision: str, fault: str) -> Tensor:
-        """Restore a tile anew, without local pooling or in float32; what is not finite even then stays."""
-        anew = ''
+        """Restore a tile again, without local pooling or in float32; return the input if that fails too."""
+        how = ''
         if self._plain is not None:
             network = self._plain().to(self.device).eval()
             self._plain = lambda: network
-            anew, restored = 'without local pooling', whole_image(network, image, 'fp32')
+            how, restored = 'without local pooling', whole_image(network, image, 'fp32')
         elif precision != 'fp32':
-            anew, restored = 'in float32', self._call(image, 'fp32')
-        if anew and guard.fault(restored, image) is None:
-            self.report.note(f'{self.name} returned {fault}; that part was restored anew {anew}')
+            how, restored = 'in float32', self._call(image, 'fp32')
+        if how and guard.fault(restored, image) is None:
+            self.report.note(f'{self.name} returned {fault}; that part was restored again {how}')
             return restored
         if not torch.isfinite(restored).all():
             self.report.note(f'{self.name} returned {fault}; that part of the image was left as it was')
             return image
-        self.report.note(f'{self.name} changed colours by much; look at the result')
+        self.report.note(f'{self.name} changed colours strongly; check the result')
         return restored
 
     def _finished(self, band: Tensor, pixels: Pixels) -> Pixels:
@@ -449,7 +457,7 @@ def has_bf16(device: torch.device) -> bool:
 def to_tensor(pixels: Pixels, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
     """(H, W, C) of uint8, uint16 or floating point to (1, 3, H, W), float32 in [0, 1]; alpha is left away."""
     colours, scale = 1 if pixels.shape[-1] <= 2 else 3, _scale(pixels.dtype)
-    if pixels.dtype.type not in (np.uint8, np.float32):  # which not every PyTorch converts
+    if pixels.dtype.type not in (np.uint8, np.float32):  # not every version of PyTorch converts others
         pixels = pixels.astype(np.float32)
     given = torch.from_numpy(np.require(pixels, requirements=['W']))[..., :colours].permute(2, 0, 1)[None]
     image = torch.empty(given.shape, memory_format=memory_format)
@@ -473,14 +481,14 @@ def _kind(frame: Any) -> Any:
     return (frame.shape, frame.dtype) if isinstance(frame, np.ndarray) else None
 
 
-def _bears_bf16(name: str) -> bool:
+def _tolerates_bf16(name: str) -> bool:
     from dsgformer_arch import zoo
 
     return name not in zoo.names() or zoo.get(name).bf16 == 'yes'
 
 
 def _evaluating(network: nn.Module, bands: Iterator[Tensor]) -> Iterator[Tensor]:
-    """Draw from `bands` in evaluation mode; between them, the mode is the caller's."""
+    """Iterate over `bands` in evaluation mode; the mode of the caller is restored between items."""
     while True:
         with evaluating(network):
             band = next(bands, None)
@@ -499,16 +507,20 @@ def _check(precision: str, tile: int | str | None, strength: float) -> None:
 
 
 def _check_pixels(array: Pixels) -> None:
-    """Refuse what is no image."""
+    """Check shape, type and range of an image.
+
+    Raises:
+        UserError: one of them is wrong.
+    """
     good = array.ndim == 2 or (array.ndim in (3, 4) and 1 <= array.shape[-1] <= 4)
     if not good or 0 in array.shape:
         raise UserError(
-            f'an array of shape {array.shape} is no image; give (H, W), (H, W, C) or (N, H, W, C) with 1 to '
-            '4 channels'
+            f'an array of shape {array.shape} is not an image; give (H, W), (H, W, C) or (N, H, W, C) with 1 '
+            'to 4 channels'
         )
     if array.dtype not in (np.uint8, np.uint16) and not np.issubdtype(array.dtype, np.floating):
         raise UserError(
-            f'an array of {array.dtype} is no image; give uint8, uint16 or floating point in [0, 1]'
+            f'an array of {array.dtype} is not an image; give uint8, uint16 or floating point in [0, 1]'
         )
     if np.issubdtype(array.dtype, np.floating) and not (array.min() >= 0 and array.max() <= 1):
         raise UserError('the floating-point image has values outside [0, 1]; scale it to that range first')

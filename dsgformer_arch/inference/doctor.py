@@ -1,4 +1,4 @@
-"""What `dsgformer doctor` finds out: versions, BasicSR's fixes, kernels, devices."""
+"""The checks of `dsgformer doctor`: versions, fixes of BasicSR, kernels, devices."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ def examine() -> list[tuple[str, str, str]]:
         *_gpus(),
         ('libvips', *_libvips()),
         ('weights in the package', *_shipped()),
-        ('restoring a test image', *_trial()),
+        ('restoring a test image', *_test_image()),
     ]
 
 
 def as_text(findings: list[tuple[str, str, str]]) -> str:
-    """The findings, to be pasted into a bug report."""
+    """The findings as Markdown for a bug report."""
     width = max(len(subject) for subject, _, _ in findings)
     lines = [
         f'{"" if state == GOOD else state + ": ":<9}{subject:<{width}}  {found}'
@@ -89,7 +89,7 @@ def _version(name: str) -> tuple[str, str]:
 
 
 def _fixes() -> list[tuple[str, str, str]]:
-    """Whether every fix of BasicSR can be applied; they are, since the package was imported."""
+    """Whether every fix of BasicSR can be applied; importing the package has applied them."""
     found = []
     for fix in compat.FIXES:
         error = _error_of(fix)
@@ -103,7 +103,7 @@ def _fixes() -> list[tuple[str, str, str]]:
 
 
 def _error_of(call: Callable[[], None]) -> str:
-    """What a call raises, in one line; empty where it works."""
+    """The exception of a call, in one line; empty where it raises none."""
     try:
         call()
     except Exception as error:
@@ -117,7 +117,7 @@ def _compiler() -> tuple[str, str]:
         if path:
             done = subprocess.run([path, '--version'], capture_output=True, check=False, timeout=30)
             first = done.stdout.decode('utf-8', 'replace').splitlines()
-            return GOOD, f'{path}: {first[0] if first else "does not tell its version"}'
+            return GOOD, f'{path}: {first[0] if first else "version unknown"}'
     return WARNING, 'no C++ compiler: the CPU runs the eager form, 4 to 5 times slower; install g++'
 
 
@@ -184,8 +184,8 @@ def _shipped() -> tuple[str, str]:
     return (GOOD, ', '.join(names)) if names else (WARNING, 'none; `dsgformer deblur` needs --weights FILE')
 
 
-def _trial() -> tuple[str, str]:
-    """Restore a small image with the default system; its weights do not matter."""
+def _test_image() -> tuple[str, str]:
+    """Restore a small image with the default system and random weights."""
     name = weights.DEFAULT_MODEL
     try:
         network = zoo.create(name).eval()

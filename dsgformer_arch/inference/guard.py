@@ -1,8 +1,8 @@
-"""Recognise a restoration that went wrong: values that are not finite, and blocks of a foreign colour.
+"""Detect failed restorations: values that are not finite, and blocks of a colour that the image lacks.
 
 Local pooling (TLC) can divide by statistics of a flat window and return blocks of a colour that the image
-does not have (megvii-research/NAFNet#25).  Removing blur moves light by the length of the blur and no
-further, so that the mean over a block hardly leaves the range of the means around it.
+does not have (megvii-research/NAFNet#25).  Deblurring moves light by no more than the length of the blur, so
+the mean over a block stays close to the range of the means around it.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from torch import Tensor
 BLOCK = 32
 """Side of the blocks whose means are compared, in pixels."""
 
-MOST_SHIFT = 0.25
+MAX_SHIFT = 0.25
 """How far the mean of a block may lie outside the range of the means of the blocks around it, in [0, 1]."""
 
 
 def fault(restored: Tensor, image: Tensor) -> str | None:
-    """What is wrong with a restored image, as a phrase; None where nothing is.
+    """The fault of a restored image, as a phrase; None where there is none.
 
     Args:
-        restored: (N, 3, H, W), what the network returned, not clipped.
-        image: (N, 3, H, W) in [0, 1], what it was given.
+        restored: (N, 3, H, W), the output of the network, not clipped.
+        image: (N, 3, H, W) in [0, 1], its input.
     """
     before, after = _means(image), _means(restored)
-    if not torch.isfinite(after).all():  # one such value is enough in a block
+    if not torch.isfinite(after).all():  # one such value makes the mean of its block not finite
         return 'values that are not finite'
     highest = F.max_pool2d(before, 3, 1, padding=1)
     lowest = -F.max_pool2d(-before, 3, 1, padding=1)
-    if torch.maximum(after - highest, lowest - after).max() > MOST_SHIFT:
-        return 'blocks of a foreign colour'
+    if torch.maximum(after - highest, lowest - after).max() > MAX_SHIFT:
+        return 'blocks of another colour'
     return None
 
 

@@ -1,8 +1,8 @@
-"""Image files: read with everything that they carry, written in the same form.
+"""Image files: reading with metadata, and writing in the format and encoding of the input.
 
-Pillow reads and writes what has 8 bits a channel (JPEG, PNG, WebP, BMP); libvips reads TIFF and 16-bit PNG,
-row by row, so that an image need not fit into memory; tifffile writes TIFF.  Orientation is applied; EXIF,
-ICC profile, XMP and resolution are carried over.
+Pillow reads and writes 8-bit files (JPEG, PNG, WebP, BMP).  libvips reads TIFF and 16-bit PNG row by row, so
+that an image need not fit into memory.  tifffile writes TIFF.  The orientation is applied; EXIF, ICC profile,
+XMP and resolution are kept.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ FORMATS = {
 """Suffixes of image files, and their formats."""
 
 BITS = {'JPEG': 8, 'PNG': 16, 'TIFF': 32, 'WEBP': 8, 'BMP': 8}
-"""The most bits a channel that a format is written with here."""
+"""The most bits per channel that a format is written with."""
 
 JPEG_QUALITY = 92
 """JPEGs are written with quantisation tables no coarser than those of this quality, nor than the input's."""
 
 LOSSY_QUALITY = 95
-"""Quality of JPEG and WebP files made of something else."""
+"""Quality of JPEG and lossy WebP files whose input had another format."""
 
 ZLIB_LEVEL = 3
-"""zlib's level for PNG and TIFF: half the time of the usual 6 for files a few per cent larger."""
+"""zlib's level for PNG and TIFF: half the time of the default 6, for files a few per cent larger."""
 
 STRIP = 1 << 20
 """Bytes of a strip of a TIFF, before compression."""
@@ -54,13 +54,13 @@ IN_MEMORY = 32 << 20
 """Larger TIFFs, in bytes of pixels, and PNGs of 16 bits wait in a temporary file until they are encoded."""
 
 LARGE_TIFF = 3_900_000_000
-"""Bytes of pixels from which on a TIFF is written as BigTIFF; a BigTIFF stays one."""
+"""Bytes of decoded pixels above which a TIFF is written as BigTIFF; a BigTIFF stays one."""
 
 MAX_SIDE = 1 << 18
-"""Pixels of the longest side that is read: libvips keeps some dozens of rows, whatever their length."""
+"""Pixels of the longest side that is read: libvips buffers dozens of rows, whatever their length."""
 
 LARGE = 100_000_000
-"""Pixels from which on PNGs are read row by row, and other formats are decoded by libvips."""
+"""Pixels above which an 8-bit PNG is read row by row by libvips too."""
 
 ORIENTATION, EXIF_IFD, GPS_IFD = 0x0112, 0x8769, 0x8825
 
@@ -71,14 +71,14 @@ class ImageError(UserError):
 
 @dataclass
 class Metadata:
-    """What a file carries beside its pixels.
+    """The metadata of an image file.
 
     Attributes:
-        exif: as in JPEG, without the mark `Exif`; the orientation in it is upright.
+        exif: as in JPEG, without the prefix `Exif`; its orientation is 1 (upright).
         icc: colour profile.
         xmp: XMP packet.
         dpi: pixels per inch, across and down.
-        text: a PNG's texts.
+        text: text chunks of a PNG.
     """
 
     exif: bytes | None = None
@@ -96,12 +96,12 @@ class Picture:
         name: the file's name, for messages.
         format: `'JPEG'`, `'PNG'`, `'TIFF'`, `'WEBP'` or `'BMP'`.
         size: height and width, after the orientation was applied.
-        channels: of `Pixels`.
+        channels: 1 to 4, see `Pixels`.
         dtype: uint8, uint16 or float32.
-        rows: `rows(top, bottom)` reads; to be called with increasing `top`.
-        metadata: what to carry over.
-        settings: how the file was encoded, for writing in the same way; keys as `_save` uses them.
-        notes: what was converted, as sentences.
+        rows: `rows(top, bottom)` returns these rows as `Pixels`; `top` must not decrease between calls.
+        metadata: kept in the result.
+        settings: how the file is encoded, so that the result is encoded likewise; keys as in `_save`.
+        notes: conversions that were made, as sentences.
     """
 
     name: str
@@ -116,7 +116,7 @@ class Picture:
 
     @property
     def bytes(self) -> int:
-        """Of the decoded pixels."""
+        """Bytes of the decoded pixels."""
         return self.size[0] * self.size[1] * self.channels * self.dtype.itemsize
 
 
@@ -125,18 +125,18 @@ def open_image(source: str | os.PathLike[str] | bytes, name: str | None = None) 
 
     Args:
         source: a path, or the content of a file.
-        name: what to call it in messages; by default the path.
+        name: the name in messages; the path by default.
 
     Raises:
-        ImageError: the file is missing, damaged, no image, or of a kind that cannot be restored (several
-            pages, other channels, values outside [0, 1]); the message says which.
+        ImageError: the file is missing, damaged, not an image, or cannot be restored (several pages, other
+            channels, values outside [0, 1]); the message says which.
     """
     name = name or ('the input' if isinstance(source, bytes) else os.fspath(source))
     try:
         head = source[:64] if isinstance(source, bytes) else _head(source)
         kind = sniff(head)
         if kind is None:
-            raise ImageError(f'{name} is no image; JPEG, PNG, TIFF, WebP and BMP can be read')
+            raise ImageError(f'{name} is not an image; JPEG, PNG, TIFF, WebP and BMP can be read')
         if kind == 'PNG':
             _check_sides(name, *struct.unpack('>II', head[16:24]))
         if kind == 'TIFF' or (kind == 'PNG' and (head[24] == 16 or _png_pixels(head) > LARGE)):
@@ -151,7 +151,7 @@ def open_image(source: str | os.PathLike[str] | bytes, name: str | None = None) 
 
 
 def sniff(head: bytes) -> str | None:
-    """The format of a file by its first 12 bytes or more; None for none of ours."""
+    """The format of a file by its first 26 bytes or more; None for an unknown one."""
     if head.startswith(b'\xff\xd8\xff'):
         return 'JPEG'
     if head.startswith(b'\x89PNG\r\n\x1a\n') and len(head) >= 26:
@@ -168,20 +168,20 @@ def image_header(path: str | os.PathLike[str], name: str | None = None) -> tuple
 
     Args:
         path: the file.
-        name: what to call it in messages; by default the path.
+        name: the name in messages; the path by default.
 
     Returns:
         The format as in `Picture`, and (height, width) as stored: the orientation is not applied.
 
     Raises:
-        ImageError: the file is missing, no image, or its header is damaged.
+        ImageError: the file is missing, not an image, or its header is damaged.
     """
     name = name or os.fspath(path)
     try:
         head = _head(path)
         kind = sniff(head)
         if kind is None:
-            raise ImageError(f'{name} is no image; JPEG, PNG, TIFF, WebP and BMP can be read')
+            raise ImageError(f'{name} is not an image; JPEG, PNG, TIFF, WebP and BMP can be read')
         if kind == 'PNG':
             width, height = struct.unpack('>II', head[16:24])
             return kind, (int(height), int(width))
@@ -209,16 +209,16 @@ def image_header(path: str | os.PathLike[str], name: str | None = None) -> tuple
 
 
 class Output:
-    """An image file that is being written: rows come in, the file appears whole at the end.
+    """An image file that is written row by row, and atomically by `finish`.
 
     Args:
-        picture: the image that the rows are made of.
-        path: where to; None for `content`.
-        format: of the file.
+        picture: the input, for metadata and encoding.
+        path: the path of the file; None to keep it in `content`.
+        format: as in `Picture`.
 
     Attributes:
         content: the encoded file, where there is no path.
-        notes: what the format cannot hold, as sentences.
+        notes: properties that the format cannot hold, as sentences.
     """
 
     def __init__(self, picture: Picture, path: str | os.PathLike[str] | None, format: str) -> None:
@@ -238,7 +238,7 @@ class Output:
         self.channels = picture.channels
         if picture.channels in (2, 4) and format in ('JPEG', 'BMP'):
             self.channels -= 1
-            self.notes.append(f'{format} holds no transparency: left away')
+            self.notes.append(f'{format} has no transparency: alpha was dropped')
         if picture.bytes > IN_MEMORY and self._streams:
             folder = os.path.dirname(self.path) if self.path else None
             self._file = tempfile.NamedTemporaryFile(dir=folder or None)  # noqa: SIM115 (closed by `close`)
@@ -248,7 +248,7 @@ class Output:
         return self.format == 'TIFF' or (self.format == 'PNG' and self.dtype == np.uint16)
 
     def write(self, rows: Pixels) -> None:
-        """Add rows (n, W, C) in the picture's own form."""
+        """Append rows (n, W, C) with the channels and type of the input."""
         rows = _converted(rows[..., : self.channels], self.dtype)
         if self._file is not None:
             self._file.write(np.ascontiguousarray(rows).data)
@@ -259,7 +259,7 @@ class Output:
         """Encode and write the file.
 
         Raises:
-            ImageError: it cannot be written; nothing is left of it.
+            ImageError: it cannot be written; no partial file is left.
         """
         try:
             if self.path is None:
@@ -275,7 +275,7 @@ class Output:
             self.close()
 
     def close(self) -> None:
-        """Drop what was written so far."""
+        """Discard the rows written so far."""
         self._rows.clear()
         if self._file is not None:
             self._file.close()
@@ -292,7 +292,7 @@ class Output:
             _save(pixels, path, self.format, self.picture)
 
     def _strips(self, height: int) -> Iterator[Pixels]:
-        """What was written, as strips of `height` rows."""
+        """The rows written so far, in strips of `height` rows."""
         rows, width = self.picture.size
         if self._file is None:
             pixels = np.concatenate(self._rows)
@@ -319,8 +319,8 @@ class Output:
             if self.dtype.kind == 'u':
                 plain['predictor'] = 2
         exif = _exif(metadata.exif)
-        # Room for the EXIF directories, which are appended below.  tifffile writes no such entries itself, so
-        # these have the number before.
+        # Placeholders for the pointers to the EXIF directories, which are appended below.  tifffile does not
+        # write the tags of these pointers, so the placeholders have the tags before.
         directories = {tag: exif.get_ifd(tag) for tag in (EXIF_IFD, GPS_IFD)}
         directories = {tag: entries for tag, entries in directories.items() if entries}
         extra: list[tuple[Any, ...]] = [(tag - 1, 'I', 1, 0, True) for tag in directories]
@@ -442,7 +442,7 @@ def _open_pillow(source: Any, name: str, kind: str) -> Picture:
             raise ImageError(f'{name} begins like {kind} but is damaged') from None
     frames = getattr(image, 'n_frames', 1)
     if kind in ('PNG', 'WEBP') and frames > 1:
-        raise ImageError(f'{name} is an animation of {frames} frames; give its frames as files')
+        raise ImageError(f'{name} is an animation of {frames} frames; save its frames as separate files')
     settings: dict[str, Any] = {}
     if kind == 'JPEG':
         settings = {
@@ -506,10 +506,10 @@ def _metadata(image: Image.Image) -> Metadata:
 
 
 def upright(exif: bytes) -> bytes:
-    """EXIF data with the orientation set to upright, in place: every other byte stays, makers' notes too.
+    """EXIF data with the orientation set to 1 (upright); every other byte is kept, maker notes too.
 
     Args:
-        exif: with or without the mark `Exif` before it; returned without.
+        exif: with or without the prefix `Exif`; returned without.
     """
     data = bytearray(exif.removeprefix(b'Exif\0\0'))
     if data[:2] not in (b'II', b'MM') or len(data) < 8:
@@ -567,13 +567,17 @@ def _save(pixels: Pixels, path: str, format: str, picture: Picture) -> None:
 
 
 def jpeg_options(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Pillow's options that write a JPEG no worse than the one that `settings` describe."""
+    """Pillow's options for a JPEG of at least the quality of the input.
+
+    Args:
+        settings: those of the input, see `Picture`.
+    """
     tables = []
     for i, (_, given) in enumerate(sorted(settings['tables'].items())):
         fine = _tables(JPEG_QUALITY)[min(i, 1)]
         tables.append([min(a, b) for a, b in zip(given, fine, strict=True)])
     options: dict[str, Any] = {'qtables': tables[:2] if len(tables) > 1 else [tables[0], tables[0]]}
-    options['subsampling'] = max(settings['subsampling'], 0)  # -1: grey, or a layout without a name
+    options['subsampling'] = max(settings['subsampling'], 0)  # -1: grey, or an unnamed layout
     options['progressive'] = settings['progressive']
     if settings['comment']:
         options['comment'] = settings['comment']
@@ -611,7 +615,7 @@ def _opened_vips(pyvips: Any, source: Any, name: str, kind: str) -> Picture:
     _check_sides(name, image.width, image.height)
     fields = set(image.get_fields())
     if kind == 'TIFF' and 'n-pages' in fields and image.get('n-pages') > 1:
-        raise ImageError(f'{name} has {image.get("n-pages")} pages; give them as files of their own')
+        raise ImageError(f'{name} has {image.get("n-pages")} pages; save them as separate files')
     metadata = Metadata()
     settings: dict[str, Any] = {}
     notes: list[str] = []
@@ -645,7 +649,7 @@ def _opened_vips(pyvips: Any, source: Any, name: str, kind: str) -> Picture:
     if dtype == np.float32:
         try:
             least, most = load('sequential').min(), load('sequential').max()
-        except pyvips.Error:  # no number among them
+        except pyvips.Error:  # all values are NaN
             least = most = float('nan')
         if not (least >= 0 and most <= 1):
             raise ImageError(
@@ -659,7 +663,7 @@ def _opened_vips(pyvips: Any, source: Any, name: str, kind: str) -> Picture:
 
 
 class _Rows:
-    """Rows of a libvips image, each read once; those that are asked for again are kept."""
+    """Sequential access to rows of a libvips image; rows from the last `top` on are buffered."""
 
     def __init__(self, pyvips: Any, image: Any, dtype: np.dtype[Any], name: str) -> None:
         self.error, self.image, self.dtype, self.name = pyvips.Error, image, dtype, name
@@ -675,7 +679,7 @@ class _Rows:
         have = self.top + len(self.kept)
         parts = [self.kept]
         while have < bottom:
-            # libvips reads on in strips of this order.
+            # libvips decodes in strips of about this height.
             count = max(1, min(256, bottom - have, IN_MEMORY // self.row_bytes))
             try:
                 data = self.region.fetch(0, have, self.image.width, count)
@@ -692,7 +696,7 @@ class _Rows:
 
 
 def _tiff_metadata(source: Any, name: str) -> tuple[Metadata, dict[str, Any]]:
-    """What libvips does not read: descriptions, EXIF, and how the file is compressed."""
+    """Metadata that libvips does not read: descriptions, EXIF, and the compression."""
     with io.BytesIO(source) if isinstance(source, bytes) else open(source, 'rb') as file:
         head = file.read(16)
         large = head[2:3] in (b'+',) or head[3:4] == b'+'
@@ -761,7 +765,7 @@ def _append_directories(path: str, directories: Mapping[int, Mapping[int, Any]])
             end += file.write(b'\0' * (end % 2))
             data = directory.tobytes(end)
             if struct.unpack_from(number, data)[0] != len(directory):
-                return  # an older Pillow, which lays out no directories of BigTIFF
+                return  # older versions of Pillow cannot write directories of BigTIFF
             file.write(data)
             file.seek(places[tag - 1])
             kind = 16 if large else 4  # LONG8 or LONG: Pillow does not read IFD8

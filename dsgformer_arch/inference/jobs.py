@@ -1,4 +1,4 @@
-"""Which files are restored, and where the results go."""
+"""Inputs and outputs: which files are restored, and where the results are written."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dsgformer_arch.inference.images import FORMATS
 from dsgformer_arch.utils.errors import UserError
 
 SUFFIX = '_deblurred'
-"""What is added to a name where no output is given."""
+"""Appended to the name of an input where no output is given."""
 
 VIDEOS = frozenset(('.mp4', '.mov', '.m4v', '.mkv', '.webm', '.avi', '.mpg', '.mpeg', '.ts', '.mts', '.wmv'))
 """Suffixes of video files."""
@@ -40,7 +40,7 @@ class Job:
 
     @property
     def is_done(self) -> bool:
-        """Whether the target is there and no older than the source."""
+        """Whether the target exists and is not older than the source."""
         try:
             return os.stat(self.target).st_mtime >= os.stat(self.source).st_mtime
         except OSError:
@@ -53,17 +53,18 @@ def plan(
     suffix: str | None = None,
     shard: tuple[int, int] | None = None,
 ) -> list[Job]:
-    """The jobs for what a person named, in order.
+    """The jobs for the inputs of a command line, in order.
 
     Args:
         inputs: files, folders (searched for images and videos), patterns with `*`, or `STREAM`.
-        out: for one file, a file or a folder; otherwise a folder, in which a folder's tree is repeated.
-            By default the results of files lie beside them, those of a folder in a folder beside it.
+        out: for one file, a file or a folder; otherwise a folder, in which the tree of an input folder is
+            repeated.  By default the results of files are written next to them, those of a folder to a
+            folder next to it.
         suffix: of the images that are written, such as `'.png'`; by default that of the input.
         shard: (i, n) with i from 1 to n: every n-th job, from the i-th on.
 
     Raises:
-        UserError: nothing to restore; a result would lie where an input or another result lies.
+        UserError: nothing to restore, or a result would overwrite an input or another result.
     """
     found: list[tuple[str, str]] = []  # a file, and where its result goes
     one_file = len(inputs) == 1 and inputs[0] != STREAM and os.path.isfile(inputs[0])
@@ -106,7 +107,7 @@ def plan(
 
 @dataclass(frozen=True)
 class Tree:
-    """A folder whose tree is repeated below another one, for work on too many files to plan at once.
+    """A folder tree and the folder for its results, for more files than `plan` can hold in memory.
 
     Attributes:
         folder: of the inputs.
@@ -121,7 +122,7 @@ class Tree:
     listed: str | None = None
 
     def paths(self) -> Iterator[str]:
-        """The inputs, relative to `folder`, in order, found while they are asked for."""
+        """Iterate over the inputs, relative to `folder`, in order; folders are listed lazily."""
         if self.listed is None:
             for path in _below(self.folder, self.out):
                 yield os.path.relpath(path, self.folder)
@@ -142,13 +143,13 @@ class Tree:
         Takes memory for the files of one folder at a time, and about 150 bytes for each line of a list.
 
         Raises:
-            UserError: two inputs have the same result, or a result would lie where an input lies.
+            UserError: two inputs have the same result, or a result would overwrite an input.
         """
         folder, out = os.path.realpath(self.folder), os.path.realpath(self.out)
         if os.path.exists(self.out) and not os.path.isdir(self.out):
             raise UserError(f'{self.out} is a file; name a folder for the results')
         if inside(folder, out):
-            raise UserError(f'{self.folder} lies in {self.out}; name another folder for the results')
+            raise UserError(f'{self.folder} is inside {self.out}; name another folder for the results')
         seen: dict[int, int] = {}  # hashes of target and source; whole paths would take gigabytes
         parent = None
         for path in self.paths():
@@ -157,7 +158,7 @@ class Tree:
                     parent = os.path.dirname(path)
                     seen.clear()
             elif inside(os.path.join(folder, path), out):
-                raise UserError(f'{path} in {self.listed} lies in {self.out}; results are no inputs')
+                raise UserError(f'{path} in {self.listed} is inside {self.out}; results are not inputs')
             target = hash(_renamed(path, self.suffix))
             if target not in seen:
                 seen[target] = hash(path)
@@ -172,15 +173,15 @@ class Tree:
     def _below_folder(self, path: str, where: str) -> str:
         normal = os.path.normpath(path)
         if os.path.isabs(path) or normal.split(os.sep)[0] == os.pardir:
-            raise UserError(f'{where}: {path} does not lie below {self.folder}, the folder of the list')
+            raise UserError(f'{where}: {path} is not below {self.folder}, the folder of the list')
         end = os.path.splitext(path)[1].lower()
         if end not in FORMATS and end not in VIDEOS:
-            raise UserError(f'{where}: {path} is no image or video by its name')
+            raise UserError(f'{where}: {path} is not an image or video by its name')
         return normal
 
 
 def inside(path: str, folder: str) -> bool:
-    """Whether a path is a folder or lies in it; both without symbolic links (`os.path.realpath`)."""
+    """Whether a path is a folder or inside it; both with symbolic links resolved (`os.path.realpath`)."""
     return path == folder or path.startswith(os.path.join(folder, ''))
 
 
@@ -212,7 +213,7 @@ def _matches(pattern: str) -> list[str]:
 
 
 def _is_result(path: str) -> bool:
-    """Whether a file is the result of an earlier call: `x_deblurred.jpg` beside an `x.…`."""
+    """Whether a file is the result of an earlier call: `x_deblurred.jpg` next to an `x.…`."""
     base = os.path.splitext(path)[0]
     if not base.endswith(SUFFIX):
         return False
@@ -233,7 +234,7 @@ def _check(jobs: Sequence[Job]) -> None:
                 )
         elif end not in FORMATS:
             raise UserError(
-                f'{job.target}: the format is told from the name; end it with {", ".join(FORMATS)}'
+                f'{job.target}: the format is chosen by the suffix; end it with {", ".join(FORMATS)}'
             )
         place = os.path.realpath(job.target)
         if place in sources:

@@ -1,4 +1,4 @@
-"""What `dsgformer models` and `dsgformer info` tell: the systems, their weights, and files of them."""
+"""The data behind `dsgformer models` and `dsgformer info`: systems, their weights, and files."""
 
 from __future__ import annotations
 
@@ -62,16 +62,15 @@ def as_text(rows: list[dict[str, Any]]) -> str:
     cells = [titles]
     for row in rows:
         gopro = next((one for one in row['reported'] if one['dataset'] == 'GoPro'), None)
-        told = '' if gopro is None else f'{gopro["psnr"]:.2f} dB'
+        reported = '' if gopro is None else f'{gopro["psnr"]:.2f} dB'
         if gopro is not None and gopro['ssim'] is not None:
-            told += f', {gopro["ssim"]:.3f}'
+            reported += f', {gopro["ssim"]:.3f}'
         states = ', '.join(
             f'{one["name"].partition("/")[2] or "default"}: {one["state"]}' for one in row['weights']
         )
         macs = '' if row['giga_macs'] is None else f'{row["giga_macs"]:g}'
-        cells.append(
-            (row['name'], row['task'], f'{row["parameters"] / 1e6:.2f} M', macs, told, states or 'none known')
-        )
+        parameters = f'{row["parameters"] / 1e6:.2f} M'
+        cells.append((row['name'], row['task'], parameters, macs, reported, states or 'none known'))
     widths = [max(len(line[i]) for line in cells) for i in range(len(titles) - 1)]
     lines = []
     for line in cells:
@@ -84,7 +83,10 @@ def as_text(rows: list[dict[str, Any]]) -> str:
 
 
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a file is: an image, a video or a checkpoint.
+    """Describe a file: an image, a video or a checkpoint.
+
+    Returns:
+        JSON-compatible entries; `kind` is `'image'`, `'video'` or `'weights'`.
 
     Raises:
         UserError: it is missing, or none of these.
@@ -119,10 +121,10 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
         return found | describe_video(file)
     checkpoint = read_checkpoint(file)
     name, settings = zoo.identify(checkpoint.state)
-    told = checkpoint.metadata.get('system')
+    stated = checkpoint.metadata.get('system')
     return found | {
         'kind': 'weights',
-        'system': told or name,
+        'system': stated or name,
         'settings': settings,
         'parameters': sum(math.prod(tensor.shape) for tensor in checkpoint.state.values()),
         'types': sorted({str(tensor.dtype).removeprefix('torch.') for tensor in checkpoint.state.values()}),

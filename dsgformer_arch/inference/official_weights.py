@@ -41,7 +41,7 @@ RETRY_SECONDS = 1.0
 """Unit of the waiting times between two connections."""
 
 GOOGLE_DRIVE = 'https://drive.usercontent.google.com/download?export=download&confirm=t&id='
-"""What answers with a file of Google Drive, of any size, without a page in between."""
+"""Address that returns a file of Google Drive directly, whatever its size."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,10 @@ class OfficialWeights:
         system: the name in the zoo.
         name: what it was trained for: `motion`, `deraining`, `denoising`, `defocus`, or a data set.
         trained_on: the training set.
-        page: where a person finds the file.
-        url: what answers with the file itself; None where no program can download it.
+        page: the web page with the file.
+        url: the address of the file itself; None where no program can download it.
         licence: of the official repository.
-        sha256: as published; None where it is not, then the first download's is recorded.
+        sha256: as published; None where it is not: then that of the first download is recorded.
     """
 
     system: str
@@ -84,7 +84,7 @@ def _release(repository: str, tag: str, file: str) -> dict[str, str]:
 
 
 def _folder(identity: str) -> dict[str, str]:
-    """Page of a folder of Google Drive, whose files have no address that is published."""
+    """Page of a folder of Google Drive; the addresses of its files are not published."""
     return {'page': f'https://drive.google.com/drive/folders/{identity}'}
 
 
@@ -143,7 +143,7 @@ FFTformer's releases and IPT's single file are named in the tests of spandrel 0.
 """
 
 Progress = Callable[[int, int | None], None]
-"""Called with the bytes that are there, and those of the whole file or None where the server does not say."""
+"""Called with the bytes downloaded so far and those of the whole file, None where that is unknown."""
 
 
 def find(key: str) -> OfficialWeights:
@@ -165,7 +165,7 @@ def find(key: str) -> OfficialWeights:
 
 
 def home() -> Path:
-    """The folder that keeps downloads: `$DSGFORMER_HOME`, else `dsgformer` in the user's cache folder."""
+    """The cache folder: `$DSGFORMER_HOME`, else `dsgformer` in the user's cache folder."""
     chosen = os.environ.get('DSGFORMER_HOME')
     if chosen:
         return Path(chosen).expanduser()
@@ -173,7 +173,7 @@ def home() -> Path:
 
 
 def place(weights: OfficialWeights) -> Path:
-    """Where a checkpoint is kept, whether it is there or not."""
+    """The path of a checkpoint in the cache, whether it exists or not."""
     return home() / 'weights' / weights.system / f'{weights.name}.pth'
 
 
@@ -184,7 +184,7 @@ def cached(weights: OfficialWeights) -> Path | None:
 
 
 def remove(weights: OfficialWeights) -> bool:
-    """Delete a checkpoint from the cache, and what an interrupted download has left.
+    """Delete a checkpoint and any partial download from the cache.
 
     Returns:
         Whether there was one.
@@ -197,13 +197,13 @@ def remove(weights: OfficialWeights) -> bool:
 
 
 def get(weights: OfficialWeights, progress: Progress | None = None) -> Path:
-    """The file of a checkpoint, downloaded where it is missing and checked where it is there.
+    """The file of a checkpoint, downloaded if it is missing, and checked.
 
-    An interrupted download goes on where it ended.  Connections that break are opened again.
+    An interrupted download is resumed.  Broken connections are opened again.
 
     Args:
         weights: an entry of `TABLE`.
-        progress: is called after each block.
+        progress: called after each block.
 
     Returns:
         The file, in the cache.
@@ -223,7 +223,7 @@ def get(weights: OfficialWeights, progress: Progress | None = None) -> Path:
     except OSError as error:
         raise UserError(
             f'cannot keep {weights.key} below {home()}: {error.strerror or error}; '
-            'set DSGFORMER_HOME to a folder with room'
+            'set DSGFORMER_HOME to a folder with enough space'
         ) from None
     return path
 
@@ -240,7 +240,7 @@ def get_with_progress(weights: OfficialWeights) -> Path:
 
 
 def describe(weights: OfficialWeights) -> dict[str, str]:
-    """What a list of weights shows: key, training set, licence, page, and whether the file is here."""
+    """The row of a checkpoint in a list: key, training set, licence, page, state, path."""
     if cached(weights):
         state = f'{place(weights).stat().st_size / 1e6:.0f} MB'
     else:
@@ -256,7 +256,7 @@ def describe(weights: OfficialWeights) -> dict[str, str]:
 
 
 def by_hand(weights: OfficialWeights) -> str:
-    """How a person brings the file: the page and where to put it."""
+    """Instructions for a manual download: the page, and the path to save the file at."""
     return f'download it from {weights.page} with a browser and save it as {place(weights)}'
 
 
@@ -264,7 +264,7 @@ def by_hand(weights: OfficialWeights) -> str:
 
 
 def _download(weights: OfficialWeights, path: Path, progress: Progress | None) -> None:
-    """Bring the whole file to `_part(path)` and check it there."""
+    """Download the whole file to `_part(path)` and check it there."""
     if weights.url is None:
         raise UserError(f'{weights.key} cannot be downloaded by a program; {by_hand(weights)}')
     part, reason = _part(path), ''
@@ -297,7 +297,7 @@ def _download(weights: OfficialWeights, path: Path, progress: Progress | None) -
 
 
 class _RefusedError(Exception):
-    """An answer that is not the file."""
+    """A response with an error status."""
 
     def __init__(self, response: requests.Response) -> None:
         super().__init__(f'{response.status_code} {response.reason}')
@@ -305,10 +305,10 @@ class _RefusedError(Exception):
 
 
 def _fetch(url: str, part: Path, about: Path, progress: Progress | None) -> bool:
-    """Append to `part` what the server still has.
+    """Download the bytes that `part` lacks and append them.
 
     Returns:
-        Whether the file is whole.
+        Whether the file is complete.
 
     Raises:
         requests.RequestException: no connection.
@@ -330,7 +330,7 @@ def _fetch(url: str, part: Path, about: Path, progress: Progress | None) -> bool
         if response.status_code >= 400:
             raise _RefusedError(response)
         if response.status_code != 206:
-            have = 0  # the file has changed, or the server knows no ranges
+            have = 0  # the file has changed, or the server does not support ranges
         length = response.headers.get('Content-Length')
         total = have + int(length) if length else None
         etag = response.headers.get('ETag', '')
@@ -375,7 +375,7 @@ def _check(weights: OfficialWeights, path: Path) -> None:
     architecture = zoo.get(weights.system).architecture
     names = {name for name in zoo.names() if zoo.get(name).architecture == architecture}
     if found not in {architecture, *names}:
-        raise UserError(f'{weights.key}: what was downloaded are weights of {found}, not of {weights.system}')
+        raise UserError(f'{weights.key}: the download holds weights of {found}, not of {weights.system}')
     _write(about, {**_read(about), 'sha256': digest, 'checked': digest})
 
 
@@ -396,7 +396,7 @@ def _part(path: Path) -> Path:
 
 
 def _about(path: Path) -> Path:
-    """What is known of a file beside its content: address, size, ETag, SHA-256."""
+    """The file with the metadata of a download: address, size, ETag, SHA-256."""
     return path.with_name(path.name + '.json')
 
 

@@ -1,8 +1,8 @@
-"""Restore videos through PyAV: frames are decoded, restored and encoded; everything else is copied.
+"""Restore videos with PyAV: frames are decoded, restored and encoded; all other streams are copied.
 
-Frames are written in parts of some seconds, each an encoded file of its own that is there whole or not at
-all, in a folder beside the result.  An interrupted run finds them there and restores only what is missing.
-At the end the parts are joined with the other streams of the source, without encoding anything again.
+Frames are written in parts of a few seconds.  Each part is an encoded file, written atomically to a folder
+next to the result.  A run that was interrupted restores only the missing parts.  At the end the parts are
+joined with the other streams of the source, without encoding anything again.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 T = TypeVar('T')
 
 ENCODERS: dict[str, tuple[str, dict[str, str]]] = {
-    # No frame refers to a later one, so that parts can be joined: their decoding order is that of display.
+    # Without B-frames, decoding order is display order, so that parts can be joined.
     'h264': ('libx264', {'crf': '16', 'preset': 'medium', 'bf': '0'}),
     'hevc': ('libx265', {'crf': '18', 'preset': 'medium', 'x265-params': 'bframes=0:log-level=error'}),
     'vp8': ('libvpx', {'crf': '10', 'b': '8M'}),
@@ -48,10 +48,10 @@ ENCODERS: dict[str, tuple[str, dict[str, str]]] = {
     'ffv1': ('ffv1', {'level': '3'}),
     'rawvideo': ('rawvideo', {}),
 }
-"""By codec of the source: encoder and its options.  A codec that is not named here becomes H.264."""
+"""Encoder and its options by codec of the source.  Any other codec is encoded as H.264."""
 
 PART = 64
-"""Frames of a part: what an interrupted run may have to restore again."""
+"""Frames of a part; an interrupted run restores at most these again."""
 
 AHEAD = 16
 """Frames that are decoded ahead."""
@@ -59,12 +59,13 @@ AHEAD = 16
 
 @dataclass
 class _Counts:
-    """Frames of a part, or of all.
+    """Statistics of a part, or of all parts.
 
     Attributes:
-        frames: written.
-        damaged: broken in the source; written as they were.
-        lost: could not be decoded at all.
+        frames: frames written.
+        damaged: frames that are damaged in the source; they are copied.
+        lost: packets that cannot be decoded.
+        notes: remarks of the restorer, as sentences.
     """
 
     frames: int = 0
@@ -83,7 +84,7 @@ def deblur_video(
     """Restore a video.
 
     Frame rate, time stamps (also of a variable rate), audio, subtitles, metadata, colour range and colour
-    space are kept; a rotation is applied.  Frames that are broken in the source pass through as they are.
+    space are kept; a rotation is applied.  Frames that are damaged in the source are copied.
 
     Args:
         restorer: restores the frames.
@@ -93,7 +94,7 @@ def deblur_video(
         tick: called with the fraction of the frames that is done.
 
     Raises:
-        UserError: PyAV is missing, the file is no video, or its streams do not fit the container.
+        UserError: PyAV is missing, the file is not a video, or its streams do not fit the container.
     """
     av = _pyav()
     os.makedirs(os.path.dirname(os.path.abspath(target)), exist_ok=True)
@@ -112,16 +113,16 @@ def deblur_video(
     result.megapixels = round(counts.frames * plan.width * plan.height / 1e6, 6)
     result.notes += counts.notes
     if counts.damaged:
-        result.notes.append(f'{counts.damaged} broken frames passed through as they were')
+        result.notes.append(f'{counts.damaged} damaged frames were copied')
     if counts.lost:
         result.notes.append(f'{counts.lost} packets could not be decoded; their frames are missing')
 
 
 def describe_video(path: str) -> dict[str, Any]:
-    """What a video file holds.
+    """Describe a video file.
 
     Raises:
-        UserError: PyAV is missing, or the file is no video.
+        UserError: PyAV is missing, or the file is not a video.
     """
     av = _pyav()
     try:
@@ -149,7 +150,7 @@ def describe_video(path: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is known of a video before its frames are decoded; width and height after its rotation."""
+    """Properties of a video that are known before its frames are decoded; size after its rotation."""
 
     identity: dict[str, Any]
     index: int
@@ -166,7 +167,7 @@ class _Plan:
 
     @property
     def rgb_format(self) -> str:
-        """Of the arrays that are restored: 16 bits where the video has more than 8."""
+        """Pixel format of the arrays that are restored: 16 bits where the video has more than 8."""
         return (
             'rgb48le'
             if any(mark in self.pixel_format for mark in ('10', '12', '14', '16', '48'))
@@ -207,7 +208,7 @@ def _is_cover(stream: Any) -> bool:
 
 
 def _settings(restorer: Deblurrer) -> dict[str, Any]:
-    """What the restored frames depend on."""
+    """Settings that the restored frames depend on."""
     return {
         'network': restorer.name,
         'weights': restorer.fingerprint,
@@ -300,10 +301,10 @@ class _decoded:  # noqa: N801 (an iterator that counts)
 
 
 def _restored(restorer: Deblurrer, plan: _Plan, frames: list[Any], counts: _Counts) -> Iterator[Any]:
-    """Restored frames, with the time stamps and marks of the given ones."""
+    """Restored frames, with the time stamps and colour properties of the given ones."""
     restorer.report.notes.clear()
-    sound = (_pixels(frame, plan) for frame in frames if not frame.is_corrupt)
-    restored = restorer.restore(sound)
+    intact = (_pixels(frame, plan) for frame in frames if not frame.is_corrupt)
+    restored = restorer.restore(intact)
     for frame in frames:
         counts.frames += 1
         if frame.is_corrupt:
@@ -334,11 +335,11 @@ Without these a conversion to RGB and back darkens a video by 1/255.
 """
 
 LIMITED, FULL = 1, 2
-"""FFmpeg's numbers for colour ranges, 16 to 235 and 0 to 255."""
+"""FFmpeg's constants for colour ranges, 16 to 235 and 0 to 255."""
 
 
 def _range(number: int) -> int:
-    return FULL if int(number) == FULL else LIMITED  # FFmpeg takes what is not said for limited
+    return FULL if int(number) == FULL else LIMITED  # FFmpeg treats an unspecified range as limited
 
 
 def _frame(pixels: NDArray[Any], original: Any, plan: _Plan) -> Any:
@@ -388,7 +389,7 @@ def _encode(av: Any, plan: _Plan, frames: Iterable[Any], path: str) -> None:
 
 
 def _encodable(av: Any, name: str, wanted: str) -> str:
-    """The pixel format itself, or the nearest that the encoder takes."""
+    """The pixel format, or the nearest one that the encoder supports."""
     formats = [one.name for one in av.Codec(name, 'w').video_formats or ()]
     if not formats or wanted in formats:
         return wanted
@@ -439,13 +440,14 @@ def _join(av: Any, source: str, plan: _Plan, folder: Path, path: str, target: st
 
 
 def _added(av: Any, output: Any, stream: Any, source: str, target: str) -> Any:
-    """A stream of `output` like `stream`."""
+    """Add a stream like `stream` to `output`."""
     try:
         return output.add_stream_from_template(stream)
     except (ValueError, av.error.FFmpegError):
         raise UserError(
-            f'{target}: its container does not take the {stream.type} stream ({stream.codec_context.name}) '
-            f'of {source}; give the result the suffix {Path(source).suffix} or .mkv'
+            f'{target}: its container does not support the {stream.type} stream '
+            f'({stream.codec_context.name}) of {source}; give the result '
+            f'the suffix {Path(source).suffix} or .mkv'
         ) from None
 
 
@@ -471,7 +473,7 @@ def _copied_packets(given: Any, streams: dict[int, Any]) -> Iterator[tuple[float
 
 
 def _container(av: Any, target: str) -> str:
-    """FFmpeg's name of the container that a suffix stands for."""
+    """FFmpeg's name of the container of a suffix."""
     suffix = Path(target).suffix.lower()
     names = {
         '.mp4': 'mp4', '.m4v': 'mp4', '.mov': 'mov', '.mkv': 'matroska', '.webm': 'webm', '.avi': 'avi',
@@ -481,7 +483,7 @@ def _container(av: Any, target: str) -> str:
 
 
 def _ahead(items: Iterable[T], count: int) -> Iterator[T]:
-    """Draw from `items` on a thread of its own, at most `count` ahead."""
+    """Iterate over `items` in a background thread, at most `count` items ahead."""
     waiting: queue.Queue[Any] = queue.Queue(count)
     stopped = threading.Event()
     end = object()

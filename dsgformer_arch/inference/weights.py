@@ -1,4 +1,4 @@
-"""The one place that says which network a person gets: the default, a name, or a file of weights."""
+"""Select the network of a command or a `Deblurrer`: the default, a name, or a checkpoint."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def network(
 
     Args:
         model: a name of `zoo.names()`, or official weights such as `restormer/deraining`; with `weights`,
-            the system that the file has to be.
-        weights: a checkpoint, which tells its system itself; by default the weights that come with the
-            package, or that were downloaded.
+            the system that the file must hold.
+        weights: a checkpoint, from which the system is detected; by default the weights in the package,
+            or those that were downloaded.
         tlc: side of the crops that the network was trained on, for local pooling; None for none.
 
     Raises:
-        UserError: no such system, no weights for it here, or a file that is no checkpoint.
+        UserError: no such system, no weights for it here, or a file that is not a checkpoint.
     """
     if weights is not None:
         if not Path(weights).is_file():
@@ -45,7 +45,7 @@ def network(
         zoo.get(name)
         if name in zoo.shipped():
             return zoo.create(name, pretrained=True, tlc=tlc), name
-    from dsgformer_arch.inference import official_weights  # and with it requests, which takes its time
+    from dsgformer_arch.inference import official_weights  # imports requests, which is slow
 
     official = official_weights.find(name) if '/' in name or has_official(name) else None
     if official is None:
@@ -66,10 +66,10 @@ def has_official(name: str) -> bool:
 
 
 def offer(official: official_weights.OfficialWeights) -> None:
-    """Download official weights that are missing, where a person at a terminal agrees.
+    """Ask at the terminal whether missing official weights may be downloaded, and download them.
 
     Raises:
-        UserError: nobody is asked, or the answer is no; the message has the command.
+        UserError: there is no terminal, or the answer is no; the message names the command.
     """
     from dsgformer_arch.inference import official_weights
 

@@ -310,8 +310,8 @@ def _reduced_to(target: Tensor, size: Sequence[int]) -> Tensor:
         return target
     if height % h or width % w or height // h != width // w:
         raise UserError(
-            f'MultiScaleLoss: an output of {h}×{w} is no whole fraction of the target of {height}×{width}; '
-            'choose another size of crops or another loss'
+            f'MultiScaleLoss: an output of {h}×{w} is not a whole fraction of the target of {height}×{width}'
+            '; choose another size of crops or another loss'
         )
     return F.interpolate(_promoted(target), size=(h, w), mode='bilinear')
 

@@ -1,6 +1,6 @@
-"""What is measured: each protocol of the field as its authors compute it, registered in METRIC_REGISTRY.
+"""Metrics of the published tables, computed as by their authors, and registered in METRIC_REGISTRY.
 
-`protocols` says which metrics make up the protocol of a data set.
+`protocols` maps each data set to the metrics of its published tables.
 """
 
 from dsgformer_arch.metrics import mhnet, perceptual, psnr_ssim, rain, realblur, rsblur

@@ -1,10 +1,10 @@
-"""Alignment of a restored image to its sharp partner, as the sets with real blur need it.
+"""Alignment of a restored image to the sharp one, for data sets with real blur.
 
-RealBlur and RSBlur were taken with two cameras behind a beam splitter, and what
-a network restores may sit a fraction of a pixel away from the sharp image, at
-another brightness.  Their authors therefore match the intensity, estimate a
-homography by ECC (Evangelidis and Psarakis, IEEE TPAMI 2008), and score only
-the pixels that the warp covers.
+The pairs of RealBlur and RSBlur were taken with two cameras behind a beam
+splitter.  A restored image may be shifted against the sharp one by fractions of
+a pixel, and have another brightness.  Their authors therefore match the
+intensity, estimate a homography by ECC (Evangelidis and Psarakis, IEEE TPAMI
+2008), and score only the pixels that the warp covers.
 
 Source: evaluation_RealBlur_ecc.py of rimchang/RealBlur, repeated in
 evaluate_realblur.py of swz30/Restormer and evaluate_RSBlur.py of
@@ -35,17 +35,17 @@ GAUSSIAN_SIDE = 5
 
 
 class AlignmentWarning(UserWarning):
-    """ECC found no alignment, and the image was scored where it lay."""
+    """ECC found no alignment, and the image was scored without one."""
 
 
 @dataclass(frozen=True)
 class Alignment:
-    """A restored image brought over its sharp partner.
+    """A restored image aligned to the sharp one.
 
     Attributes:
-        restored: float32 RGB of shape (H, W, 3), nominally 0 to 1, 0 where the warp left no pixel.
-        sharp: the same for the sharp partner, 0 in the same places.
-        mask: float32 of shape (H, W, 1), 1 where the warp left a pixel and 0 elsewhere.
+        restored: the aligned image, float32 RGB of shape (H, W, 3), nominally 0 to 1; 0 outside the mask.
+        sharp: the sharp image, likewise.
+        mask: float32 of shape (H, W, 1): 1 where the warp covers a pixel, 0 elsewhere.
         converged: whether ECC found the homography; if not, the intensity alone was matched.
     """
 
@@ -60,11 +60,11 @@ class Alignment:
         return psnr_from(float(squared_error / (3 * self.mask.sum(dtype=np.float64))), 1)
 
     def ssim(self) -> float:
-        """SSIM of the channels' mean over the pixels that the warp covers.
+        """SSIM, averaged over channels and over the pixels that the warp covers.
 
-        scikit-image's with the window of Wang et al. and range 1.  Its border
-        of 5 pixels is left out, so that only places where the whole window
-        fits count.
+        As scikit-image computes it with the Gaussian window of Wang et al. and
+        the range 1.  A border of 5 pixels, where the window does not fit, is
+        excluded.
         """
         mask = self.mask[RADIUS:-RADIUS, RADIUS:-RADIUS]
         similarity = ssim_map(self.sharp, self.restored, mean_where_whole, 1)
@@ -72,20 +72,20 @@ class Alignment:
 
 
 def align(img: Image, img2: Image) -> Alignment:
-    """Match the intensity of a restored image and warp it onto its sharp partner.
+    """Match the intensity of a restored image, and warp it onto the sharp image.
 
-    ECC starts from the identity, smooths with a 5×5 Gaussian and always runs
-    its 100 iterations (the authors' threshold of 0 never ends it earlier):
-    7 s on one core for 1280×720 pixels.  The last pair's result is kept, so
-    that PSNR and SSIM of one pair align once.
+    ECC starts from the identity, with a 5×5 Gaussian filter, and runs 100
+    iterations (the authors' threshold of 0 never stops it earlier): 7 s on one
+    core for 1280×720 pixels.  The result of the last pair is cached, so that
+    PSNR and SSIM of one pair align it once.
 
-    Where ECC does not converge (images that are empty or have nothing in
-    common) the authors' script stops; here an `AlignmentWarning` is given, the
-    image keeps its place, and `Alignment.converged` is False.
+    Where ECC does not converge (an empty image, or two unrelated ones) the
+    authors' script raises an error.  Here the image is not warped, an
+    `AlignmentWarning` is issued, and `Alignment.converged` is False.
 
     Args:
         img: the restored image, uint8 BGR of shape (H, W, 3).
-        img2: its sharp partner.
+        img2: the sharp image, likewise.
     """
     return _align(img.tobytes(), img2.tobytes(), img.shape)
 
@@ -143,7 +143,7 @@ def _homography(template: NDArray[np.float32], image: NDArray[np.float32]) -> ND
         if error.code != cv2.Error.StsNoConv:
             raise
         warnings.warn(
-            f'ECC does not converge ({error.err.strip()}); the restored image is scored where it lies',
+            f'ECC does not converge ({error.err.strip()}); the restored image is scored without alignment',
             AlignmentWarning,
             stacklevel=2,
         )

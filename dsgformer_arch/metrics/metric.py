@@ -1,4 +1,4 @@
-"""What every metric of this package shares: its type, its checks, its place in BasicSR's registry."""
+"""The base of all metrics: the image type, checks of the arguments, and registration in METRIC_REGISTRY."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ Image: TypeAlias = NDArray[np.uint8]
 """An 8-bit colour image, shape (H, W, 3), values 0 to 255."""
 
 SIDE_MIN = 11
-"""The side of the largest SSIM window here, and so of the smallest image."""
+"""Side of the smallest image in pixels: that of the SSIM window."""
 
 
 def check_pair(img: Image, img2: Image) -> None:
-    """Refuse anything but two 8-bit colour images of one size.
+    """Check that two images are 8-bit RGB images of one size.
 
     Raises:
         UserError: where the sizes differ, a side is shorter than 11 pixels, or
@@ -31,7 +31,7 @@ def check_pair(img: Image, img2: Image) -> None:
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise UserError(
                 f'the {which} image has type {image.dtype} and shape {image.shape}; '
-                'a metric needs uint8 values of shape (H, W, 3), which `to_uint8` makes of a network output'
+                'a metric needs uint8 values of shape (H, W, 3), see `to_uint8`'
             )
     if img.shape != img2.shape:
         raise UserError(
@@ -46,14 +46,13 @@ def check_pair(img: Image, img2: Image) -> None:
 
 
 def metric(function: Callable[..., float]) -> Callable[..., float]:
-    """Register a metric under its own name, and check what it is called with.
+    """Decorator that registers a metric under its name and checks its arguments.
 
-    `function(img, img2, **options)` takes two 8-bit BGR images as BasicSR's
-    `calculate_metric` passes them.  `better`, which BasicSR puts among the
-    options of its metrics, is accepted and left out.  An option that the
-    metric does not have (BasicSR's own take `crop_border`, for one) is an
-    error here: a protocol leaves nothing to choose, and dropping the option
-    silently would misreport what was measured.
+    `function(img, img2, **options)` takes two 8-bit BGR images as passed by
+    BasicSR's `calculate_metric`.  The option `better`, which BasicSR reads
+    itself, is ignored.  Any other option that the metric does not have, such
+    as `crop_border` of BasicSR's own metrics, is an error: ignoring it would
+    misreport the result.
 
     Raises:
         UserError: when called with a pair that `check_pair` refuses or with an

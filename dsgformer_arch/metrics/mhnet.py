@@ -1,17 +1,16 @@
-"""MHNet's own evaluation: PSNR and SSIM of an unrounded luma with red and blue exchanged.
+"""MHNet's protocol: PSNR and SSIM of an unrounded luma with red and blue exchanged.
 
 Source: `calculate_psnr` and `calculate_ssim` in Derain/cal.py of Tombs98/MHNet, as Derain/eval.py
-calls them; Deblur/ has the same two files, so the tables for GoPro and HIDE follow it too.  Three
-things differ from `metrics.rain`, which the other deraining papers use:
+calls them; Deblur/ has the same two files, so its tables for GoPro and HIDE are computed likewise.  It
+differs from `metrics.rain`, the protocol of the other deraining papers, in three ways:
 
-- the images come from `cv2.imread`, blue first, and go through a conversion written for RGB: blue
-  gets the weight of red and red that of blue;
+- BGR images of `cv2.imread` are converted as if they were RGB: blue gets the weight of red, and red
+  that of blue;
 - Y is not rounded to 8 bits (the images are: the official test script saves them as PNG);
-- the Gaussian window of SSIM reaches over the borders, which are replicated, and the mean is over
-  the whole map.
+- SSIM is computed at every pixel, with replicated borders.
 
-The official code keeps Y in float32.  Here it is float64, which moves PSNR by less than 1e-5 dB and
-SSIM by less than 1e-6 on the images of the tests.
+The official code computes Y in float32.  Here it is float64, which changes PSNR by less than 1e-5 dB
+and SSIM by less than 1e-6 on the images of the tests.
 """
 
 from __future__ import annotations
@@ -46,11 +45,11 @@ def mean_over_borders(image: NDArray[np.float64]) -> NDArray[np.float64]:
 def psnr_mhnet(img: Image, img2: Image) -> float:
     """PSNR of `exchanged_luma`, the peak 255.
 
-    Source: `calculate_psnr` in Derain/cal.py of Tombs98/MHNet; see this module's head.
+    Source: `calculate_psnr` in Derain/cal.py of Tombs98/MHNet; see the module's docstring.
 
     Args:
         img: the restored image, uint8 BGR of shape (H, W, 3).
-        img2: its clean partner.
+        img2: the clean image, likewise.
 
     Returns:
         PSNR in dB; infinite for equal lumas.
@@ -62,11 +61,11 @@ def psnr_mhnet(img: Image, img2: Image) -> float:
 def ssim_mhnet(img: Image, img2: Image) -> float:
     """SSIM of `exchanged_luma` by Wang et al.'s formula, at every pixel, with replicated borders.
 
-    Source: `calculate_ssim` in Derain/cal.py of Tombs98/MHNet; see this module's head.
+    Source: `calculate_ssim` in Derain/cal.py of Tombs98/MHNet; see the module's docstring.
 
     Args:
         img: the restored image, uint8 BGR of shape (H, W, 3).
-        img2: its clean partner.
+        img2: the clean image, likewise.
 
     Returns:
         SSIM, at most 1.

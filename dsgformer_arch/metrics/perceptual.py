@@ -1,4 +1,4 @@
-"""LPIPS, NIQE and every other metric of pyiqa, where it is installed (extra `metrics`)."""
+"""Metrics of pyiqa such as LPIPS and NIQE; it is installed by the extra `metrics`."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from dsgformer_arch.utils.errors import UserError
 
 @functools.cache
 def create(name: str) -> Any:
-    """pyiqa's metric of that name, on the GPU if there is one.
+    """Create a metric of pyiqa, on the GPU if there is one.
 
     Raises:
-        UserError: where pyiqa is not installed, has no such metric, or cannot
-            get the metric's weights, which it downloads on first use.
+        UserError: pyiqa is not installed, has no such metric, or cannot
+            download the weights of the metric.
     """
     try:
         pyiqa = importlib.import_module('pyiqa')
@@ -47,11 +47,11 @@ def pyiqa_metric(img: Image, img2: Image, name: str) -> float:
 
     Args:
         img: the restored image, uint8 BGR of shape (H, W, 3).
-        img2: its sharp partner, left aside by metrics without a reference.
+        img2: the sharp image, likewise; no-reference metrics ignore it.
         name: the metric's name in pyiqa.
 
     Returns:
-        What pyiqa returns; `lower_better(name)` tells its direction.
+        The value of the metric; `lower_better(name)` is its direction.
 
     Raises:
         UserError: as `create` does.
@@ -64,7 +64,7 @@ def pyiqa_metric(img: Image, img2: Image, name: str) -> float:
 
 
 def lower_better(name: str) -> bool:
-    """Whether a smaller value of this metric of pyiqa is the better one.
+    """Whether smaller values of a metric of pyiqa are better.
 
     Raises:
         UserError: as `create` does.

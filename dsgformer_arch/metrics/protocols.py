@@ -1,4 +1,4 @@
-"""What is measured on each data set, so that every system is measured alike.
+"""The protocol of each data set: the metrics that its published tables report.
 
 protocol('gopro').evaluate(to_uint8(output), sharp)
 # {'psnr': …, 'ssim': …, 'ssim_skimage': …, 'ssim_basicsr': …}
@@ -28,15 +28,14 @@ ROUNDING = (
 
 @dataclass(frozen=True)
 class Protocol:
-    """How one data set's published tables were computed.
+    """The metrics of the published tables of a data set.
 
     Attributes:
         name: the protocol's name, as options and command lines take it.
         source: the authors' evaluation code that it follows.
-        columns: each column of the report with the metric that fills it, called with two uint8
-            BGR images as BasicSR does.  `psnr` and `ssim` come first and are the published ones;
-            further columns are for comparison.
-        rounding: what `to_uint8` does to an output before anything is measured, as text.
+        columns: metrics by column of the report.  They take two uint8 BGR images, as BasicSR's do.
+            `psnr` and `ssim` come first and are the published ones; the others are for comparison.
+        rounding: how `to_uint8` converts an output, as text.
     """
 
     name: str
@@ -45,11 +44,11 @@ class Protocol:
     rounding: str = ROUNDING
 
     def evaluate(self, restored: Image, sharp: Image) -> dict[str, float]:
-        """Score a restored image against its sharp partner.
+        """Score a restored image against the sharp one.
 
         Args:
             restored: uint8 RGB of shape (H, W, 3), as `to_uint8` returns it.
-            sharp: the same of the sharp partner.
+            sharp: the sharp image, likewise.
 
         Returns:
             The value of each column: PSNR in dB, SSIM at most 1.

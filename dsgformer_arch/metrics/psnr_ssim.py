@@ -1,7 +1,7 @@
-"""PSNR and the three SSIMs of the deblurring tables, on 8-bit RGB images.
+"""PSNR, and three variants of SSIM in deblurring papers, of 8-bit RGB images.
 
-All of them use K = (0.01, 0.03) and the 8-bit range; they differ in the window
-and in what happens to colour and to borders:
+All variants use K = (0.01, 0.03) and the range 255; they differ in the window
+and in the treatment of colour and borders:
 
 ==================  ==============================  =======================  ====================
 metric              window                          colour                   borders
@@ -34,10 +34,10 @@ RADIUS = 5
 
 _taps = np.exp(-0.5 * (np.arange(-RADIUS, RADIUS + 1) / SIGMA) ** 2)
 GAUSSIAN: NDArray[np.float64] = _taps / _taps.sum()
-"""The 11 taps of Wang et al.'s window; MATLAB's ssim has the same, ceil(3·1.5) to each side."""
+"""The 11 taps of Wang et al.'s window; MATLAB's ssim uses the same, with a radius of ceil(3·1.5)."""
 
 CHANNEL_MIX: NDArray[np.float64] = ndimage.correlate1d(np.eye(3), GAUSSIAN, axis=0, mode='nearest')
-"""The same 11 taps along three replicated channels: row c holds what c takes of each."""
+"""The same filter along three channels with replicated borders: row c holds the weights for channel c."""
 
 
 def psnr_from(squared_error: float, peak: float) -> float:
@@ -51,12 +51,12 @@ def ssim_map(
     local_mean: Callable[[NDArray[np.float64]], NDArray[np.float64]],
     peak: float,
 ) -> NDArray[np.float64]:
-    """SSIM at every place of the window (Wang et al., IEEE TIP 2004, equation 13).
+    """The SSIM map (Wang et al., IEEE TIP 2004, equation 13), in float64.
 
     Args:
-        x: one image; computed in float64.
-        y: the other, of the same shape.
-        local_mean: the mean under the window at each of its places.
+        x: an image of any shape.
+        y: another image of the same shape.
+        local_mean: computes the weighted mean in the window around each pixel.
         peak: the range of values, 255 or 1.
 
     Returns:
@@ -73,13 +73,13 @@ def ssim_map(
 
 
 def mean_in_volume(image: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Gaussian mean over rows, columns and channels with replicated borders.  (H, W, 3) to (H, W, 3)."""
+    """Gaussian filter along rows, columns and channels with replicated borders.  (H, W, 3) to (H, W, 3)."""
     rows_and_columns = cv2.sepFilter2D(image, -1, GAUSSIAN, GAUSSIAN, borderType=cv2.BORDER_REPLICATE)
     return rows_and_columns @ CHANNEL_MIX.T
 
 
 def mean_where_whole(image: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Gaussian mean where the whole 11×11 window fits.  (H, W, …) to (H - 10, W - 10, …)."""
+    """Gaussian filter where the whole 11×11 window fits.  (H, W, …) to (H - 10, W - 10, …)."""
     filtered = np.asarray(cv2.sepFilter2D(image, -1, GAUSSIAN, GAUSSIAN), np.float64)
     return filtered[RADIUS:-RADIUS, RADIUS:-RADIUS]
 
@@ -88,7 +88,7 @@ def mean_where_whole(image: NDArray[np.float64]) -> NDArray[np.float64]:
 def psnr_rgb(img: Image, img2: Image) -> float:
     """PSNR in dB of 8-bit images, over all pixels and channels at once.
 
-    What MATLAB's `psnr` gives for two uint8 images: the squared error in
+    Equal to MATLAB's `psnr` of two uint8 images: the mean squared error in
     double precision, the peak 255.
 
     Source: `psnr(input, gt)` in evaluate_GOPRO_HIDE.m of swz30/MPRNet and
@@ -96,7 +96,7 @@ def psnr_rgb(img: Image, img2: Image) -> float:
 
     Args:
         img: the restored image, uint8 BGR of shape (H, W, 3).
-        img2: its sharp partner.
+        img2: the sharp image, likewise.
 
     Returns:
         PSNR in dB; infinite for equal images.
@@ -108,22 +108,22 @@ def psnr_rgb(img: Image, img2: Image) -> float:
 def ssim_matlab_rgb(img: Image, img2: Image) -> float:
     """MATLAB's `ssim` called on RGB images, the SSIM of the GoPro and HIDE tables.
 
-    MATLAB knows no colour here: a height×width×3 array is a volume, and its
-    Gaussian window (sigma 1.5, cut off at ceil(3·1.5) = 5 to each side, so
-    11×11×11) runs over the three channels too, with the border replicated in
-    all three dimensions.  The mean is over the whole map, in double precision
-    for uint8 input.  The order of the channels does not matter.
+    MATLAB treats a height×width×3 array as a volume: the Gaussian window
+    (sigma 1.5, radius ceil(3·1.5) = 5, so 11×11×11) extends over the three
+    channels too, with replicated borders in all three dimensions.  The mean
+    is over the whole map, in double precision for uint8 input.  The order of
+    the channels does not matter.
 
-    For the pair of images in scikit-image/scikit-image#4985 a user of MATLAB
-    R2019 gives 0.8433 (Coldog2333/pytoflow#15); this gives 0.84334.  The known
-    PyTorch version, mayorx/matlab_ssim_pytorch_implementation, gives 0.8434.
+    For the pair of images in scikit-image/scikit-image#4985 a user reports
+    0.8433 with MATLAB R2019 (Coldog2333/pytoflow#15); this function returns
+    0.84334.  mayorx/matlab_ssim_pytorch_implementation returns 0.8434.
 
     Source: `ssim(input, gt)` in evaluate_GOPRO_HIDE.m of swz30/MPRNet and
     evaluate_gopro_hide.m of swz30/Restormer; MathWorks' page on ssim.
 
     Args:
         img: the restored image, uint8 BGR of shape (H, W, 3).
-        img2: its sharp partner.
+        img2: the sharp image, likewise.
 
     Returns:
         SSIM, at most 1.
@@ -140,7 +140,7 @@ def ssim_skimage(img: Image, img2: Image) -> float:
 
     Args:
         img: the restored image, uint8 BGR of shape (H, W, 3).
-        img2: its sharp partner.
+        img2: the sharp image, likewise.
 
     Returns:
         SSIM, at most 1.
@@ -150,13 +150,13 @@ def ssim_skimage(img: Image, img2: Image) -> float:
 
 @metric
 def ssim_basicsr(img: Image, img2: Image) -> float:
-    """BasicSR's SSIM on RGB without a cut border: Wang et al.'s code on each channel, then the mean.
+    """BasicSR's SSIM with `crop_border=0`: Wang et al.'s SSIM of each channel, then the mean.
 
     Source: `calculate_ssim` of XPixelGroup/BasicSR 1.4.2.
 
     Args:
         img: the restored image, uint8 BGR of shape (H, W, 3).
-        img2: its sharp partner.
+        img2: the sharp image, likewise.
 
     Returns:
         SSIM, at most 1.

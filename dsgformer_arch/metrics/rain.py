@@ -16,9 +16,9 @@ from dsgformer_arch.metrics.psnr_ssim import mean_where_whole, psnr_from, ssim_m
 def luma(bgr: Image) -> Image:
     """Y of MATLAB's `rgb2ycbcr` for a uint8 image: BT.601, 16 to 235, rounded to 8 bits.
 
-    Rounded half up in integers, which is exact.  Octave's rgb2ycbcr gives the
-    same for all colours but 6 of the 16.8 million, each a tie that its
-    floating-point sum decides the other way.
+    Computed in integers, rounding half up, so it is exact.  Octave's
+    rgb2ycbcr gives the same for all but 6 of the 16.8 million colours; these
+    are ties that its floating-point sum rounds down.
 
     Args:
         bgr: uint8 BGR of shape (H, W, 3).
@@ -35,11 +35,11 @@ def luma(bgr: Image) -> Image:
 def psnr_rain(img: Image, img2: Image) -> float:
     """PSNR of MATLAB's 8-bit luma, the peak 255.
 
-    Source: `compute_psnr` in evaluate_PSNR_SSIM.m; see this module's head.
+    Source: `compute_psnr` in evaluate_PSNR_SSIM.m; see the module's docstring.
 
     Args:
         img: the restored image, uint8 BGR of shape (H, W, 3).
-        img2: its clean partner.
+        img2: the clean image, likewise.
 
     Returns:
         PSNR in dB; infinite for equal lumas.
@@ -51,11 +51,11 @@ def psnr_rain(img: Image, img2: Image) -> float:
 def ssim_rain(img: Image, img2: Image) -> float:
     """SSIM of MATLAB's 8-bit luma by Wang et al.'s code: only where the whole 11×11 window fits.
 
-    Source: `compute_ssim` in evaluate_PSNR_SSIM.m; see this module's head.
+    Source: `compute_ssim` in evaluate_PSNR_SSIM.m; see the module's docstring.
 
     Args:
         img: the restored image, uint8 BGR of shape (H, W, 3).
-        img2: its clean partner.
+        img2: the clean image, likewise.
 
     Returns:
         SSIM, at most 1.

@@ -1,4 +1,4 @@
-"""RealBlur's protocol: PSNR and SSIM after intensity match and homography alignment."""
+"""RealBlur's protocol: PSNR and SSIM after matching the intensity and aligning by a homography."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def psnr_realblur(img: Image, img2: Image) -> float:
 
     Args:
         img: the restored image, uint8 BGR of shape (H, W, 3).
-        img2: its sharp partner.
+        img2: the sharp image, likewise.
 
     Returns:
         PSNR in dB.
@@ -30,7 +30,7 @@ def ssim_realblur(img: Image, img2: Image) -> float:
 
     Args:
         img: the restored image, uint8 BGR of shape (H, W, 3).
-        img2: its sharp partner.
+        img2: the sharp image, likewise.
 
     Returns:
         SSIM, at most 1.
@@ -39,5 +39,5 @@ def ssim_realblur(img: Image, img2: Image) -> float:
 
 
 def ecc_converged(img: Image, img2: Image) -> float:
-    """1 where the alignment of this pair was found, 0 where the pair was scored unaligned."""
+    """1 if ECC found an alignment of this pair, 0 if the pair was scored without alignment."""
     return float(align(img, img2).converged)

@@ -11,7 +11,7 @@ from dsgformer_arch.metrics.metric import Image, metric
 
 
 def align_and_clip(img: Image, img2: Image) -> Alignment:
-    """`align`, with what the intensity match and the cubic warp drove out of [0, 1] brought back."""
+    """`align`, then clip the restored image to [0, 1]: intensity match and cubic warp may exceed it."""
     alignment = align(img, img2)
     return dataclasses.replace(alignment, restored=np.clip(alignment.restored, 0, 1))
 
@@ -24,7 +24,7 @@ def psnr_rsblur(img: Image, img2: Image) -> float:
 
     Args:
         img: the restored image, uint8 BGR of shape (H, W, 3).
-        img2: its sharp partner.
+        img2: the sharp image, likewise.
 
     Returns:
         PSNR in dB.
@@ -40,7 +40,7 @@ def ssim_rsblur(img: Image, img2: Image) -> float:
 
     Args:
         img: the restored image, uint8 BGR of shape (H, W, 3).
-        img2: its sharp partner.
+        img2: the sharp image, likewise.
 
     Returns:
         SSIM, at most 1.

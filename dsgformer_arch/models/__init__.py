@@ -1,4 +1,4 @@
-"""How networks are trained.  Each module `*_model.py` registers its own in MODEL_REGISTRY when imported."""
+"""Training and validation of networks.  Every module `*_model.py` registers its model in MODEL_REGISTRY."""
 
 import importlib
 import pkgutil

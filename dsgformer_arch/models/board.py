@@ -1,7 +1,7 @@
-"""What a training run shows while it runs: TensorBoard events and, where asked for, Weights & Biases.
+"""Logging of training runs to TensorBoard and, optionally, to Weights & Biases.
 
-Both get the same scalars and images.  Only the first process of a run writes; nothing here draws a random
-number, so that a watched run computes the same as an unwatched one.
+Both get the same scalars and images.  Only rank 0 writes.  Logging draws no random numbers, so that it does
+not change the training.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from dsgformer_arch.utils.errors import UserError
 
 SAMPLES = 4
-"""Validation images that are shown where `logger: samples` is not given."""
+"""Default of `logger: samples`, the number of validation images to log."""
 SIDE = 512
-"""Pixels: an image is scaled down to this width and height at most."""
+"""Largest width and height of a logged image, in pixels; larger ones are scaled down."""
 WANDB_ID = 'wandb_id.txt'
-"""File in the experiment's folder with the run's id, so that a resumed run goes on in the same charts."""
+"""File in the experiment's folder with the run's id, so that a resumed run continues the same charts."""
 
 Options = dict[str, Any]
 
@@ -34,7 +34,7 @@ def writes_board(opt: Options) -> bool:
 
 
 def samples(opt: Options) -> int:
-    """How many images of each validation set a run shows."""
+    """How many images of each validation set a run logs."""
     return int(opt['logger'].get('samples', SAMPLES)) if writes_board(opt) else 0
 
 
@@ -54,7 +54,7 @@ def strip(images: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
 
 
 def faults(logger: Mapping[str, Any]) -> list[str]:
-    """What keeps a sound `logger` section of the options from being followed."""
+    """Faults of a valid `logger` section: contradictions and missing packages, as sentences."""
     wandb = (logger.get('wandb') or {}).get('project') is not None
     found = []
     if wandb and not logger.get('use_tb_logger'):
@@ -67,12 +67,12 @@ def faults(logger: Mapping[str, Any]) -> list[str]:
 
 
 class Board:
-    """Where a run's scalars and images go.
+    """Writer of scalars and images.
 
     Args:
         opt: complete options.
-        start: iteration from which the run goes on.  Events of later iterations, which an interrupted
-            process wrote, are hidden by the repeated ones.
+        start: iteration from which the run continues.  Events of later iterations, written by an
+            interrupted process, are hidden.
 
     Raises:
         UserError: Weights & Biases refuses the run.
@@ -86,27 +86,27 @@ class Board:
         self.writer: Any = SummaryWriter(folder, purge_step=start + 1 if start else None)
 
     def scalars(self, values: Mapping[str, float], iteration: int) -> None:
-        """Show numbers by name."""
+        """Log numbers by name."""
         for name, value in values.items():
             self.writer.add_scalar(name, value, iteration)
         if self.run is not None:
             self.run.log({**values, 'iteration': iteration})
 
     def image(self, name: str, pixels: NDArray[np.uint8], iteration: int) -> None:
-        """Show an image, uint8 RGB (H, W, 3)."""
+        """Log an image, uint8 RGB (H, W, 3)."""
         self.writer.add_image(name, pixels, iteration, dataformats='HWC')
         if self.run is not None:
             self.run.log({name: importlib.import_module('wandb').Image(pixels), 'iteration': iteration})
 
     def close(self) -> None:
-        """Write what is left."""
+        """Flush and close."""
         self.writer.close()
         if self.run is not None:
             self.run.finish()
 
 
 def _start_wandb(opt: Options, start: int) -> Any:
-    """Begin a run of Weights & Biases, or go on with the one that this experiment had."""
+    """Start a run of Weights & Biases, or continue the previous one of this experiment."""
     wandb = importlib.import_module('wandb')
     settings = opt['logger']['wandb']
     file = os.path.join(opt['path']['experiments_root'], WANDB_ID)
@@ -123,7 +123,7 @@ def _start_wandb(opt: Options, start: int) -> Any:
             config=opt,
             dir=opt['root_path'],
         )
-    except Exception as error:  # no key, no network, a refused id: classes that differ between versions
+    except Exception as error:  # no key, no network, an invalid id: the classes differ between versions
         reason = ' '.join(str(error).split())[:200]
         raise UserError(
             f'logger: wandb: Weights & Biases does not start ({reason}); run `wandb login`, or set '

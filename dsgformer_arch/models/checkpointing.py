@@ -1,11 +1,10 @@
-"""Checkpoints of a training run: what belongs together, is whole, and fits the network.
+"""Checkpoints of a training run: atomic writing, and verification before they are used.
 
-A checkpoint is a pair of files with the names that BasicSR uses,
-`models/net_g_N.pth` and `training_states/N.state`.  The state is written last
-and holds the network file's SHA-256: a checkpoint exists from the moment at
-which its state is complete.  Each file is written under a temporary name,
-synced and renamed.  States of earlier versions and of BasicSR itself, which
-hold no digest, can be read too.
+A checkpoint is a pair of files with BasicSR's names, `models/net_g_N.pth` and
+`training_states/N.state`.  The state is written last and holds the SHA-256 of
+the network file, so a checkpoint is complete when its state is.  Each file is
+written under a temporary name, synced and renamed.  States of BasicSR and of
+earlier versions, which hold no digest, can be read too.
 """
 
 from __future__ import annotations
@@ -29,21 +28,21 @@ from dsgformer_arch.utils.files import write_atomically
 from dsgformer_arch.zoo.pickles import check_nesting
 
 SCALAR_STATES = {'step', 'eta', 'mu', 'mu_product'}
-"""Entries of an optimizer's state that hold one number for a parameter of any shape (torch.optim)."""
+"""Entries of an optimizer's state (torch.optim) that hold one number per parameter."""
 
 FACTORED_STATES = {'row_var', 'col_var'}
 """Entries that broadcast to the parameter's shape (torch.optim.Adafactor)."""
 
 
 class DamagedError(UserError):
-    """A checkpoint that is incomplete, damaged, or not of this network."""
+    """A checkpoint that is incomplete, damaged, or belongs to another network."""
 
 
 def write(content: Any, path: str) -> None:
-    """Save with `torch.save`, whole or not at all.
+    """Save with `torch.save`, atomically.
 
     Raises:
-        UserError: the file cannot be written; what was there before is still there.
+        UserError: the file cannot be written; a previous file is kept.
     """
     try:
         write_atomically(lambda temporary: torch.save(content, temporary), path)
@@ -80,14 +79,14 @@ def newest_states(folder: str) -> list[str]:
 
 
 def check_archive(path: str) -> None:
-    """Check the CRC-32 of everything in a file that `torch.save` wrote, which `torch.load` does not.
+    """Check the CRC-32 of all entries of a file of `torch.save`; `torch.load` does not.
 
     Raises:
         DamagedError: the file is truncated or damaged, or its content is larger than the file.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            # torch.save compresses nothing; a small file that takes gigabytes was made to do so.
+            # torch.save does not compress; a compressed file may be a decompression bomb.
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise DamagedError(f'{path} is compressed, as torch.save writes no file')
             damaged = archive.testzip()
@@ -98,7 +97,7 @@ def check_archive(path: str) -> None:
 
 
 def read_state(path: str) -> dict[str, Any]:
-    """A training state, on the CPU.
+    """Read a training state to the CPU.
 
     Raises:
         DamagedError: the file is missing, truncated or damaged, or holds anything but data.
@@ -111,18 +110,18 @@ def read_state(path: str) -> dict[str, Any]:
         raise DamagedError(f'{path} is damaged or no training state') from None
     numbers = ('epoch', 'iter')
     if not isinstance(state, dict) or not all(isinstance(state.get(key), int) for key in numbers):
-        raise DamagedError(f'{path} is no training state')
+        raise DamagedError(f'{path} is not a training state')
     for key in ('optimizers', 'schedulers'):
         if not isinstance(state.get(key), list):
-            raise DamagedError(f'{path} is no training state: it has no {key}')
+            raise DamagedError(f'{path} is not a training state: it has no {key}')
     return state
 
 
 def read_checkpoint(path: str) -> tuple[dict[str, Any], str]:
-    """A checkpoint's state and the path of its network file, which is whole.
+    """The state of a checkpoint and the path of its network file, both verified.
 
     Args:
-        path: the state file; the network lies in `models/` beside its folder.
+        path: the state file; the network is in `models/` next to its folder.
 
     Raises:
         DamagedError: one of them is missing or damaged, or they were not saved together.
@@ -141,7 +140,7 @@ def read_checkpoint(path: str) -> tuple[dict[str, Any], str]:
 
 
 def find_state(folder: str) -> str | None:
-    """The state file of the newest complete checkpoint; each other one is skipped with one sentence."""
+    """The state file of the newest complete checkpoint; others are skipped with a warning."""
     for path in newest_states(folder):
         try:
             read_checkpoint(path)
@@ -153,7 +152,7 @@ def find_state(folder: str) -> str | None:
 
 
 def resume(opt: dict[str, Any], path: str) -> dict[str, Any]:
-    """The state at `path`, after `opt` was told to load the network that belongs to it.
+    """Read the state at `path`, and set the options that load its network.
 
     Raises:
         DamagedError: see `read_checkpoint`.
@@ -167,10 +166,10 @@ def resume(opt: dict[str, Any], path: str) -> dict[str, Any]:
 
 
 def check_optimizer_state(optimizer: Optimizer, state: Any, path: str) -> None:
-    """Check every tensor of an optimizer's state against the parameters that it belongs to.
+    """Check the shapes of an optimizer's state against its parameters.
 
-    The fused optimizers of PyTorch read as many numbers as the parameter has,
-    whatever the state holds.
+    PyTorch's fused optimizers do not check them: they read as many numbers as
+    the parameter has.
 
     Raises:
         DamagedError: it does not fit.
@@ -220,9 +219,9 @@ def _fits(name: str, value: Tensor, parameter: Tensor) -> bool:
 
 
 def match_memory_format(optimizer: Optimizer) -> None:
-    """Give the state's tensors their parameters' strides, which fused optimizers take for granted.
+    """Give the tensors of the state the strides of their parameters, which fused optimizers assume.
 
-    They differ where `channels_last` was changed between two parts of a run.
+    They differ where `channels_last` was changed before resuming.
     """
     for parameter, entries in optimizer.state.items():
         for name, value in entries.items():
@@ -232,14 +231,14 @@ def match_memory_format(optimizer: Optimizer) -> None:
 
 
 def prune(states: str, models: str, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, of each the state first."""
+    """Remove all but the newest `keep` checkpoints; of each one, the state first."""
     for path in newest_states(states)[keep:]:
         _remove(path)
         _remove(network_path(models, os.path.basename(path)[:-6]))
 
 
 def remove_leftovers(folders: Iterable[str]) -> None:
-    """Remove what an earlier process, killed while it was writing, left under temporary names."""
+    """Remove temporary files of a process that was killed while it was writing."""
     for folder in folders:
         for path in glob.glob(os.path.join(glob.escape(folder), '*.part[0-9]*')):
             _remove(path)

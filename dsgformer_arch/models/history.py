@@ -1,6 +1,6 @@
-"""What a training run wrote about itself: lines of losses and metrics, their curves, a summary.
+"""The history of a training run: losses and metrics as JSON lines, curves, and a summary.
 
-`history.jsonl` in the experiment's folder has one JSON object a line, of an
+Each line of `history.jsonl` in the experiment's folder is a JSON object of an
 iteration (losses, learning rate, speed) or of a validation (metrics).
 """
 
@@ -27,9 +27,9 @@ class History:
     """The file `history.jsonl` of a run.
 
     Args:
-        folder: of the experiment.
-        start: iteration from which the run continues.  What an interrupted process wrote about later ones is
-            dropped, as they are done again; a validation at `start` itself is repeated too.
+        folder: folder of the experiment.
+        start: iteration from which the run continues.  Entries of later iterations are dropped, as these are
+            repeated, and so is a validation at `start`.
     """
 
     def __init__(self, folder: str, start: int = 0) -> None:
@@ -53,7 +53,7 @@ class History:
 
 
 def read(folder: str) -> list[Entry]:
-    """The entries of a run's history; a line that a killed process left unfinished is left out."""
+    """The entries of a run's history; incomplete lines of a killed process are skipped."""
     entries = []
     try:
         with open(os.path.join(folder, FILE), encoding='utf-8') as file:
@@ -115,7 +115,7 @@ def draw_curves(folder: str) -> bool:
 
 
 def is_running(folder: str) -> bool:
-    """Whether a process holds the lock of the run whose folder this is."""
+    """Whether a process holds the lock of the run in a folder."""
     path = lock_path(folder)
     if not os.path.exists(path):
         return False
@@ -127,13 +127,13 @@ def is_running(folder: str) -> bool:
 
 
 def lock_path(folder: str) -> str:
-    """The lock file of a run: beside its folder, which is renamed when a new run of the name starts."""
+    """The lock file of a run: next to its folder, which is renamed when a new run of that name starts."""
     parent, name = os.path.split(os.path.abspath(folder))
     return os.path.join(parent, f'.{name}.lock')
 
 
 def summary(folder: str) -> str:
-    """What `basicsr status` prints about an experiment.
+    """The output of `basicsr status` for an experiment.
 
     Raises:
         UserError: the folder holds no training run.

@@ -1,7 +1,7 @@
 """Learning-rate schedules that BasicSR lacks, by iteration.
 
 BasicSR steps a schedule once before every iteration but the first, so that
-`last_epoch` of a schedule is the number of iterations done.
+`last_epoch` of a schedule is the number of completed iterations.
 """
 
 from __future__ import annotations

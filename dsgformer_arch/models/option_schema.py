@@ -1,9 +1,9 @@
 """The options of a YAML file: their names, types and ranges, declared once as pydantic models.
 
-`check_section` turns what pydantic finds into sentences.  `json_schema` publishes the same models for
-editors as options/schema.json, which `python tools/make_option_schema.py` writes.
+`check_section` turns pydantic's errors into sentences.  `json_schema` exports the models as a JSON Schema for
+editors; `python tools/make_option_schema.py` writes it to options/schema.json.
 
-To add an option, add an attribute to its section's class; its docstring is what an editor shows.
+To add an option, add an attribute to the class of its section; editors show its docstring.
 """
 
 from __future__ import annotations
@@ -129,9 +129,9 @@ class Path(Section):
     strict_load_g: bool = True
     """Refuse a checkpoint whose names or shapes differ."""
     resume_state: Text | None = None
-    """Training state to go on from; --auto_resume finds the newest."""
+    """Training state to resume from; --auto_resume finds the newest."""
     ignore_resume_networks: bool | None = None
-    """Go on with the weights of pretrain_network_g instead of the state's."""
+    """Continue with the weights of pretrain_network_g instead of those of the state."""
 
 
 class IoBackend(Section):
@@ -199,7 +199,7 @@ METRIC_GIVEN = ('img', 'img2', 'better')
 """Arguments of metrics that no option file gives, and `better`, which BasicSR reads."""
 
 DATASET_HOOKS = {'required': ('io_backend', 'dataroot_gt', 'dataroot_lq')}
-"""What a data set needs unless its class says otherwise.
+"""Defaults of the attributes that a data set class may declare.
 
 A class in DATASET_REGISTRY may have: `required`, the keys that it needs; `options`, keys that other data
 sets do not know; and `check_options(section, where)`, which raises a `UserError`.
@@ -281,7 +281,7 @@ class Wandb(Section):
     project: Text | None = None
     """Project on Weights & Biases; ~ for none."""
     resume_id: Text | None = None
-    """Run to go on with."""
+    """Run to continue."""
 
 
 class Logger(Section):
@@ -294,7 +294,7 @@ class Logger(Section):
     samples: Natural = SAMPLES
     """Images of each validation set that are shown at each validation: blurred, restored, sharp."""
     wandb: Wandb | None = None
-    """Weights & Biases, beside TensorBoard."""
+    """Weights & Biases, in addition to TensorBoard."""
 
 
 class Save(Section):
@@ -360,7 +360,7 @@ def _field(parameter: inspect.Parameter, hint: Any) -> Any:
         hint = Whole
     if default is None:
         hint = hint | None
-    # Defaults are not checked, and a schema cannot show all of them.
+    # Defaults are not checked, and not all of them can be written to a schema.
     return (hint, ... if default is ... else Field(default_factory=lambda: default))
 
 
@@ -369,7 +369,7 @@ UNTYPED = {'crop_border': Natural, 'test_y_channel': bool, 'input_order': Litera
 
 
 def _plain(hint: Any) -> bool:
-    """Can an option file hold such values?"""
+    """Whether an option file can hold values of this type."""
     origin, inside = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType) or origin is Annotated:
         return all(map(_plain, inside[:1] if origin is Annotated else inside))
@@ -401,14 +401,14 @@ def check_section(
     required: Iterable[str] = (),
     also: Collection[str] = (),
 ) -> list[str]:
-    """Everything that is wrong with a section.
+    """The faults of a section.
 
     Args:
         where: the section's place, such as `datasets: train`; empty for the file itself.
-        section: what the file holds there.
-        model: what it should be.
-        required: keys that have to be there, though the model does without.
-        also: keys that are known, though not to the model; their values are not looked at.
+        section: its content.
+        model: its model.
+        required: keys that are required in addition to those of the model.
+        also: keys that are known in addition to those of the model; their values are not checked.
 
     Returns:
         A sentence for each fault, in the order of the file.
@@ -418,7 +418,7 @@ def check_section(
     prefix = f'{where}: ' if where else ''
     faults = []
     if model.model_config.get('extra') == 'allow':
-        # Something that swallows every keyword: only what looks like a slip is refused.
+        # The class accepts any keyword: only likely misspellings are refused.
         faults = [
             f'{prefix}unknown key {key!r}{hint}'
             for key in section
@@ -447,7 +447,7 @@ def _merged(faults: list[Any]) -> list[Any]:
     """One fault for each value: a union reports one for each of its kinds."""
     merged: dict[tuple[Any, ...], Any] = {}
     for fault in faults:
-        # The last part of these is a key of the file, whatever it looks like.
+        # The last part of these is always a key of the file.
         own = 1 if fault['type'] in ('extra_forbidden', 'missing') else 0
         inner, last = fault['loc'][: len(fault['loc']) - own], fault['loc'][len(fault['loc']) - own :]
         place = (*(part for part in inner if not _names_a_kind(part)), *last)
@@ -456,7 +456,7 @@ def _merged(faults: list[Any]) -> list[Any]:
 
 
 def _names_a_kind(part: Any) -> bool:
-    """Pydantic adds a union's members to a place, such as `literal['bf16','fp16']` or `list[int]`."""
+    """Whether a part of a location is a member of a union, such as `list[int]`, and not a key of the file."""
     return isinstance(part, str) and (
         part in ('int', 'float', 'str', 'bool', 'none', 'function-before') or part[-1:] in (']', ')')
     )
@@ -626,7 +626,7 @@ def _own(name: str, model: type[BaseModel]) -> dict[str, Any]:
 
 
 def _dataset(common: dict[str, Any], models: Mapping[str, Collection[str]]) -> dict[str, Any]:
-    """`Dataset` with the keys that single data sets add."""
+    """`Dataset` with the keys that some data sets add."""
     keys = {key for own in models.values() for key in own}
     properties = {**common['properties'], **{key: {} for key in sorted(keys)}}
     properties['type'] = {**properties['type'], 'enum': sorted(models)}
@@ -634,7 +634,7 @@ def _dataset(common: dict[str, Any], models: Mapping[str, Collection[str]]) -> d
 
 
 def _tidy(schema: Any) -> Any:
-    """Without pydantic's titles, and with bounds that every validator reads alike."""
+    """Remove pydantic's titles, and bounds that validators read differently."""
     if isinstance(schema, list):
         return [_tidy(entry) for entry in schema]
     if not isinstance(schema, dict):

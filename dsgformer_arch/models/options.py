@@ -1,8 +1,8 @@
-"""Option files: read as data, and checked completely before anything starts.
+"""Option files: reading, and validation before a run starts.
 
-BasicSR ignores a misspelt key, and a missing one is a `KeyError` after minutes of set-up.  `check` finds
-all faults of a file first: names and types by `option_schema`, then what the file names (registries, data,
-checkpoint), then whether network, optimizer and scheduler can be built with these settings.
+BasicSR ignores misspelt keys, and a missing key is a `KeyError` minutes later.  `check` reports all faults of
+a file at once: keys and types (by `option_schema`), names in registries, data sets, checkpoints, and settings
+that network, optimizer or scheduler refuse.
 """
 
 from __future__ import annotations
@@ -42,32 +42,32 @@ from dsgformer_arch.utils.text import did_you_mean, shortened
 
 Options = dict[str, Any]
 
-MOST_FAULTS = 30
-"""More are only counted."""
-MOST_MODULES = 10_000
-"""Modules of a network; the largest here, ConvIR-L, has 1,257."""
-MOST_PARAMETERS = 10**10
+MAX_FAULTS = 30
+"""Faults that are listed; further ones are counted."""
+MAX_MODULES = 10_000
+"""Most modules of a network; ConvIR-L, the largest here, has 1,257."""
+MAX_PARAMETERS = 10**10
 
 
 def read(path: str) -> Options:
     """Read an option file as data.
 
     Raises:
-        UserError: the file is missing, is no YAML of plain data (see `safe_yaml`), or holds no mapping.
+        UserError: the file is missing, is not YAML of plain data (see `safe_yaml`), or holds no mapping.
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise UserError(f'cannot read the option file {path}: it is no ordinary file')
+            raise UserError(f'cannot read the option file {path}: it is not an ordinary file')
         with open(path, encoding='utf-8-sig') as file:
             options = safe_yaml.load(file.read(safe_yaml.MAX_CHARACTERS + 1))
     except OSError as error:
         raise UserError(f'cannot read the option file {path}: {error.strerror}') from None
     except UnicodeDecodeError:
-        raise UserError(f'{path} is no valid YAML: it is no UTF-8 text') from None
+        raise UserError(f'{path} is not valid YAML: it is not UTF-8 text') from None
     except yaml.YAMLError as error:
         line, problem = safe_yaml.describe(error)
         where = f', line {line}' if line else ''
-        raise UserError(f'{path}{where} is no valid YAML: {problem}') from None
+        raise UserError(f'{path}{where} is not valid YAML: {problem}') from None
     if not isinstance(options, dict):
         raise UserError(f'{path} holds no options: it should be a mapping such as options/train_gopro.yml')
     return options
@@ -76,10 +76,10 @@ def read(path: str) -> Options:
 def force(options: Options, entries: Iterable[str]) -> None:
     """Apply `--force_yml` entries such as `train:ema_decay=0.999`, in place.
 
-    Values are read as the file's are: `no` is false, `~` nothing, `{a: 1}` a section.
+    Values are YAML, as in the file: `no` is false, `~` is null, `{a: 1}` is a section.
 
     Raises:
-        UserError: an entry has another form, its value is no YAML, or it names a section that is not there.
+        UserError: an entry is malformed, its value is not YAML, or its section does not exist.
     """
     for entry in entries:
         keys, separator, text = entry.partition('=')
@@ -99,7 +99,7 @@ def _forced_value(text: str, entry: str) -> Any:
         line = safe_yaml.load(f'value: {text}')
     except yaml.YAMLError as error:
         raise UserError(
-            f'--force_yml {entry}: the value is no YAML: {safe_yaml.describe(error)[1]}'
+            f'--force_yml {entry}: the value is not YAML: {safe_yaml.describe(error)[1]}'
         ) from None
     if not isinstance(line, dict) or list(line) != ['value']:
         raise UserError(f'--force_yml {entry}: give one value')
@@ -107,25 +107,25 @@ def _forced_value(text: str, entry: str) -> Any:
 
 
 def check(options: Options, path: str, is_train: bool) -> None:
-    """Check an option file against the schema and against what it names.
+    """Check options against the schema, registries, data sets and checkpoints.
 
-    Nothing is written or downloaded, and images are not read.
+    Nothing is written or downloaded, and no image is decoded.
 
     Args:
-        options: what `read` returned.
-        path: the file's name, for the message.
-        is_train: whether it is to be trained with (`train` and `logger` are needed then).
+        options: as returned by `read`.
+        path: the file name for messages.
+        is_train: whether they are options for training, which need `train` and `logger`.
 
     Raises:
-        UserError: with all faults, one a line.
+        UserError: there are faults; the message lists them, one per line.
     """
     faults = list(dict.fromkeys(_Checker(options).run(is_train)))
     if not faults:
         return
     if len(faults) == 1:
         raise UserError(f'{path}: {faults[0]}')
-    listed = '\n  '.join(faults[:MOST_FAULTS])
-    more = f'\n  and {len(faults) - MOST_FAULTS} more' if len(faults) > MOST_FAULTS else ''
+    listed = '\n  '.join(faults[:MAX_FAULTS])
+    more = f'\n  and {len(faults) - MAX_FAULTS} more' if len(faults) > MAX_FAULTS else ''
     raise UserError(f'{path} has {len(faults)} faults:\n  {listed}{more}')
 
 
@@ -153,7 +153,7 @@ def _is_optimizer(value: object) -> bool:
 
 
 def scheduler_class(name: str) -> Any:
-    """The schedule with this name: this package's, BasicSR's or torch's.
+    """The learning-rate schedule with this name, of this package, BasicSR or torch.
 
     Raises:
         UserError: there is none.
@@ -180,7 +180,7 @@ def _is_schedule(value: object) -> bool:
 
 
 class _Checker:
-    """Walks through an option file and collects what is wrong."""
+    """Checks an option file and collects its faults."""
 
     def __init__(self, options: Options) -> None:
         self.options = options
@@ -220,7 +220,7 @@ class _Checker:
     # Networks and checkpoints.
 
     def network(self) -> nn.Module | None:
-        """The network without data, to know that its settings fit together; None where that is not known."""
+        """Build the network on the meta device to check its settings; None where that is not possible."""
         from basicsr.archs import build_network
 
         settings = self.options['network_g']
@@ -228,8 +228,8 @@ class _Checker:
             with _bounded_building(), torch.device('meta'), _quiet():
                 return build_network(settings)
         except NotImplementedError:
-            return None  # IPT computes with its tensors while it is built
-        except Exception as error:  # a network may fail in any way on settings that it does not foresee
+            return None  # IPT reads values of its tensors in its constructor
+        except Exception as error:  # a network may raise anything for invalid settings
             if isinstance(error, RuntimeError) and 'meta' in str(error):
                 return None
             kind = settings['type']
@@ -293,7 +293,7 @@ class _Checker:
         if dataset.get('prefetch_mode') == 'cuda' and not dataset.get('pin_memory'):
             self.faults.append(f'{where}: prefetch_mode cuda needs pin_memory: true')
         if data_set is not None and hasattr(data_set, 'check_options'):
-            # Data sets that read other things than pairs check what they need.
+            # Data sets with other sources than pairs have a check of their own.
             self.collect(partial(data_set.check_options, dataset, where))
             return
         if all(dataset.get(key) is not None for key in DATASET_HOOKS['required']):
@@ -317,14 +317,14 @@ class _Checker:
             self.check_files(where, dataset, set(sides['dataroot_gt']), set(sides['dataroot_lq']))
 
     def check_files(self, where: str, dataset: Options, gt: set[str], lq: set[str]) -> None:
-        """Check that every image of a folder, or of its list, has a partner."""
+        """Check that every sharp image of a folder, or of its list, has a blurred one."""
         listing = dataset.get('meta_info_file')
         if listing:
             try:
                 with open(listing, encoding='utf-8') as file:
                     listed = {line.split(' ')[0].strip() for line in file}
             except (OSError, UnicodeDecodeError) as error:
-                reason = getattr(error, 'strerror', None) or 'it is no text'
+                reason = getattr(error, 'strerror', None) or 'it is not text'
                 self.faults.append(f'{where}: meta_info_file: cannot read {listing}: {reason}')
                 return
             missing = sorted(listed - gt)
@@ -388,13 +388,13 @@ class _Checker:
             self.check_loss(f'{where}: base', loss['base'], registry)
 
     def check_optimizer(self, train: Options) -> None:
-        """Build optimizer and scheduler for a parameter of one number."""
+        """Build optimizer and scheduler for a parameter with one element."""
         self.build('train: optim_g', train.get('optim_g'), optimizer_class, [nn.Parameter(torch.zeros(1))])
         optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1e-4)
         self.build('train: scheduler', train.get('scheduler'), scheduler_class, optimizer)
 
     def build(self, where: str, section: Any, find: Callable[[str], Any], target: Any) -> None:
-        """Build what a section describes for `target`, its class's first argument."""
+        """Build the class of a section with `target` as its first argument."""
         if not isinstance(section, dict) or not isinstance(section.get('type'), str):
             return
         kind = self.collect(lambda: find(section['type']), f'{where}: type: ')
@@ -403,7 +403,7 @@ class _Checker:
             return
         try:
             kind(target, **{name: value for name, value in section.items() if name != 'type'})
-        except Exception as error:  # whatever a class makes of settings that do not suit it
+        except Exception as error:  # a class may raise anything for invalid settings
             self.faults.append(f'{where}: {section["type"]} refuses its settings: {_first_line(error)}')
 
     def check_progressive(self, train: Options) -> None:
@@ -450,10 +450,10 @@ class _Checker:
             hint = did_you_mean(save['best'], metrics)
             self.faults.append(f'save: best is {save["best"]!r}, which val: metrics does not have{hint}')
 
-    # What the checks above are made of.
+    # Helpers.
 
     def collect(self, step: Callable[[], Any], prefix: str = '') -> Any:
-        """What `step` returns; None if it raises a `UserError`, which becomes a fault."""
+        """Call `step` and return its result; a `UserError` becomes a fault, and the result None."""
         try:
             return step()
         except UserError as error:
@@ -463,7 +463,7 @@ class _Checker:
     def section(
         self, where: str, section: Any, model: Any, required: Iterable[str] = (), also: Iterable[str] = ()
     ) -> bool:
-        """Check a section against its model; returns whether it is sound."""
+        """Check a section against its model; returns whether it is valid."""
         found = check_section(where, section, model, required, tuple(also))
         self.faults += found
         return not found
@@ -509,7 +509,7 @@ def _images_of(root: str, backend: str) -> dict[str, Any]:
     if not root.endswith('.lmdb'):
         raise UserError(f'{root} does not end with .lmdb; with folders, set io_backend: type to disk')
     if not os.path.isfile(os.path.join(folder, meta_info.NAME)):
-        raise UserError(f'{root} is no finished LMDB; make it again with tools/create_lmdb.py')
+        raise UserError(f'{root} is not a finished LMDB; make it again with tools/create_lmdb.py')
     lmdb_files.check_lmdb(folder)
     images = meta_info.read(folder)
     if not images:
@@ -519,20 +519,20 @@ def _images_of(root: str, backend: str) -> dict[str, Any]:
 
 @contextmanager
 def _bounded_building() -> Iterator[None]:
-    """Refuse a network of absurd size while it is built, before it takes minutes or the whole memory."""
+    """Refuse a network of absurd size during its construction, before it exhausts time or memory."""
     from torch.nn.modules import module as torch_module
 
     counts = {'modules': 0, 'parameters': 0}
 
     def count_module(*_: Any) -> None:
         counts['modules'] += 1
-        if counts['modules'] > MOST_MODULES:
-            raise UserError(f'these settings make a network of more than {MOST_MODULES:,} modules')
+        if counts['modules'] > MAX_MODULES:
+            raise UserError(f'these settings make a network of more than {MAX_MODULES:,} modules')
 
     def count_parameter(_: Any, __: str, parameter: Any) -> None:
         counts['parameters'] += 0 if parameter is None else parameter.numel()
-        if counts['parameters'] > MOST_PARAMETERS:
-            raise UserError(f'these settings make a network of more than {MOST_PARAMETERS:,} parameters')
+        if counts['parameters'] > MAX_PARAMETERS:
+            raise UserError(f'these settings make a network of more than {MAX_PARAMETERS:,} parameters')
 
     hooks = [
         torch_module.register_module_module_registration_hook(count_module),
@@ -547,7 +547,7 @@ def _bounded_building() -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the line that BasicSR logs for each network that it builds, and without warnings."""
+    """Suppress the log line of BasicSR for each network, and warnings."""
     import logging
 
     logger = logging.getLogger('basicsr')

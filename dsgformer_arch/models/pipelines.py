@@ -1,9 +1,9 @@
-"""What `basicsr train` and `basicsr test` run.
+"""The pipelines of `basicsr train` and `basicsr test`.
 
-BasicSR's own training pipeline counts epochs: it ends before `total_iter`
-where a batch does not divide the data set, and begins an epoch anew when it
-resumes.  The loop here counts iterations and samples.  Data sets, networks,
-losses, metrics and the names of all files are BasicSR's.
+BasicSR's training pipeline counts epochs: it ends before `total_iter` where the
+batch size does not divide the data set, and restarts the epoch when it resumes.
+This loop counts iterations and samples.  Registries, data sets and file names
+are those of BasicSR.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from dsgformer_arch.models.restoration_model import Interrupted, RestorationMode
 from dsgformer_arch.utils.errors import UserError
 
 INTERRUPTED = 130
-"""Exit status of a run that saved its state because of a signal."""
+"""Exit status of a run that a signal ended, after saving its state."""
 
 SIGNALS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGUSR1') if hasattr(signal, name)]
 
@@ -60,11 +60,11 @@ Options = dict[str, Any]
 
 
 def train(opt: Options, file: str) -> int:
-    """Train as an option file says, from the newest checkpoint where `auto_resume` is set.
+    """Train with the given options; from the newest checkpoint if `auto_resume` is set.
 
     Args:
         opt: complete options, as `cli.basicsr.complete` returns them.
-        file: the option file, which is copied to the experiment's folder.
+        file: the option file; it is copied to the experiment's folder.
 
     Returns:
         0, or 130 if a signal ended the run after its state was saved.
@@ -81,11 +81,11 @@ def train(opt: Options, file: str) -> int:
                 raise
             print(
                 f'error: process {opt["rank"]} lost another process of this run '
-                f'({str(error).splitlines()[0]}); go on with --auto_resume',
+                f'({str(error).splitlines()[0]}); resume with --auto_resume',
                 file=sys.stderr,
                 flush=True,
             )
-            # A process group that lost a member cannot be shut down in order.
+            # A process group without one of its members cannot be destroyed cleanly.
             os._exit(1)
         finally:
             gc.collect()  # closes the LMDBs of BasicSR's data sets, which nothing else does
@@ -119,7 +119,7 @@ def signals_that_stop() -> Iterator[None]:
 
 @contextlib.contextmanager
 def run_lock(opt: Options) -> Iterator[None]:
-    """Refuse a second run of one name: both would write the same files."""
+    """Lock a run; a second run of the same name would write the same files."""
     if opt['rank'] != 0:
         yield
         return
@@ -140,7 +140,7 @@ def run_lock(opt: Options) -> Iterator[None]:
 
 
 class Training:
-    """One run: everything is built and checked first, then the folders are made, then the iterations."""
+    """A training run: build and check everything, create the folders, iterate."""
 
     def __init__(self, opt: Options, file: str) -> None:
         self.opt = opt
@@ -164,7 +164,7 @@ class Training:
         processes = 1 if opt['dist'] else max(1, opt['num_gpu'])  # DataParallel's share of a batch
         self.batch_size = settings['batch_size_per_gpu'] * processes
         self.global_batch = self.batch_size * opt['world_size']
-        # States of BasicSR and of earlier versions do not say how many samples were read.
+        # States of BasicSR and of earlier versions do not hold the number of samples read.
         position = state.get('position') if state is not None else 0
         self.model.position = self.start * self.global_batch if position is None else position
         workers = settings['num_worker_per_gpu'] * processes
@@ -183,11 +183,11 @@ class Training:
         self.board = Board(opt, self.start) if self.main and writes_board(opt) else None
 
     def find_state(self) -> dict[str, Any] | None:
-        """The state to go on from: the one that the options name, or the newest complete one."""
+        """The state to resume from: the one that the options name, or the newest complete one."""
         opt = self.opt
         path = opt['path'].get('resume_state')
         if opt['auto_resume']:
-            # The first process decides, so that all of them go on from the same iteration.
+            # Rank 0 decides, so that all processes resume from the same iteration.
             choice: list[str | None] = [None]
             if self.main:
                 choice = [checkpointing.find_state(opt['path']['training_states'])]
@@ -227,7 +227,7 @@ class Training:
             torch.distributed.barrier()
 
     def run(self) -> int:
-        """All iterations that are left, exactly up to `total_iter`."""
+        """Run the remaining iterations, up to `total_iter`; returns the exit status."""
         model, logger = self.model, self.logger
         logger.info(
             f'{len(self.train_set)} training images, batches of {self.global_batch}, '
@@ -236,7 +236,7 @@ class Training:
         iteration, saved = self.start, self.start
         batches: Iterator[dict[str, Any]] = iter(())
         try:
-            # A run may have ended after it saved its state and before it had validated.
+            # The run may have been interrupted between saving its state and validating.
             if self.start and self.validation_is_due(self.start):
                 self.validate(self.start)
             begun = time.monotonic()
@@ -263,7 +263,7 @@ class Training:
             if saved != iteration:
                 self.save(iteration)
             if self.main:
-                print(f'saved iteration {iteration}; go on with --auto_resume', file=sys.stderr, flush=True)
+                print(f'saved iteration {iteration}; resume with --auto_resume', file=sys.stderr, flush=True)
             return INTERRUPTED
         finally:
             stop_workers(batches)
@@ -323,7 +323,7 @@ class Training:
             checkpointing.prune(paths['training_states'], paths['models'], keep)
 
     def report(self, iteration: int, begun: float, took: float, waited: float) -> None:
-        """One line of the log and, where there is one, the TensorBoard."""
+        """Log the losses, the speed and the remaining time."""
         if not self.main:
             return
         rate = self.model.get_current_learning_rate()[0]
@@ -371,7 +371,7 @@ def finite(value: float) -> float | None:
 
 
 def peak_memory() -> float:
-    """The most memory that this process has had, in GB: of the GPU where there is one, else of the CPU."""
+    """Peak memory of this process in GB (10⁹ bytes): of the GPU if there is one, else of the CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     try:
@@ -386,7 +386,7 @@ def peak_memory() -> float:
 
 
 def test(opt: Options) -> int:
-    """Restore and measure every test set of the options.
+    """Restore and score every test set of the options.
 
     Raises:
         UserError: wrong options, data or checkpoint, or a full disk.

@@ -1,12 +1,11 @@
-"""How a restoration network is trained and validated; not only DSGformer.
+"""Training and validation of restoration networks: DSGformer and all others of the zoo.
 
-`RestorationModel` is BasicSR's `SRModel` with what deblurring needs and BasicSR
-1.4.2 lacks: AdamW and any other optimizer of torch, a warm-up that ends where
-the cosine begins, clipped gradients, gradient accumulation, bf16 autocast,
-steps that are skipped where a gradient is not finite, networks with several
-outputs, progressive patch sizes, images of any size, checkpoints that are
-checked before they are used, and a record of each validation that programs can
-read.
+`RestorationModel` extends BasicSR's `SRModel` by what BasicSR 1.4.2 lacks: any
+optimizer of torch.optim, warm-up followed by a cosine schedule, gradient
+clipping and accumulation, mixed precision, skipping of steps whose gradient is
+not finite, networks with several outputs, progressive patch sizes, validation
+on images of any size, verified checkpoints, and a JSON record of each
+validation.
 """
 
 from __future__ import annotations
@@ -46,38 +45,37 @@ from dsgformer_arch.utils.progress import track
 from dsgformer_arch.zoo.checkpoint import Checkpoint, load_into, read_checkpoint
 
 RECIPE = ('optim_g', 'scheduler')
-"""Sections of `train` that a resumed run compares with those that its state was saved with."""
+"""Sections of `train` that a resumed run compares with those in its training state."""
 
 AMP_TYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16}
 
-
 NON_FINITE_STEPS = 10
-"""Skipped steps in a row that end a run, where `train: max_skipped_steps` does not say."""
+"""Default of `train: max_skipped_steps`."""
 
 
 class Interrupted(Exception):  # noqa: N818
-    """Raised when a signal arrives during a validation, which a resumed run repeats."""
+    """Raised where a signal arrives during a validation; a resumed run repeats that validation."""
 
 
 @MODEL_REGISTRY.register()
 class RestorationModel(SRModel):
     """Trains and validates any registered network of (N, 3, H, W) to the same size, in [0, 1].
 
-    Options, beside BasicSR's own (`options/train_gopro.yml` shows each):
+    Options in addition to BasicSR's own (all are in `options/train_gopro.yml`):
 
-    - `train: optim_g: type`: the name of any optimiser in `torch.optim`.
+    - `train: optim_g: type`: the name of any optimizer in `torch.optim`.
     - `train: scheduler: type`: BasicSR's, this package's (`models/lr_scheduler.py`) or torch's.
-    - `train: grad_clip`: max gradient norm; absent for none.
-    - `train: accumulate`: parts into which a batch is cut, one after another on the device; 1 by default.
-      The gradient is the whole batch's, except for layers that use statistics of the batch.
-    - `train: max_skipped_steps`: a step whose loss or gradient is not finite is skipped; as many in a row
+    - `train: grad_clip`: max gradient norm; absent for no clipping.
+    - `train: accumulate`: number of parts of a batch that are processed one after another; 1 by default.
+      The gradient is that of the whole batch, except for layers that use batch statistics.
+    - `train: max_skipped_steps`: a step whose loss or gradient is not finite is skipped; this many in a row
       end the run.
     - `train: amp`: `bf16` or `fp16` for autocast (fp16 with loss scaling); absent for float32.
     - `train: channels_last`, `train: compile`: memory format; `torch.compile`.
-    - `train: progressive`: `iters`, `batch_sizes`, `gt_sizes`, the patch sizes by stage (Restormer).
-    - `train: *_opt`: each is a loss of LOSS_REGISTRY; all are summed.  A loss whose class says
-      `multi_output = True` is given all outputs of the network, any other one the final output; one that
-      says `needs_input = True` is given the blurred image too.
+    - `train: progressive`: `iters`, `batch_sizes`, `gt_sizes`: sizes of each stage (Restormer).
+    - `train: *_opt`: each is a loss of LOSS_REGISTRY; they are summed.  A loss whose class has
+      `multi_output = True` gets all outputs of the network, any other one the final output; one with
+      `needs_input = True` also gets the blurred image.
     - `val: tile`, `val: tile_overlap`, `val: amp`: see `restore`.
 
     Raises:
@@ -88,9 +86,9 @@ class RestorationModel(SRModel):
     """Set (by a signal handler) to save the state after the iteration in progress and to stop."""
 
     stop_agreed = False
-    """Whether any process of the run was asked to stop before the last iteration ended."""
+    """Whether any process of the run was asked to stop during the last iteration."""
 
-    # Setting up.
+    # Setup.
 
     def __init__(self, opt: dict[str, Any]) -> None:
         if opt['num_gpu'] != 0 and not torch.cuda.is_available():
@@ -111,7 +109,7 @@ class RestorationModel(SRModel):
 
     def model_to_device(self, net: nn.Module) -> nn.Module:
         """Put a network on the device, in its memory format, and wrap it for several processes."""
-        # DistributedDataParallel lays out its gradient buckets by the strides that it finds when it wraps.
+        # DistributedDataParallel lays out its gradient buckets by the strides at the time of wrapping.
         return super().model_to_device(set_memory_format(net.to(self.device), self.memory_format))
 
     def init_training_settings(self) -> None:
@@ -137,15 +135,15 @@ class RestorationModel(SRModel):
         self.setup_optimizers()
         self.setup_schedulers()
         self.input_offset = getattr(self.get_bare_model(self.net_g), 'input_offset', 0.0)
-        # What is compiled is only the call: names in the state dict stay as they are.
+        # Only the call is compiled, so that names in the state dict do not change.
         self.call = torch.compile(self.net_g) if train.get('compile') else self.net_g
 
     def get_optimizer(self, optim_type: str, params: Iterable[Tensor], lr: float, **kwargs: Any) -> Any:
-        optimiser: Any = options.optimizer_class(optim_type)
-        if not {'fused', 'foreach'} & set(kwargs) and 'fused' in inspect.signature(optimiser).parameters:
+        optimizer: Any = options.optimizer_class(optim_type)
+        if not {'fused', 'foreach'} & set(kwargs) and 'fused' in inspect.signature(optimizer).parameters:
             kwargs['fused'] = True  # one pass over the parameters; available on CPUs and GPUs
         try:
-            return optimiser(params, lr, **kwargs)
+            return optimizer(params, lr, **kwargs)
         except (TypeError, ValueError) as error:
             raise UserError(f'train: optim_g: {optim_type} refuses its settings: {error}') from None
 
@@ -167,10 +165,10 @@ class RestorationModel(SRModel):
     def load_network(
         self, net: nn.Module, load_path: str, strict: bool = True, param_key: str | None = 'params'
     ) -> None:
-        """Load a checkpoint of any usual form, as data (see `checkpoint.read_checkpoint`).
+        """Load a checkpoint of any common format (see `checkpoint.read_checkpoint`).
 
-        A key that the option file names (`param_key_g`) has to be there.  Others are guesses: the file of a
-        run without EMA holds `params` only, and one of another project perhaps `state_dict`.
+        A key that the option file names (`param_key_g`) must exist.  Other keys are defaults of BasicSR:
+        a run without EMA saves `params` only, and other projects use `state_dict`.
         """
         try:
             checkpoint = read_checkpoint(load_path, param_key)
@@ -196,10 +194,10 @@ class RestorationModel(SRModel):
     def optimize_parameters(self, current_iter: int) -> None:
         """One iteration: forward, all losses, backward, clipping, step, EMA.
 
-        What networks draw at random (dropout) depends on the seed, the iteration and the process only.
+        Random numbers of the network (dropout) depend on the seed, the iteration and the rank only.
 
         Raises:
-            UserError: the loss or the gradient was not finite in too many iterations in a row.
+            UserError: the loss or the gradient was not finite in `max_skipped_steps` iterations in a row.
         """
         if self.first_iteration is None:
             self.first_iteration = current_iter
@@ -218,7 +216,7 @@ class RestorationModel(SRModel):
             if self.ema_decay > 0:
                 self.model_ema(self.ema_decay)
         self.scaler.update()
-        # Values are fetched from the device only when they are printed, not at each iteration.
+        # Values are copied from the device only when they are printed.
         if current_iter % self.opt['logger']['print_freq'] == 0:
             self.log_dict = self.reduce_loss_dict(losses)
         now = time.monotonic()
@@ -226,7 +224,7 @@ class RestorationModel(SRModel):
         self.iteration_started = now
 
     def accumulate_gradient(self) -> OrderedDict[str, Tensor]:
-        """Add up the gradient of the batch, part by part; the losses of the whole batch by name."""
+        """Accumulate the gradient of the batch, part by part; returns the batch's losses by name."""
         assert self.gt is not None
         count = self.lq.shape[0]
         parts = min(self.opt['train'].get('accumulate') or 1, count)
@@ -234,7 +232,7 @@ class RestorationModel(SRModel):
         totals: OrderedDict[str, Tensor] = OrderedDict()
         finals = []
         for number, (lq, gt) in enumerate(zip(inputs, targets, strict=True), 1):
-            # Processes add up their gradients once, in the last part.
+            # Gradients are reduced over processes once, in the last part.
             apart = number < len(inputs) and isinstance(self.net_g, DistributedDataParallel)
             with self.net_g.no_sync() if apart else contextlib.nullcontext():
                 with torch.autocast(
@@ -253,7 +251,7 @@ class RestorationModel(SRModel):
         return totals
 
     def clip_gradient(self) -> Tensor:
-        """The gradient's norm, before it is clipped to `train: grad_clip`."""
+        """Clip the gradient to the norm `train: grad_clip`; returns its norm before."""
         limit = self.opt['train'].get('grad_clip')
         if limit:
             return nn.utils.clip_grad_norm_(self.net_g.parameters(), limit)
@@ -263,7 +261,7 @@ class RestorationModel(SRModel):
         """Whether loss and gradient are finite in all processes; also sets `stop_agreed`.
 
         Raises:
-            UserError: they were not in too many iterations in a row.
+            UserError: `max_skipped_steps` iterations in a row were skipped.
         """
         stop = torch.tensor(float(RestorationModel.stop_requested), device=loss.device)
         flags = torch.stack([(~torch.isfinite(loss)).float(), (~torch.isfinite(norm)).float(), stop])
@@ -276,7 +274,7 @@ class RestorationModel(SRModel):
             self.skipped_in_a_row = 0
             self.suspects = []
             return True
-        # A loss scale that was too large is the business of the scaler, which lowers it.
+        # A loss scale that is too large is lowered by the scaler.
         if not bad_loss and self.scaler.is_enabled() and self.scaler.get_scale() >= 1:
             return False
         self.skipped += 1
@@ -293,12 +291,18 @@ class RestorationModel(SRModel):
             raise UserError(
                 f'the {what} was not finite in {most} iterations in a row, up to iteration {current_iter}; '
                 f'the images were {named}{" …" if len(self.suspects) > 8 else ""}: check them, lower the '
-                f'learning rate or set amp to bf16, then go on with --auto_resume'
+                f'learning rate or set amp to bf16, then resume with --auto_resume'
             )
         return False
 
     def sum_losses(self, outputs: Any, lq: Tensor, gt: Tensor) -> OrderedDict[str, Tensor]:
-        """Each loss by its name in the log, of the network's outputs against the sharp image."""
+        """Compute each loss, by its name in the log.
+
+        Args:
+            outputs: of the network; a tensor or a list of them.
+            lq: blurred images, (N, 3, H, W) in [0, 1].
+            gt: sharp images, likewise.
+        """
         final = final_output(self.get_bare_model(self.net_g), outputs)
         values: OrderedDict[str, Tensor] = OrderedDict()
         for name, loss in self.losses.items():
@@ -310,7 +314,7 @@ class RestorationModel(SRModel):
         return values
 
     def shrink_batch(self, current_iter: int) -> None:
-        """Progressive learning: the stage's batch and patch size, cut at random from what was loaded."""
+        """Progressive learning: take a random batch and crop of the current stage's sizes."""
         stages = self.opt['train'].get('progressive')
         if not stages:
             return
@@ -338,10 +342,10 @@ class RestorationModel(SRModel):
         for average, buffer in zip(self.net_g_ema.buffers(), net.buffers(), strict=True):
             average.copy_(buffer)
 
-    # Validating.
+    # Validation.
 
     def test(self) -> None:
-        """Restore `self.lq` into `self.output`, with the averaged weights where there are any."""
+        """Restore `self.lq` to `self.output`, with the averaged weights if there are any."""
         val = self.opt.get('val') or {}
         network = getattr(self, 'net_g_ema', None) or self.get_bare_model(self.net_g)
         self.output = restore(
@@ -361,7 +365,7 @@ class RestorationModel(SRModel):
         dataset = dataloader.dataset
         share = range(self.opt['rank'], len(dataset), self.opt['world_size'])
         name = dataset.opt['name']
-        # As many rounds in every process: after each they agree on whether to go on.
+        # The same number of rounds in every process: after each one they agree whether to continue.
         rounds = range(math.ceil(len(dataset) / self.opt['world_size']))
         shown = samples(self.opt)
         rows = []
@@ -377,7 +381,7 @@ class RestorationModel(SRModel):
             shares: list[Any] = [None] * self.opt['world_size']
             torch.distributed.all_gather_object(shares, rows)
             rows = [row for part in shares for row in part]
-        # Time spent here is no training time.
+        # Validation does not count as training time.
         self.iteration_started += time.monotonic() - started
         rows.sort(key=lambda row: (row['image'], row['number']))
         for row in rows:
@@ -388,7 +392,7 @@ class RestorationModel(SRModel):
             self.report_validation(name, rows, current_iter, tb_logger)
 
     def any_process_stops(self) -> bool:
-        """Whether any process of the run was asked to stop; all of them have to call this."""
+        """Whether any process of the run was asked to stop; a collective call in distributed runs."""
         if not self.opt['dist']:
             return RestorationModel.stop_requested
         flag = torch.tensor(float(RestorationModel.stop_requested), device=self.device)
@@ -398,11 +402,13 @@ class RestorationModel(SRModel):
     def validate_image(
         self, data: Mapping[str, Any], dataset: str, current_iter: Any, save_img: bool, shown: bool = False
     ) -> dict:
-        """Restore one image, save it if asked; its metrics, restored and blurred, by name.
+        """Restore one image, and save it if `save_img`.
 
-        With `shown` also `strip`: blurred, restored and, where there is one, sharp, side by side.
+        Returns:
+            `image`, its name; the metrics of the restored and, as `<metric>_blurred`, of the blurred image;
+            and with `shown` `strip`: blurred, restored and sharp (if any) image side by side.
         """
-        # LMDB keys and paths below a folder name an image; a base name alone need not be unique.
+        # LMDB keys and relative paths identify an image; a base name need not be unique.
         image = os.path.splitext(os.path.basename(data['lq_path']))[0]
         self.feed_data({key: data[key][None] for key in ('lq', 'gt') if key in data})
         self.test()
@@ -415,7 +421,7 @@ class RestorationModel(SRModel):
             get_root_logger().warning(f'{problem}, whose metrics count as NaN')
         restored = tensor2img([torch.nan_to_num(self.output.detach().cpu())])
         if save_img:
-            write_image(restored, self.picture_path(dataset, image, current_iter))
+            write_image(restored, self.image_path(dataset, image, current_iter))
         blurred = tensor2img([self.lq.cpu()])
         sharp = None if self.gt is None else tensor2img([self.gt.cpu()])
         if shown:
@@ -428,7 +434,7 @@ class RestorationModel(SRModel):
                 row[f'{metric}_blurred'] = float(calculate_metric({'img': blurred, 'img2': sharp}, settings))
         return row
 
-    def picture_path(self, dataset: str, image: str, current_iter: Any) -> str:
+    def image_path(self, dataset: str, image: str, current_iter: Any) -> str:
         folder = self.opt['path']['visualization']
         if self.opt['is_train']:
             return os.path.join(folder, image, f'{image}_{current_iter}.png')
@@ -436,7 +442,7 @@ class RestorationModel(SRModel):
         return os.path.join(folder, dataset, f'{image}_{suffix}.png')
 
     def report_validation(self, dataset: str, rows: list[dict], current_iter: Any, tb_logger: Any) -> None:
-        """Log the means, remember the best ones, and write everything to `metrics_<dataset>.json`."""
+        """Log the means, update the best ones, and write all values to `metrics_<dataset>.json`."""
         if not rows:
             raise UserError(f'the data set {dataset} has no images to validate on')
         metrics = list(self.opt['val']['metrics'])
@@ -461,10 +467,14 @@ class RestorationModel(SRModel):
         record = {'dataset': dataset, 'iteration': current_iter, 'means': means, 'images': rows}
         write_json(record, os.path.join(self.opt['path']['log'], f'metrics_{dataset}.json'))
 
-    # Saving and resuming.
+    # Checkpoints.
 
     def save(self, epoch: int, current_iter: int) -> None:
-        """Save a checkpoint: the network, then the state, which makes it complete.  -1 saves the network.
+        """Save a checkpoint: the network, then the training state, which completes it.
+
+        Args:
+            epoch: for the state.
+            current_iter: the iteration; -1 saves the network only, as `latest`.
 
         Raises:
             UserError: a file cannot be written, or a weight is not finite.
@@ -490,7 +500,7 @@ class RestorationModel(SRModel):
         current_iter: int | str,
         param_key: str | list[str] = 'params',
     ) -> None:
-        """Save networks under their keys, and under `network` the settings that build them."""
+        """Save networks under their keys, and the settings that build them as `network`."""
         nets = net if isinstance(net, list) else [net]
         keys = param_key if isinstance(param_key, list) else [param_key]
         content: dict[str, Any] = {
@@ -502,7 +512,7 @@ class RestorationModel(SRModel):
                 if not torch.isfinite(tensor).all():
                     raise UserError(
                         f'{name} of the network ({key}) is not finite: no checkpoint was saved; lower '
-                        'the learning rate and go on from the last one with --auto_resume'
+                        'the learning rate and resume from the last one with --auto_resume'
                     )
         content['network'] = _plain(self.opt['network_g'])
         label = 'latest' if current_iter == -1 else current_iter
@@ -543,9 +553,9 @@ class RestorationModel(SRModel):
         write_json(record, os.path.join(self.opt['path']['experiments_root'], 'training.json'))
 
     def resume_training(self, resume_state: dict[str, Any]) -> None:
-        """Go on where a state was saved: optimizer, schedule, loss scale, best metrics, time.
+        """Restore optimizer, schedule, loss scale, best metrics and time from a training state.
 
-        Settings that were changed in the option file meanwhile hold from here on; each is logged.
+        Settings that have changed in the option file since apply from now on; each change is logged.
 
         Raises:
             UserError: the state does not fit the network, the optimizer or the schedule.
@@ -569,7 +579,7 @@ class RestorationModel(SRModel):
             checkpointing.match_memory_format(optimizer)
             for group, before in zip(optimizer.param_groups, new, strict=True):
                 for key in changes['optim_g']:
-                    if key == 'lr':  # the current value is somewhere on the schedule
+                    if key == 'lr':  # the current value is a point of the schedule
                         group['lr'] *= before['initial_lr'] / group['initial_lr']
                         group['initial_lr'] = before['initial_lr']
                     elif key in group:
@@ -584,7 +594,7 @@ class RestorationModel(SRModel):
         self.skipped, self.skipped_in_a_row = resume_state.get('skipped') or (0, 0)
 
     def changed_settings(self, before: Mapping[str, Any]) -> dict[str, list[str]]:
-        """The keys of each section of `RECIPE` whose values are no longer those of a saved recipe."""
+        """The keys of each section of `RECIPE` that differ from a saved recipe."""
         changes: dict[str, list[str]] = {section: [] for section in RECIPE}
         for section, old in before.items():
             new = self.recipe.get(section, {})
@@ -608,7 +618,7 @@ def check_settings(settings: Mapping[str, Any], checkpoint: Checkpoint) -> None:
 
     Args:
         settings: the option file's `network_g`.
-        checkpoint: those that training wrote say with which settings.
+        checkpoint: one that training wrote holds its settings.
 
     Raises:
         UserError: they contradict each other.
@@ -630,11 +640,11 @@ def check_settings(settings: Mapping[str, Any], checkpoint: Checkpoint) -> None:
 
 
 def write_image(image: np.ndarray, path: str) -> None:
-    """Write an image as PNG, whole or not at all.
+    """Write an image as PNG, atomically.
 
     Args:
         image: uint8 BGR (H, W, 3).
-        path: its folder is made.
+        path: the file; its folder is created.
     """
     os.makedirs(os.path.dirname(path), exist_ok=True)
     encoded = cv2.imencode('.png', image)[1].tobytes()
@@ -647,7 +657,7 @@ def write_image(image: np.ndarray, path: str) -> None:
 
 
 def write_json(content: Any, path: str) -> None:
-    """Write JSON, whole or not at all; NaN as null."""
+    """Write JSON, atomically; NaN as null."""
 
     def write(temporary: str) -> None:
         with open(temporary, 'w', encoding='utf-8') as file:
@@ -658,7 +668,7 @@ def write_json(content: Any, path: str) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Plain dicts and lists, without NaN: what JSON and `weights_only` can hold."""
+    """Convert to plain dicts and lists, NaN to None, for JSON and for `weights_only` loading."""
     if isinstance(value, Mapping):
         return {str(key): _plain(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
@@ -668,4 +678,4 @@ def _plain(value: Any) -> Any:
 
 @MODEL_REGISTRY.register()
 class DSGformerModel(RestorationModel):
-    """The former name of `RestorationModel`, which option files may have."""
+    """Former name of `RestorationModel`, still accepted in option files."""

@@ -90,7 +90,7 @@ def filtered(U: Tensor, mask: Tensor) -> Tensor:
     """P⁻¹( F⁻¹( M ⊙ F( P(U) ) ) ), channels last.
 
     Args:
-        U: (N, H, W, C); a height or width that is no multiple of 8 is padded by repeating the border.
+        U: (N, H, W, C); a height or width that is not a multiple of 8 is padded by repeating the border.
         mask: M, (C, 8, 5).
 
     Returns:

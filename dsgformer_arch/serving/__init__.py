@@ -1,5 +1,5 @@
-"""`dsgformer serve`: a page and an API that restore images on this machine.
+"""`dsgformer serve`: a web page and an HTTP API that restore images on this machine.
 
-`service` has the queue and the limits and knows nothing of the web; `api` and `page` are its two front ends;
-`server` runs both under uvicorn.
+`service` is the queue with its limits, without HTTP; `api` and `page` are its two front ends; `gate` filters
+requests; `server` runs everything with uvicorn.
 """

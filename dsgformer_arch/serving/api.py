@@ -1,4 +1,4 @@
-"""`POST /api/deblur`: an image in, the restored image out."""
+"""The HTTP API: `POST /api/deblur` restores an image."""
 
 from __future__ import annotations
 
@@ -39,14 +39,13 @@ MEDIA_TYPES = {
 }  # fmt: skip
 
 FIELDS = 16
-"""Fields that a multipart request may have beside the image."""
+"""Fields that a multipart request may have in addition to the image."""
 
-PATIENCE = 0.5
-"""Seconds between two looks whether the client is still there."""
-
+POLL = 0.5
+"""Seconds between two checks whether the client is still connected."""
 
 SWEEP = 60.0
-"""Seconds between two sweeps of the folder, or less where files are kept for less."""
+"""Seconds between two sweeps of the folder; fewer where files are kept for less than twice that."""
 
 
 class Parameters(BaseModel):
@@ -68,12 +67,12 @@ class Parameters(BaseModel):
 
 
 def create_api(service: RestorationService, folder: ServerFolder, keep: float) -> FastAPI:
-    """The application with `POST /api/deblur`, `/openapi.json` and a plain page about them at `/docs`.
+    """Create the application with `POST /api/deblur`, `/openapi.json` and plain documentation at `/docs`.
 
     Args:
         service: the queue.
-        folder: where images are while they are restored.
-        keep: seconds after which files of the page are removed.
+        folder: the folder for images during restoration.
+        keep: seconds until files of the page are removed.
     """
 
     @asynccontextmanager
@@ -93,7 +92,7 @@ def create_api(service: RestorationService, folder: ServerFolder, keep: float) -
         title='DSGformer',
         version=__version__,
         description='Removes motion blur from images.',
-        docs_url=None,  # they load scripts from another server
+        docs_url=None,  # FastAPI's pages load scripts from another server
         redoc_url=None,
         lifespan=lifespan,
     )
@@ -168,7 +167,7 @@ def create_api(service: RestorationService, folder: ServerFolder, keep: float) -
                 parameters.tile,
                 parameters.precision,
             )
-            # The name of the file in `place` is of no interest: the format follows the input.
+            # The result needs no suffix: its format is that of the input.
             job = await asyncio.to_thread(service.submit, source, place / 'result', name, settings)
             result = await _finished(service, job, request)
             source.unlink()
@@ -221,10 +220,10 @@ async def _receive(request: Request, target: Path) -> tuple[str, dict[str, str]]
     """Write the image of a request to a file; returns its name and the other fields.
 
     Raises:
-        HTTPException: 400, there is none.
+        HTTPException: 400, the request has no image.
     """
     kind = request.headers.get('content-type', '').partition(';')[0].strip().lower()
-    if kind != 'multipart/form-data':  # whatever it is called: curl --data-binary calls it a form
+    if kind != 'multipart/form-data':  # of any type: curl --data-binary sends a raw body as a form
         with open(target, 'wb') as file:
             async for block in request.stream():
                 file.write(block)
@@ -245,12 +244,12 @@ async def _receive(request: Request, target: Path) -> tuple[str, dict[str, str]]
 
 
 async def _finished(service: RestorationService, job: Job, request: Request) -> Result:
-    """The result of a job; where the client goes away before, the job is dropped."""
+    """Wait for the result of a job; abandon the job if the client disconnects."""
     waiting = asyncio.wrap_future(job.done)
     try:
-        while not (await asyncio.wait({waiting}, timeout=PATIENCE))[0]:
+        while not (await asyncio.wait({waiting}, timeout=POLL))[0]:
             if await request.is_disconnected():
-                raise HTTPException(499, 'the client went away')
+                raise HTTPException(499, 'the client disconnected')
         return waiting.result()
     except BaseException:
         service.abandon(job)
@@ -274,12 +273,12 @@ async def _on_user_error(request: Request, error: Exception) -> Response:
 
 
 async def _on_fault(request: Request, error: Exception) -> Response:
-    """A fault of the program, whose traceback goes to the server's log."""
+    """A fault of the program; its traceback is in the server's log."""
     return _answer(500, 'the server failed to restore this image; its log says why')
 
 
 async def _on_validation(request: Request, error: Any) -> Response:
-    """The first mistake as one sentence."""
+    """The first error as one sentence."""
     first = error.errors()[0]
     name = next((part for part in first['loc'] if part in Parameters.model_fields), first['loc'][-1])
     if first['type'] == 'extra_forbidden':
@@ -292,7 +291,7 @@ async def _on_validation(request: Request, error: Any) -> Response:
 
 
 def _plain_docs(description: dict[str, Any]) -> str:
-    """The API on a page without scripts."""
+    """The documentation of the API as HTML without scripts."""
     post = description['paths']['/api/deblur']['post']
     rows = ''.join(
         f'<tr><td><code>{html.escape(one["name"])}</code></td><td>{html.escape(json.dumps(one["schema"]))}</td></tr>'

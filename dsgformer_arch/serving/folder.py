@@ -1,4 +1,4 @@
-"""The one folder that a server writes to."""
+"""The temporary folder of a server, the only one that it writes to."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 SPARE = 500_000_000
-"""Bytes of the disk that uploads leave free."""
+"""Bytes that uploads leave free on the disk."""
 
 
 class ServerFolder:
-    """A temporary folder for uploads and results; nothing of it outlives the server.
+    """A temporary folder for uploads and results.
 
-    `jobs` has a folder for each image that is being restored; `page` has what the page shows and offers for
-    download, and is swept.
+    `jobs` has a folder for each image that is being restored.  `page` holds the files that the page shows and
+    offers for download; old ones are swept.
 
     Args:
         root: an empty folder.
-        most_bytes: what the folder may hold before new uploads are refused.
+        most_bytes: size of the folder from which on new uploads are refused.
     """
 
     def __init__(self, root: Path, most_bytes: int) -> None:
@@ -34,7 +34,7 @@ class ServerFolder:
 
     @contextmanager
     def job(self) -> Iterator[Path]:
-        """A folder for one image, removed in the end."""
+        """A folder for one image; it is removed at the end of the `with` statement."""
         folder = self.new_job()
         try:
             yield folder
@@ -42,15 +42,15 @@ class ServerFolder:
             remove(folder)
 
     def new_job(self) -> Path:
-        """A folder for one image; `remove` it."""
+        """A folder for one image; call `remove` when it is finished."""
         return Path(tempfile.mkdtemp(dir=self.jobs))
 
     def shown(self) -> Path:
-        """A folder for files that the page offers, until they are swept."""
+        """A new folder for files of the page; they are swept."""
         return Path(tempfile.mkdtemp(dir=self.page))
 
     def contains(self, path: str) -> bool:
-        """Whether a path lies among the page's files, links resolved."""
+        """Whether a path, with links resolved, is below the folder of the page."""
         try:
             return Path(path).resolve().is_relative_to(self.page)
         except (OSError, ValueError, RuntimeError):
@@ -63,7 +63,7 @@ class ServerFolder:
         return sum(size for _, size, _ in _files(self.root)) >= self.most_bytes
 
     def sweep(self, seconds: float) -> None:
-        """Remove the page's files that were not written or offered anew for so long, and empty folders."""
+        """Remove files of the page that were last changed more than `seconds` ago, and empty folders."""
         oldest = time.time() - seconds
         for path, _, changed in list(_files(self.page)):
             if changed < oldest:
@@ -76,7 +76,7 @@ class ServerFolder:
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder and all in it, if it is there."""
+    """Remove a folder and its content, if it exists."""
     shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -1,4 +1,4 @@
-"""What stands before every request: bounded bodies, and no more of Gradio's routes than the page needs."""
+"""ASGI middleware: limits the size of requests, and blocks routes of Gradio that the page does not use."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from dsgformer_arch.serving.folder import ServerFolder
 from dsgformer_arch.serving.service import Limits, too_many_bytes
 
 OWN = ('/openapi.json', '/docs')
-"""What describes the API."""
+"""Routes of the API's documentation."""
 
 READ = (
     '/', '/config', '/theme.css', '/favicon.ico', '/manifest.json', '/robots.txt', '/assets/', '/static/',
     '/svelte/', '/gradio_api/startup-events', '/gradio_api/heartbeat/', '/gradio_api/queue/data',
     '/gradio_api/upload_progress', '/gradio_api/app_id',
 )  # fmt: skip
-"""What the page reads; a path that ends in / stands for all below it.  Files are looked at separately."""
+"""Routes that the page reads; one that ends with / includes all below it.  `FILES` has its own check."""
 
 UPLOAD = '/gradio_api/upload'
 
 WRITE = ('/gradio_api/queue/join', '/gradio_api/cancel', '/gradio_api/reset')
-"""What the page posts JSON to."""
+"""Routes to which the page posts JSON."""
 
 FILES = '/gradio_api/file='
-"""Route of the page's files, followed by their path."""
+"""Route of files of the page, followed by their path."""
 
 FORM = 1 << 16
-"""Bytes that a multipart request may have beside the file, and that events of the page may have."""
+"""Bytes that a multipart request may have in addition to the file; also the limit of a page event."""
 
 DISCARDED = 100_000_000
-"""Bytes of a body that is too large that are read and dropped, so that its sender gets the answer."""
+"""Bytes of an oversized body that are read and discarded, so that its sender gets the response."""
 
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
@@ -56,22 +56,22 @@ HEADERS = [
 
 
 class Gate:
-    """An ASGI application before another one.
+    """Middleware that filters the requests of an ASGI application.
 
-    Gradio has more routes than this page needs (a proxy, a run history in the cloud, code generation), and
-    where it is mounted it does not check that files named in an event were uploaded.
+    Gradio has more routes than this page uses (a proxy, a run history in the cloud, code generation), and a
+    mounted application does not check that files named in an event were uploaded.
 
     Args:
         app: the application with the API and the page.
-        folder: the only place that files are served from.
-        limits: of uploads.
+        folder: the only folder that files are served from.
+        limits: limits of uploads.
     """
 
     def __init__(self, app: ASGIApp, folder: ServerFolder, limits: Limits) -> None:
         self.app, self.folder, self.limits = app, folder, limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let a request through, or answer it."""
+        """Pass a request on, or refuse it."""
         if scope['type'] == 'websocket':
             await send({'type': 'websocket.close', 'code': 1008})
             return
@@ -115,18 +115,18 @@ class Gate:
         return path.startswith(FILES) and self.folder.contains(path.removeprefix(FILES))
 
     async def _bound(self, body: _Body) -> None:
-        """Allow one file of the largest size, and a form around it."""
+        """Limit a body to one file of the largest size and a form around it."""
         if await asyncio.to_thread(self.folder.is_full):
             raise HTTPException(
                 503, 'the server holds as many files as it may; try again later', {'Retry-After': '60'}
             )
         body.most = self.limits.most_bytes + FORM
         body.refusal = HTTPException(413, too_many_bytes('the file', self.limits), {'Connection': 'close'})
-        if body.told > body.most:
+        if body.declared > body.most:
             raise body.refusal
 
     async def _checked(self, body: _Body) -> Receive:
-        """A small JSON body that names no files but uploaded ones."""
+        """Read a small JSON body and check that it names uploaded files only."""
         body.most, body.refusal = FORM, HTTPException(413, 'the request is too large')
         content = b''
         while not body.ended:
@@ -151,7 +151,7 @@ class Gate:
         return replay
 
     def _names_only_uploads(self, data: Any) -> bool:
-        """Whether every `path` in the JSON of an event lies among the page's files."""
+        """Whether every `path` in the JSON of an event is below the folder of the page."""
         waiting = [data]
         while waiting:
             one = waiting.pop()
@@ -166,34 +166,34 @@ class Gate:
 
 
 def _is_among(path: str, paths: tuple[str, ...]) -> bool:
-    # The path is decoded once already; what changes when it is decoded or resolved again is no asset.
+    # The path has been decoded once; one that changes when it is decoded or resolved again is refused.
     if posixpath.normpath(path) != (path.rstrip('/') or '/') or unquote(path) != path or '\\' in path:
         return False
     return any(path == one or (one.endswith('/') and len(one) > 1 and path.startswith(one)) for one in paths)
 
 
 class _Body:
-    """The body of a request, which is read to its end before the answer: a sender may listen only then.
+    """The body of a request.  It is read to its end before the response: some clients do not listen before.
 
     Attributes:
-        told: bytes that the header tells; 0 where it does not.
-        most: bytes that may be read; None for any number.
-        refusal: raised where there are more.
-        ended: whether all was read.
+        declared: value of the header Content-Length; 0 without one.
+        most: the largest number of bytes; None for no limit.
+        refusal: raised for a larger body.
+        ended: whether the body has been read to its end.
     """
 
     def __init__(self, scope: Scope, receive: Receive) -> None:
         headers = Headers(scope=scope)
-        told = headers.get('content-length', '0')
-        self.told = int(told) if told.isdecimal() else 0
+        length = headers.get('content-length', '0')
+        self.declared = int(length) if length.isdecimal() else 0
         self.most: int | None = None
         self.refusal = HTTPException(413, 'the request is too large')
         self.ended = scope['method'] in ('GET', 'HEAD')
-        self._waits = 'expect' in headers  # for an answer before it is sent
+        self._waits = 'expect' in headers  # the body is sent only after an interim response
         self._receive, self._count = receive, 0
 
     async def receive(self) -> Message:
-        """The next part."""
+        """The next message."""
         message = await self._receive()
         self._waits = False
         self._count += len(message.get('body', b''))
@@ -204,7 +204,7 @@ class _Body:
         return message
 
     async def discard(self) -> None:
-        """Read the rest, up to a limit, and forget it."""
+        """Read and discard the rest, up to `DISCARDED` bytes and for at most 60 s."""
         if self.ended or self._waits:
             return
         self.most, end = None, self._count + DISCARDED

@@ -1,4 +1,4 @@
-"""The page: drop an image, compare before and after, download."""
+"""The web page, a Gradio application: upload an image, compare before and after, download."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ TILES = ('auto', '256', '384', '512', '768', '1024')
 PRECISIONS = ('auto', 'fp32', 'bf16', 'fp16')
 
 SHOWN_PIXELS = 12_000_000
-"""Pixels of the images in the slider; larger ones are shrunk for it.  The download is never shrunk."""
+"""Most pixels of an image in the slider; larger ones are downscaled for it, but not for the download."""
 
-LOOK = 0.25
-"""Seconds between two looks at how far an image is."""
+POLL = 0.25
+"""Seconds between two updates of the progress."""
 
 GONE = '{name} is no longer on this server; drop it again'
 
 _shrinking = threading.Lock()
-"""Held while an image is decoded for the slider: one at a time."""
+"""Held while an image is downscaled for the slider, so that only one is in memory."""
 
 CSS = """
 .gradio-container {width: 100%; max-width: 1280px !important; margin: 0 auto !important;}
@@ -49,26 +49,26 @@ footer {display: none !important;}
 
 
 def create_page(service: RestorationService, folder: ServerFolder, keep: float) -> gr.Blocks:
-    """The page as a Gradio application; `mount` puts it on a server.
+    """Create the page; `mount` adds it to a server.
 
     Args:
         service: the queue.
-        folder: for what is shown.
-        keep: seconds that files are kept, for the note about it.
+        folder: the folder of the files that the page shows.
+        keep: seconds until files are removed, for the note on the page.
     """
     limits = service.limits
-    sessions: dict[str, list[Job]] = defaultdict(list)  # the images of each visitor that are not done
+    sessions: dict[str, list[Job]] = defaultdict(list)  # unfinished jobs of each visitor
 
-    def looked_at(path: str | None) -> tuple[Any, Any, str, Any]:
-        """A file was dropped or removed: say what it is, or why it cannot be restored."""
-        told, good = '', False
+    def uploaded(path: str | None) -> tuple[Any, Any, str, Any]:
+        """Handle an uploaded or removed file: show its format and size, or why it cannot be restored."""
+        message, valid = '', False
         if path is not None:
             try:
                 kind, (height, width) = service.check(_uploaded(folder, path), Path(path).name)
-                told, good = _html(f'{kind}, {width}×{height} pixels'), True
+                message, valid = _html(f'{kind}, {width}×{height} pixels'), True
             except UserError as error:
-                told = _html(str(error), 'error')
-        return None, gr.update(value=None, interactive=False), told, gr.update(interactive=good)
+                message = _html(str(error), 'error')
+        return None, gr.update(value=None, interactive=False), message, gr.update(interactive=valid)
 
     async def restore(
         path: str | None,
@@ -79,7 +79,7 @@ def create_page(service: RestorationService, folder: ServerFolder, keep: float) 
         request: gr.Request,
         progress: gr.Progress = gr.Progress(),  # noqa: B008 (how Gradio passes it)
     ) -> tuple[Any, Any, str]:
-        """The button was pressed."""
+        """Handle a click on the button: restore the image."""
         own = sessions[request.session_hash or '']
         settings = Settings(model, strength, tile if tile == 'auto' else int(tile), precision)
         try:
@@ -91,12 +91,12 @@ def create_page(service: RestorationService, folder: ServerFolder, keep: float) 
             if not own:
                 sessions.pop(request.session_hash or '', None)
         height, width = result.size
-        told = _html(f'Restored {width}×{height} pixels in {result.seconds:.1f} s')
-        told += ''.join(_html(f'Note: {note}') for note in result.notes)
-        return shown, gr.update(value=str(name), interactive=True), told
+        message = _html(f'Restored {width}×{height} pixels in {result.seconds:.1f} s')
+        message += ''.join(_html(f'Note: {note}') for note in result.notes)
+        return shown, gr.update(value=str(name), interactive=True), message
 
     def left(request: gr.Request) -> None:
-        """The tab was closed: nobody waits for its images."""
+        """Handle a closed tab: abandon its jobs."""
         for job in list(sessions.get(request.session_hash or '', [])):
             service.abandon(job)
 
@@ -129,7 +129,7 @@ def create_page(service: RestorationService, folder: ServerFolder, keep: float) 
             elem_id='limits',
         )
         file.change(
-            looked_at, file, [slider, download, status, button],
+            uploaded, file, [slider, download, status, button],
             show_progress='hidden', concurrency_limit=None, api_visibility='private',
         )  # fmt: skip
         button.click(
@@ -142,18 +142,18 @@ def create_page(service: RestorationService, folder: ServerFolder, keep: float) 
 
 
 def mount(app: FastAPI, page: gr.Blocks, limits: Limits) -> None:
-    """Put the page on the API's application, at the root."""
+    """Add the page to the application of the API, at the root."""
     gr.mount_gradio_app(
         app, page, '/', theme=_theme(), css=CSS, footer_links=[], run_history=False, show_error=False,
         max_file_size=limits.most_bytes, ssr_mode=False, mcp_server=False, enable_monitoring=False, pwa=False,
     )  # fmt: skip
-    # Gradio checks the paths of uploaded files only where it thinks that it was launched.
+    # Gradio checks the paths of uploaded files only in applications that are marked as launched.
     page.has_launched = True
     page.is_running = True
 
 
 def _theme() -> gr.themes.Base:
-    """Gradio's default with the visitor's own fonts."""
+    """Gradio's default theme with system fonts, which need no download."""
     plain = ('ui-sans-serif', 'system-ui', 'sans-serif')
     return gr.themes.Default(font=plain, font_mono=('ui-monospace', 'monospace'))
 
@@ -166,20 +166,29 @@ async def _restored(
     own: list[Job],
     progress: gr.Progress,
 ) -> tuple[tuple[str, str], Result, Path]:
-    """The paths of before and after for the slider, the result, and the path of the download.
+    """Restore an uploaded image.
 
-    The job is in `own` while it is not done.
+    Args:
+        service: the queue.
+        folder: the folder of the files that the page shows.
+        upload: the image.
+        settings: how to restore it.
+        own: unfinished jobs of the visitor; contains this one until it is finished.
+        progress: the progress display.
+
+    Returns:
+        The paths of both images for the slider, the result, and the path of the download.
     """
     name = upload.name
     with folder.job() as place:
         source = place / 'source'
-        # The upload may be swept while the image waits; a second link to it may not.
+        # The upload may be swept while the image waits; a second link to it is not.
         await asyncio.to_thread(_link, upload, source)
         job = await asyncio.to_thread(service.submit, source, place / 'result', name, settings)
         own.append(job)
         waiting = asyncio.wrap_future(job.done)
         try:
-            while not (await asyncio.wait({waiting}, timeout=LOOK))[0]:
+            while not (await asyncio.wait({waiting}, timeout=POLL))[0]:
                 ahead = service.ahead(job)
                 if ahead:
                     progress(0, desc=f'waiting: {ahead} before this image')
@@ -187,7 +196,7 @@ async def _restored(
                     progress(job.fraction, desc='restoring' if job.fraction < 1 else 'writing')
             result = waiting.result()
         finally:
-            service.abandon(job)  # where it is not done
+            service.abandon(job)  # no effect on a finished job
             own.remove(job)
         shown = folder.shown()
         target = shown / f'{upload.stem}_deblurred{SUFFIXES[result.format]}'
@@ -198,11 +207,11 @@ async def _restored(
 
 
 def _shown(path: Path, result: Result, target: Path) -> Path:
-    """An image as a browser can show it: as it is, or with 8 bits and shrunk, beside `target`."""
+    """An image that a browser can show: the file itself, or an 8-bit downscaled copy named `target`."""
     height, width = result.size
     factor = math.ceil(math.sqrt(height * width / SHOWN_PIXELS))
     if factor == 1 and result.format != 'TIFF':
-        if path.suffix:  # the result, which the page offers already
+        if path.suffix:  # the result, which is below the folder of the page already
             return path
         target = target.with_suffix(SUFFIXES[result.format])
         _link(path, target)
@@ -217,13 +226,13 @@ def _shown(path: Path, result: Result, target: Path) -> Path:
         image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).reduce(factor)
         kind = 'PNG' if pixels.shape[-1] in (2, 4) else 'JPEG'
         target = target.with_suffix(SUFFIXES[kind])
-        # Both images get the same quality: neither looks better for its compression.
+        # Both images are compressed with the same quality, so that the comparison is fair.
         image.save(target, kind, quality=95, compress_level=1, icc_profile=picture.metadata.icc)
     return target
 
 
 def _link(path: Path, target: Path) -> None:
-    """A second name for a file, or a copy where the file system has no links."""
+    """Create a hard link, or a copy where the file system has no links."""
     try:
         os.link(path, target)
     except FileNotFoundError:
@@ -245,6 +254,6 @@ def _uploaded(folder: ServerFolder, path: str | None) -> Path:
     return Path(path)
 
 
-def _html(sentence: str, kind: str = 'told') -> str:
+def _html(sentence: str, kind: str = 'info') -> str:
     role = 'alert' if kind == 'error' else 'status'
     return f'<p class="{kind}" role="{role}">{html.escape(sentence)}</p>'

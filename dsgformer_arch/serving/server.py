@@ -1,4 +1,4 @@
-"""Run the page and the API under uvicorn until a signal ends them."""
+"""Run the page and the API with uvicorn until SIGINT or SIGTERM."""
 
 from __future__ import annotations
 
@@ -36,24 +36,24 @@ QUIET = {
     'HF_HUB_OFFLINE': '1',
     'DO_NOT_TRACK': '1',
 }
-"""Environment in which Gradio sends nothing anywhere and starts nothing else; set before it is imported."""
+"""Environment that switches off telemetry and extra services of Gradio; set before it is imported."""
 
 GRACE = 3
-"""Seconds in which connections may end after a signal; open pages never do by themselves."""
+"""Seconds until open connections are closed after a signal; those of open pages never end by themselves."""
 
 PATIENCE = 10.0
-"""Seconds to wait after that for the image in work to stop at its next tile."""
+"""Seconds to wait after that for the current image to stop at its next tile."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to serve.
+    """Settings of the server.
 
     Attributes:
         host: the address to listen on.
         port: 0 for any free one.
-        limits: of uploads and of the queue.
-        keep: seconds after which the page's files are removed.
+        limits: limits of uploads and of the queue.
+        keep: seconds until files of the page are removed.
     """
 
     host: str = '127.0.0.1'
@@ -63,7 +63,7 @@ class Options:
 
 
 class _Signalled(BaseException):
-    """SIGINT or SIGTERM came."""
+    """Raised by SIGINT and SIGTERM."""
 
 
 def serve(
@@ -75,8 +75,8 @@ def serve(
 
     Args:
         options: see `Options`.
-        make: returns what makes the restorer of each model, the default one first; see `service.offered`.
-        load: models that are loaded before the first request; by default the default one.
+        make: returns a constructor for each model, the default model first; see `service.offered`.
+        load: models to load before the first request; the default model if None.
 
     Raises:
         UserError: the address cannot be listened on, Gradio is not installed, or a model cannot be loaded.
@@ -94,7 +94,7 @@ def _serve(
     _check_extra()
     listener = listen(options.host, options.port)
     with contextlib.closing(listener), tempfile.TemporaryDirectory(prefix='dsgformer-serve-') as root:
-        # Uploads that are larger than memory buffers, and whatever a library writes, go to this folder too.
+        # Libraries write temporary files, such as large uploads, to this folder too.
         before, tempfile.tempdir = tempfile.tempdir, root
         try:
             service = RestorationService(make(), options.limits)
@@ -108,7 +108,8 @@ def _serve(
         finally:
             tempfile.tempdir = before
     if not ended:
-        # A tile of a slow network takes minutes.  Python cannot end a thread, and ending beside it crashes.
+        # A tile of a slow network takes minutes.  Python cannot stop a thread, and a normal exit crashes while it
+        # computes.
         sys.stdout.flush()
         os._exit(0)
     return 0
@@ -141,11 +142,11 @@ def application(service: RestorationService, root: Path, keep: float) -> ASGIApp
 
     Args:
         service: the queue.
-        root: an empty folder for everything that is written.
-        keep: seconds after which the page's files are removed.
+        root: an empty folder for uploads and results.
+        keep: seconds until files of the page are removed.
     """
     limits = service.limits
-    # Twice what may wait, for results and for uploads that nobody has sent off yet.
+    # Twice the size of a full queue, for results and for uploads that are not submitted yet.
     folder = ServerFolder(root, 4 * (limits.most_waiting + 2) * limits.most_bytes)
     os.environ.update(QUIET, GRADIO_TEMP_DIR=str(folder.page), GRADIO_EXAMPLES_CACHE=str(folder.page))
     from dsgformer_arch.serving.api import create_api
@@ -161,7 +162,7 @@ def listen(host: str, port: int) -> socket.socket:
     """A listening socket.
 
     Raises:
-        UserError: the port is in use, or the address is none of this machine.
+        UserError: the port is in use, or the address does not belong to this machine.
     """
     family = socket.AF_INET6 if ':' in host else socket.AF_INET
     try:
@@ -184,7 +185,7 @@ def address(listener: socket.socket) -> str:
 
 
 def is_local(host: str) -> bool:
-    """Whether only this machine reaches a host."""
+    """Whether a host is a loopback address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -1,4 +1,4 @@
-"""The bounded queue that the page and the API share: one image is restored at a time."""
+"""The bounded queue of page and API; one image is restored at a time."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ SUFFIXES = {'JPEG': '.jpg', 'PNG': '.png', 'TIFF': '.tif', 'WEBP': '.webp', 'BMP
 
 
 class TooLargeError(UserError):
-    """A file of more bytes, or an image of more pixels, than this server takes."""
+    """A file with more bytes, or an image with more pixels, than the limits allow."""
 
 
 class BusyError(UserError):
-    """As many images wait as are allowed to."""
+    """The queue is full, or memory is short."""
 
 
 class AbandonedError(UserError):
-    """Nobody waits for this image any more."""
+    """The job was abandoned by its client."""
 
 
 class StoppedError(UserError):
@@ -42,12 +42,12 @@ class StoppedError(UserError):
 
 @dataclass(frozen=True)
 class Limits:
-    """What a server takes.
+    """Limits of a server.
 
     Attributes:
-        most_bytes: of an uploaded file.
-        most_pixels: of an image.
-        most_waiting: images that wait while another one is restored.
+        most_bytes: largest size of an uploaded file.
+        most_pixels: most pixels of an image.
+        most_waiting: most images that wait while another one is restored.
     """
 
     most_bytes: int = 50_000_000
@@ -90,11 +90,11 @@ class Job:
 
     Attributes:
         source, target: the files to read and to write.
-        name: of the image, for messages.
+        name: name of the image in messages.
         settings: how to restore it.
-        done: becomes a `Result`; raises `UserError` where the image cannot be restored, `AbandonedError`
+        done: the future `Result`; raises `UserError` where the image cannot be restored, `AbandonedError`
             after `abandon`.
-        fraction: of the image that is restored, from 0 to 1.
+        fraction: restored fraction of the image, 0 to 1.
     """
 
     source: Path
@@ -107,11 +107,11 @@ class Job:
 
 
 class RestorationService:
-    """Restores images one after the other in a thread of its own.
+    """Restores images one after another in a background thread.
 
     Args:
-        restorers: what makes the `Deblurrer` of each model that is offered; called at the first use of the
-            model, or by `load`.  The first is the default.
+        restorers: constructor of the `Deblurrer` of each model, the default model first; called at the first
+            use of the model, or by `load`.
         limits: see `Limits`.
     """
 
@@ -128,13 +128,13 @@ class RestorationService:
 
     @property
     def models(self) -> list[str]:
-        """Names of the models on offer, the default one first."""
+        """Names of the models, the default model first."""
         return list(self._makers)
 
     def load(self, model: str) -> Deblurrer:
-        """The restorer of a model, made at the first call.
+        """The restorer of a model, constructed at the first call.
 
-        Not for use beside running jobs: the service's thread calls it too.
+        Not thread-safe: the thread of the service calls it too, so it must not be called while jobs run.
 
         Raises:
             UserError: its weights cannot be loaded.
@@ -167,9 +167,9 @@ class RestorationService:
         """Put an image in the queue.
 
         Args:
-            source: the image; it has to stay until the job is done.
-            target: where the result is written, in the input's format.
-            name: for messages.
+            source: the image; it must exist until the job is done.
+            target: the path of the result, which has the format of the input.
+            name: name of the image in messages.
             settings: how to restore it.
 
         Raises:
@@ -193,7 +193,7 @@ class RestorationService:
         return job
 
     def refuse_if_full(self) -> None:
-        """Raise `BusyError` where `submit` would now."""
+        """Raise `BusyError` if the queue is full."""
         with self._changed:
             self._refuse_if_full()
 
@@ -205,14 +205,14 @@ class RestorationService:
             )
 
     def ahead(self, job: Job) -> int:
-        """How many images come before a job; 0 once it has begun."""
+        """The number of images before a job; 0 once it has started."""
         with self._changed:
             if job not in self._waiting:
                 return 0
             return self._waiting.index(job) + (self._current is not None)
 
     def abandon(self, job: Job) -> None:
-        """Nobody waits for this job any more: it is taken out of the queue, or stopped at its next tile."""
+        """Cancel a job: remove it from the queue, or stop it at its next tile."""
         with self._changed:
             job.abandoned = True
             if job in self._waiting:
@@ -220,7 +220,7 @@ class RestorationService:
                 job.done.set_exception(AbandonedError(f'{job.name} was dropped'))
 
     def stop(self) -> None:
-        """Take no more images: waiting ones get `StoppedError`, the current one stops at its next tile."""
+        """Shut down: waiting jobs get `StoppedError`, the current one stops at its next tile."""
         with self._changed:
             self._stopped = True
             for job in self._waiting:
@@ -231,7 +231,7 @@ class RestorationService:
             self._changed.notify_all()
 
     def join(self, seconds: float) -> bool:
-        """Wait for the thread to end after `stop`; whether it did."""
+        """Wait for the thread to end after `stop`; returns whether it did."""
         self._thread.join(seconds)
         return not self._thread.is_alive()
 
@@ -245,11 +245,11 @@ class RestorationService:
                 job.done.set_running_or_notify_cancel()
             try:
                 result = self._restore(job)
-            except BaseException as error:  # the thread serves the next image whatever this one did
+            except BaseException as error:  # whatever fails, the thread continues with the next image
                 outcome: Result | BaseException = self._reason(job, error)
             else:
                 outcome = result
-            # Whoever waits for this job may submit the next one at once: the place is free before.
+            # A client may submit its next image as soon as this one is done: make room in the queue first.
             with self._changed:
                 self._current = None
             if isinstance(outcome, Result):
@@ -260,7 +260,7 @@ class RestorationService:
                 job.done.set_exception(outcome)
 
     def _reason(self, job: Job, error: BaseException) -> BaseException:
-        """What to tell the one who waits."""
+        """The exception for the client of a failed job."""
         if job.abandoned:
             if self._stopped:
                 return StoppedError('the server is shutting down')
@@ -278,7 +278,7 @@ class RestorationService:
 
         begun = time.perf_counter()
         restorer = self.load(job.settings.model)
-        # One thread restores, so that one network serves all settings.
+        # Only this thread restores, so one network can be used with all settings.
         restorer.strength, restorer.tile = job.settings.strength, job.settings.tile
         restorer.precision, restorer.report = job.settings.precision, Report()
         picture = open_image(job.source, job.name)
@@ -300,14 +300,14 @@ class RestorationService:
 
 
 def too_many_bytes(name: str, limits: Limits) -> str:
-    """The sentence about a file of too many bytes."""
+    """The error message for a file with too many bytes."""
     return f'{name} is too large; this server takes files of at most {limits.most_bytes / 1e6:g} MB'
 
 
 def offered(
     models: list[str] | None = None, weights: str | None = None, device: str = 'auto'
 ) -> dict[str, Callable[[], Deblurrer]]:
-    """What makes the restorer of each model, by the name of the model; nothing is loaded yet.
+    """Constructors of the restorers by model; nothing is loaded yet.
 
     Args:
         models: systems, or official weights such as `restormer/motion`, the default one first; None for the
@@ -334,7 +334,7 @@ def offered(
         return {Path(weights).name: maker(models[0] if models else None, weights)}
     if models:
         return {name: maker(name, None) for name in models}
-    # With the path of its file a model is never downloaded, whatever becomes of the file.
+    # A model that is named by its file is never downloaded, even if the file is removed later.
     files = {entry: official_weights.cached(entry) for entry in official_weights.TABLE}
     found = {entry.key: maker(entry.system, file) for entry, file in files.items() if file}
     return {DEFAULT_MODEL: maker(DEFAULT_MODEL, None), **found}

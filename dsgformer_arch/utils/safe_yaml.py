@@ -40,7 +40,7 @@ def load(text: str) -> Any:
         object, so that a change of one never shows in another.
 
     Raises:
-        yaml.YAMLError: it is no YAML, holds other things than plain data, or exceeds a limit.  `describe`
+        yaml.YAMLError: it is not YAML, holds other things than plain data, or exceeds a limit.  `describe`
             turns the error into a message.
     """
     if len(text) > MAX_CHARACTERS:
@@ -103,9 +103,9 @@ class _Loader(yaml.SafeLoader):
         try:
             value = self.numbers[node.tag](self, node)
         except (ValueError, OverflowError, IndexError, KeyError):
-            raise _error(node, f'{node.value[:40]!r} is no {node.tag.split(":")[-1]}') from None
+            raise _error(node, f'{node.value[:40]!r} is not a valid {node.tag.split(":")[-1]}') from None
         if isinstance(value, float) and not math.isfinite(value):
-            raise _error(node, f'{node.value[:40]!r} is no finite number')
+            raise _error(node, f'{node.value[:40]!r} is not a finite number')
         return value
 
     numbers: ClassVar[dict[str, Callable[[Any, Any], Any]]] = {
@@ -143,7 +143,7 @@ def _check(node: Any, left: list[int], above: tuple[int, ...]) -> None:
         raise _error(node, f'the tag {node.tag.replace("tag:yaml.org,2002:", "!!")[:80]} is not allowed here')
     if isinstance(node, yaml.ScalarNode):
         if node.tag.endswith((':seq', ':map')):
-            raise _error(node, f'{node.value[:40]!r} is no {node.tag.split(":")[-1]}')
+            raise _error(node, f'{node.value[:40]!r} is not a valid {node.tag.split(":")[-1]}')
         if not node.value.isprintable() and re.search('[\ud800-\udfff\0]', node.value):
             raise _error(node, 'a text has a character that no file name or message can hold')
         return

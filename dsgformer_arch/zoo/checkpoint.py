@@ -47,7 +47,7 @@ ALIASES = 8
 
 
 class CheckpointError(UserError):
-    """A file that is no checkpoint, is damaged, holds code, or belongs to another network."""
+    """A file that is not a checkpoint, is damaged, holds code, or belongs to another network."""
 
 
 @dataclass
@@ -218,7 +218,7 @@ def _read_pickle(path: str) -> Any:
                 f'{path} holds Python objects, not only weights, and reading it would run code; '
                 'ask for a file of weights (a state dict)'
             ) from None
-        raise CheckpointError(f'{path} is no checkpoint that PyTorch wrote, or it is damaged') from None
+        raise CheckpointError(f'{path} is not a checkpoint that PyTorch wrote, or it is damaged') from None
     except OSError as error:
         raise CheckpointError(f'cannot read {path}: {error.strerror or error}') from None
     except Exception:  # whatever the readers of zip and pickle raise for arbitrary bytes

@@ -109,7 +109,7 @@ def save_pretrained(
 ) -> Path:
     """Write a network as a folder that `from_pretrained` reads.
 
-    A model card that is there already is kept, since people edit it.  Local pooling is no setting of a
+    A model card that is there already is kept, since people edit it.  Local pooling is not a setting of a
     network and is not saved.
 
     Args:
@@ -275,7 +275,7 @@ def _read_config(path: str, kind: type[RestorationNetwork] | None) -> tuple[str,
     except (ValueError, RecursionError):
         config = None
     if not isinstance(config, dict):
-        raise CheckpointError(f'{path} is no JSON object with the settings of a network')
+        raise CheckpointError(f'{path} is not a JSON object with the settings of a network')
     settings = {key: value for key, value in config.items() if key not in DESCRIPTION}
     named = _named(config, path)
     architecture = named or (kind.__name__ if kind and kind is not RestorationNetwork else '')
@@ -289,7 +289,7 @@ def _read_config(path: str, kind: type[RestorationNetwork] | None) -> tuple[str,
     system = config.get('system')
     if isinstance(system, str) and system in registry.names():
         if registry.get(system).architecture != architecture:
-            raise CheckpointError(f'{path}: {system} is no {architecture}; take a whole copy of the folder')
+            raise CheckpointError(f'{path}: {system} is not a {architecture}; copy the whole folder again')
         settings = {**registry.get(system).settings, **settings}
     return architecture, settings
 
@@ -357,7 +357,7 @@ def _architecture(network: RestorationNetwork) -> str:
     for kind in type(network).__mro__:
         if kind.__name__ in known:
             return kind.__name__
-    raise UserError(f'{type(network).__name__} is no network of the zoo; choose one of {", ".join(known)}')
+    raise UserError(f'{type(network).__name__} is not a network of the zoo; choose one of {", ".join(known)}')
 
 
 def _version() -> str:

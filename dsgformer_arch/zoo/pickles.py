@@ -28,7 +28,7 @@ class NestedError(ValueError):
 def check_nesting(path: str | os.PathLike[str]) -> None:
     """Check the pickles of a file that `torch.load` is going to read.
 
-    What is no pickle is left to `torch.load`.
+    What is not a pickle is left to `torch.load`.
 
     Args:
         path: a zip archive with records `*.pkl`, or a file that begins with pickles.

@@ -34,7 +34,7 @@ def test_what_json_cannot_hold_is_not_written(tmp_path: Path) -> None:
 def test_other_files_are_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / 'x.json'
     path.write_text(content)
-    with pytest.raises(UserError, match=r'x\.json is no result'):
+    with pytest.raises(UserError, match=r'x\.json is not a result'):
         records.Record.load(path)
     with pytest.raises(UserError, match=r'cannot read .*none\.json'):
         records.Record.load(tmp_path / 'none.json')

@@ -391,7 +391,7 @@ def test_terminated_run_saves_its_state(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     rest = process.stderr.read()
     assert process.wait(60) == 130
-    assert 'go on with --auto_resume' in rest
+    assert 'resume with --auto_resume' in rest
     states = list((tmp_path / 'experiments' / 'tiny' / 'training_states').iterdir())
     assert len(states) == 1
     assert (tmp_path / 'experiments' / 'tiny' / 'models' / f'net_g_{states[0].stem}.pth').is_file()

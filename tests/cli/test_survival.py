@@ -152,7 +152,7 @@ def test_a_signal_to_the_group_saves_and_stops(number: signal.Signals, tmp_path:
     assert child.end() == 130, child.log.read_text()
     text = child.log.read_text()
     assert 'Traceback' not in text
-    assert 'go on with --auto_resume' in text
+    assert 'resume with --auto_resume' in text
     run = tmp_path / 'experiments' / 'tiny'
     newest = max(int(path.stem) for path in (run / 'training_states').iterdir())
     assert newest >= 7
@@ -285,7 +285,7 @@ def test_torchrun(killed: signal.Signals, tmp_path: Path) -> None:
         assert (run / 'models' / 'net_g_latest.pth').is_file()
     else:
         assert status != 0
-        assert 'go on with --auto_resume' in rest, before + rest
+        assert 'resume with --auto_resume' in rest, before + rest
         assert 5 <= newest < 12
 
 

@@ -120,6 +120,6 @@ def test_raw_refuses_what_is_not_8_bit_rgb(tmp_path: Path) -> None:
     for kind in ('lq', 'gt'):
         (tmp_path / kind).mkdir()
         cv2.imwrite(str(tmp_path / kind / 'grey.png'), photograph(0, 32, 32)[..., 0])
-    with pytest.raises(UserError, match=r'grey\.png: is no 8-bit RGB'):
+    with pytest.raises(UserError, match=r'grey\.png: is not an 8-bit RGB'):
         create_lmdbs([read_pairs(tmp_path, 'train', None, None)], tmp_path / 'out', 'pairs', raw=True)
     assert not (tmp_path / 'out').exists()

@@ -109,7 +109,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
         [PairedImageDataset(settings(tmp_path, 'disk'))[index] for index in range(3)]
     path.unlink()
     os.mkfifo(path)
-    with pytest.raises(UserError, match=r'1\.png is no ordinary file'):
+    with pytest.raises(UserError, match=r'1\.png is not an ordinary file'):
         read_image_file(str(path))
 
 

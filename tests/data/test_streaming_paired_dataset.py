@@ -321,7 +321,7 @@ def refused(settings: dict[str, Any]) -> str:
     [
         ({'dataroot': 'nowhere'}, 'there is no folder nowhere; tools/create_stream.py makes it'),
         ({'dataroot': 'gs://bucket/x'}, 'is neither a folder nor an address s3://bucket/prefix'),
-        ({'dataroot': 's3://B/x'}, 's3://B/x is no address of the form'),
+        ({'dataroot': 's3://B/x'}, 's3://B/x is not an address of the form'),
         ({'gt_size': 41}, 'gt_size is 41, but the image 000 is only 48×40'),
         ({'scale': 2}, 'has no scale 2'),
         ({'color': 'y'}, "has no color 'y'"),

@@ -283,7 +283,7 @@ def test_wrong_options_are_told(tree: Path, change: dict[str, Any], sentence: st
         ('shake', {'strength': {'none': 2}}, 'shake: strength: none is 2, but should be a probability'),
         ('shake', {'strength': {'length': [9, 1]}}, r'length is \[9, 1\], but should rise'),
         ('shake', {'realism': {'jpg': 1}}, "realism: unknown key 'jpg'; did you mean jpeg"),
-        ('shake', {'camera': 'kodak'}, "'kodak' is no camera response"),
+        ('shake', {'camera': 'kodak'}, "'kodak' is not a camera response"),
         ('shake', {'root': 'nowhere'}, 'nowhere is not a folder'),
         ('shake', {'match': '*.gif'}, r"holds no image that matches '\*.gif'"),
         ('frames', {'frames': [4, 4]}, 'should hold an odd number'),

@@ -94,9 +94,9 @@ class TestTree:
     @pytest.mark.parametrize(
         ('line', 'message'),
         [
-            ('../x.png', 'line 1: ../x.png does not lie below'),
-            ('/x.png', 'line 1: /x.png does not lie below'),
-            ('notes.txt', 'line 1: notes.txt is no image'),
+            ('../x.png', 'line 1: ../x.png is not below'),
+            ('/x.png', 'line 1: /x.png is not below'),
+            ('notes.txt', 'line 1: notes.txt is not an image'),
             ('out/a.png', 'results are no inputs'),
         ],
     )
@@ -121,7 +121,7 @@ class TestTree:
     def test_results_never_lie_over_inputs(self, tmp_path: Path, out: str) -> None:
         fill(tmp_path / 'in', 1)
         (tmp_path / 'link').symlink_to(tmp_path / 'in')
-        with pytest.raises(UserError, match='lies in'):
+        with pytest.raises(UserError, match='is inside'):
             list(Tree(str(tmp_path / 'in'), str(tmp_path / out)).checked_paths())
 
 
@@ -135,7 +135,7 @@ def test_listing(tmp_path: Path) -> None:
         batch.listing(Tree(str(tmp_path), tree.out, listed=str(tmp_path / 'list.txt')))
     with open(os.path.join(os.fsencode(tmp_path), b'in', b'\xff.png'), 'wb'):
         pass
-    with pytest.raises(UserError, match='is no name in UTF-8'):
+    with pytest.raises(UserError, match='is not a name in UTF-8'):
         batch.listing(tree)
 
 
@@ -202,12 +202,12 @@ class TestWorker:
             return deblur(jobs, lambda: restorer)
 
         jobs = [work.tree.job(name) for name in names]
-        for _ in range(batch.MOST_ATTEMPTS):
+        for _ in range(batch.MAX_ATTEMPTS):
             with pytest.raises(Ended):
                 [attempts.counted(job, run) for job in jobs]
         statuses = [attempts.counted(job, run)[0].status for job in jobs]
         assert statuses == ['skipped', 'failed', 'restored']
-        assert [job.source.endswith(names[1]) for job in begun].count(True) == batch.MOST_ATTEMPTS
+        assert [job.source.endswith(names[1]) for job in begun].count(True) == batch.MAX_ATTEMPTS
         assert len(list((tmp_path / 'attempts').iterdir())) == 1
 
     def test_a_machine_that_differs_from_the_driver_s_is_refused(
@@ -462,7 +462,7 @@ class TestDriver:
         (['nowhere', 'out'], 'nowhere: no such folder'),
         (['@nowhere.txt', 'out'], 'nowhere.txt: there is no such file'),
         (['empty', 'out'], 'no image or video in'),
-        (['in', 'in'], 'lies in'),
+        (['in', 'in'], 'is inside'),
         (['in', 'in/a/000.png'], 'is a file'),
         (['in', 'out', '--device', 'cuda:1'], 'Ray chooses the GPU'),
         (['in', 'out', '--weights', 'nowhere.pth'], 'no such file'),

@@ -307,7 +307,7 @@ class TestGuard:
         image = pixels(64, 64, 3)
         deblurrer = Deblurrer(self.Broken(value, False), precision='bf16')
         assert np.abs(deblurrer.restore(image) - expected(image)).max() <= 1
-        assert 'anew in float32' in deblurrer.report.notes[0]
+        assert 'again in float32' in deblurrer.report.notes[0]
 
     def test_what_is_never_finite_stays_as_it_was(self) -> None:
         image = pixels(64, 64, 3)
@@ -353,7 +353,7 @@ class TestGuard:
         # The pooled network breaks; without pooling it is sound.
         local.network.register_forward_hook(lambda module, inputs, output: output * float('nan'))
         assert np.array_equal(local.restore(image), plain.restore(image))
-        assert 'anew without local pooling' in local.report.notes[0]
+        assert 'again without local pooling' in local.report.notes[0]
 
 
 def test_the_zoo_s_networks(tmp_path: Path) -> None:

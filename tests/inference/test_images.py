@@ -487,7 +487,7 @@ def test_the_header_of_a_huge_image_is_read_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ('content', 'sentence'),
     [
-        (b'a text', 'it is no image; JPEG, PNG, TIFF, WebP and BMP can be read'),
+        (b'a text', 'it is not an image; JPEG, PNG, TIFF, WebP and BMP can be read'),
         (b'\xff\xd8\xff' + b'x' * 100, 'it begins like JPEG but is damaged'),
         (b'BM' + b'\xff' * 100, 'it begins like BMP but is damaged|it cannot be read'),
         (b'II*\0' + b'\xff' * 100, 'it cannot be read: '),

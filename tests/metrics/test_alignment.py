@@ -92,7 +92,7 @@ def test_ssim_is_skimages_map_under_the_mask(shifted: tuple[Pair, Alignment]) ->
     assert aligned.ssim() == pytest.approx(similarity[counted].mean(), abs=1e-9)
 
 
-def test_a_pair_without_an_alignment_is_scored_where_it_lies(gopro_crop: Pair) -> None:
+def test_pair_that_cannot_be_aligned_is_scored_as_it_is(gopro_crop: Pair) -> None:
     black, sharp = np.zeros((40, 50, 3), np.uint8), gopro_crop[1][:40, :50]
     with pytest.warns(AlignmentWarning, match='does not converge'):
         aligned = align(black, sharp)

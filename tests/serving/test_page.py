@@ -81,7 +81,7 @@ class Visitor:
             self.page.click('#download:not([disabled])')
         return waiting.value
 
-    def status(self, kind: str = 'told') -> str:
+    def status(self, kind: str = 'info') -> str:
         return str(self.page.locator(f'#status .{kind}').first.inner_text())
 
 
@@ -166,7 +166,7 @@ def test_the_settings_are_used(visit: Visitor) -> None:
 def test_what_is_no_image_or_too_large_gets_a_sentence(visit: Visitor) -> None:
     page = visit.page
     visit.drop('note.png', b'a text, whatever it is called')
-    assert visit.status('error') == 'note.png is no image; JPEG, PNG, TIFF, WebP and BMP can be read'
+    assert visit.status('error') == 'note.png is not an image; JPEG, PNG, TIFF, WebP and BMP can be read'
     assert page.locator('#restore').is_disabled()
     visit.drop('wide.png', png(np.zeros((10, 40_000, 3), np.uint8)))
     until(lambda: 'wide.png' in visit.status('error'))

@@ -158,7 +158,7 @@ def test_after_stop_nothing_is_taken_and_who_waits_is_told(bench: Bench, held: H
 @pytest.mark.parametrize(
     ('content', 'kind', 'sentence'),
     [
-        (b'no image', ImageError, 'image 1 is no image; JPEG, PNG, TIFF, WebP and BMP can be read'),
+        (b'no image', ImageError, 'image 1 is not an image; JPEG, PNG, TIFF, WebP and BMP can be read'),
         (b'', ImageError, 'image 1 is empty'),
         (b'x' * 100_001, TooLargeError, 'image 1 is too large; this server takes files of at most 0.1 MB'),
         (

@@ -138,7 +138,7 @@ def test_twice_is_once_and_another_set_needs_force(
         (['video', 'FRAMES', '--out', 'o', '--crop', '32'], '--crop is for photographs'),
         (['shake', 'PHOTOS', '--out', 'o', '--crop', '500'], 'smaller than crops of 500'),
         (['shake', 'PHOTOS', '--out', 'o', '--name', '../x'], "--name '../x' cannot name a data set"),
-        (['shake', 'PHOTOS', '--out', 'o', '--response', 'x'], "'x' is no camera response"),
+        (['shake', 'PHOTOS', '--out', 'o', '--response', 'x'], "'x' is not a camera response"),
         (['shake', 'PHOTOS', '--out', 'o', '--settings', 'no.yml'], 'cannot read the settings no.yml'),
         (['shake', 'PHOTOS', '--out', 'o', '--count', '0'], "'0' is not a whole number above 0"),
         (['shake', 'PHOTOS', '--out', 'PHOTOS/0.png'], 'cannot write to'),

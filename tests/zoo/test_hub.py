@@ -186,7 +186,7 @@ def test_a_folder_that_cannot_be_written_and_a_network_of_no_system_are_refused(
     class Other(RestorationNetwork):
         pass
 
-    with pytest.raises(UserError, match='Other is no network of the zoo'):
+    with pytest.raises(UserError, match='Other is not a network of the zoo'):
         Other().save_pretrained(tmp_path / 'other')
 
 

@@ -29,7 +29,7 @@ def device(text: str) -> torch.device:
     try:
         found = torch.device(text)
     except RuntimeError:
-        raise UserError(f'--device {text} is no device; write cpu, cuda or cuda:N') from None
+        raise UserError(f'--device {text} is not a device; write cpu, cuda or cuda:N') from None
     if found.type == 'cuda' and (found.index or 0) >= torch.cuda.device_count():
         raise UserError(f'--device {text}: this machine has {torch.cuda.device_count()} GPUs for PyTorch')
     return found

@@ -140,7 +140,7 @@ def set_names(data: Sequence[str]) -> list[str]:
     names = [full if ends.count(end) > 1 else end for end, full in zip(ends, whole, strict=True)]
     twice = [str(path) for name, path in zip(names, paths, strict=True) if names.count(name) > 1]
     if twice:
-        raise UserError(f'--data: {" and ".join(twice)} cannot be told apart by name; name each set once')
+        raise UserError(f'--data: {" and ".join(twice)} cannot be distinguished by name; name each set once')
     return names
 
 
@@ -237,4 +237,4 @@ def _own_layout(root: Path, protocol: str) -> layouts.Split:
         return wrong[0][1]
     usual = ', '.join('/ and '.join(couple) + '/' for couple in layouts.USUAL_FOLDERS)
     own = ''.join(f'; or {preset} as {layouts.PRESETS[preset].layout}' for preset in LAYOUTS[protocol])
-    raise UserError(f'--data {root} holds no pairs that can be told: expected {usual}{own}')
+    raise UserError(f'--data {root} holds no pairs in a known layout: expected {usual}{own}')

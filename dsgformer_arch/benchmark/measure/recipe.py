@@ -92,7 +92,7 @@ def run(
         The record; rows that could not be measured have an `error`.
 
     Raises:
-        UserError: `model` is no DSGformer, or a variant is unknown.
+        UserError: `model` is not a DSGformer, or a variant is unknown.
     """
     if zoo.get(model).architecture != 'DSGformer':
         raise UserError(f'--model: {model} has no such settings; choose a DSGformer, such as dsgformer_h')

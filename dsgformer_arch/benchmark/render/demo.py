@@ -123,7 +123,7 @@ def _training_record(train_file: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f'there is no {path}; {fix}') from None
     except (OSError, ValueError, LookupError, TypeError):
-        raise UserError(f'{path} is no record of a training; {fix}') from None
+        raise UserError(f'{path} is not a record of a training; {fix}') from None
 
 
 def _data(test_file: Path) -> dict[str, Any]:

@@ -157,7 +157,7 @@ def own_section(result: Result) -> Section | None:
         reason = str(error)
     except Exception as error:  # a file may hold anything, and must not stop the others
         reason = f'{type(error).__name__}: {error}'
-    print(f'{result.path} is left out, as it is no result of this version ({reason})', file=sys.stderr)
+    print(f'{result.path} is left out, as it is not a result of this version ({reason})', file=sys.stderr)
     return None
 
 

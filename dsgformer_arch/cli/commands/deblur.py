@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_network_arguments(parser: argparse.ArgumentParser) -> None:
     """Options that choose a network and how it computes; `restorer` reads them."""
     parser.add_argument('--model', metavar='NAME', help='system; `dsgformer models` lists them')
-    parser.add_argument('--weights', metavar='FILE', help='checkpoint; its system is told from the file')
+    parser.add_argument('--weights', metavar='FILE', help='checkpoint; its system is detected from the file')
     parser.add_argument(
         '--tile', type=_tile, default='auto', metavar='auto|N', help='largest side of tiles in pixels'
     )

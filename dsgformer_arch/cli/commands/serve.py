@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         '(default: the weights in the package and all downloaded ones)',
     )
     parser.add_argument(
-        '--weights', metavar='FILE', help='checkpoint to serve; its system is told from the file'
+        '--weights', metavar='FILE', help='checkpoint to serve; its system is detected from the file'
     )
     parser.add_argument('--device', default='auto', metavar='auto|cpu|cuda|mps', help='default: %(default)s')
     parser.add_argument('--threads', type=_positive, metavar='N', help='threads of PyTorch on a CPU')
@@ -99,7 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _port(text: str) -> int:
     if not text.isdecimal() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f'{text!r} is no port from 0 to 65535')
+        raise argparse.ArgumentTypeError(f'{text!r} is not a port from 0 to 65535')
     return int(text)
 
 

@@ -116,7 +116,7 @@ def prepare(pair: Pair, crop: CropGrid | None, raw: bool, dry: Event) -> Prepare
             if pixels is None:
                 prepared.problems.append(f'{path}: cannot be decoded')
             elif raw and (pixels.dtype != np.uint8 or pixels.shape[2:] != (3,)):
-                prepared.problems.append(f'{path}: is no 8-bit RGB image, which --raw asks for')
+                prepared.problems.append(f'{path}: is not an 8-bit RGB image, which --raw asks for')
             elif not dry.is_set():
                 prepared.images[side] = list(encoded(pair.key, pixels, crop, raw))
     return prepared

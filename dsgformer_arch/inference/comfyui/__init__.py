@@ -18,11 +18,11 @@ from dsgformer_arch.inference import official_weights
 dsgformer_arch.register()
 
 AUTOMATIC = 0
-"""The value of `tile` that lets free memory decide."""
+"""Value of `tile` for a size that follows from free memory."""
 
 
 def models() -> list[str]:
-    """What has weights: in the package first, then those of the authors (`dsgformer weights get` first)."""
+    """Models with weights: those in the package, then official ones (after `dsgformer weights get`)."""
     official = [weights.key for weights in official_weights.TABLE]
     return [*zoo.shipped(), *official]
 
@@ -55,7 +55,7 @@ class Deblur:
             'optional': {
                 'weights': (
                     'STRING',
-                    {'default': '', 'tooltip': 'A checkpoint of your own; it tells its system itself.'},
+                    {'default': '', 'tooltip': 'A checkpoint; its system is detected.'},
                 )
             },
         }  # fmt: skip
@@ -66,7 +66,7 @@ class Deblur:
         """Restore images.
 
         Args:
-            image: (B, H, W, C), floating point; C is 3, or 4 with alpha, which stays as it is.
+            image: (B, H, W, C), floating point; C is 3, or 4 with alpha, which is kept.
             model: one of `models()`; not used where `weights` is given.
             strength: 0 returns the image, 1 the restored one.
             tile: largest side of the tiles in pixels; `AUTOMATIC` for what free memory allows.

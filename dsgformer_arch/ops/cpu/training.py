@@ -73,7 +73,7 @@ def differentiable(x: Tensor, weights: Weights, recompute: bool = False) -> Tens
 
 
 class _Settings(NamedTuple):
-    """What of `Weights` is no tensor."""
+    """What of `Weights` is not a tensor."""
 
     heads: int
     top_k: tuple[int, ...]

@@ -108,7 +108,7 @@ def test_places_without_pairs(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r'there is no folder .*nothing_lq\.lmdb'):
         pairs.find(str(tmp_path / 'nothing'), 'gopro')
     with pytest.raises(
-        UserError, match=r'holds no pairs that can be told: expected blur/ and sharp/.*or gopro'
+        UserError, match=r'holds no pairs in a known layout: expected blur/ and sharp/.*or gopro'
     ):
         pairs.find(str(tmp_path), 'gopro')
     write_lmdb(tmp_path / 'half_lq.lmdb', {'a': photograph(0, 20, 20)})

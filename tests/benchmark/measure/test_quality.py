@@ -488,5 +488,5 @@ def test_sets_of_the_same_name_are_told_apart(tmp_path: Path, replaced: Any, mon
     replaced(tiny=nn.Identity())
     assert measure(tmp_path, tmp_path / 'q', 'tiny', data=['a/test', 'b/test']) == 0
     assert [row['set'] for row in record_of(tmp_path / 'q')['rows']] == ['a-test', 'b-test'] * 2
-    with pytest.raises(UserError, match='a/test and a/test cannot be told apart'):
+    with pytest.raises(UserError, match='a/test and a/test cannot be distinguished'):
         measure(tmp_path, tmp_path / 'q', 'tiny', data=['a/test', 'a/test'])

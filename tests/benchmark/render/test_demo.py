@@ -134,7 +134,7 @@ def break_(project: Path, what: str) -> str:
         return 'there is no experiments/train_sample/training.json; run: basicsr train'
     if what == 'record of another program':
         (experiment / 'training.json').write_text('[1]')
-        return 'training.json is no record of a training; run: basicsr train'
+        return 'training.json is not a record of a training; run: basicsr train'
     if what == 'checkpoint':
         (experiment / 'models' / 'net_g_latest.pth').unlink()
         return 'there is no file experiments/train_sample/models/net_g_latest.pth'

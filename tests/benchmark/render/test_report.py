@@ -177,7 +177,7 @@ def test_inputs_without_results_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match='cannot read'):
         report.run([str(tmp_path / 'none.json')], tmp_path / 'report')
     (tmp_path / 'x.json').write_text('{}')
-    with pytest.raises(UserError, match='is no result'):
+    with pytest.raises(UserError, match='is not a result'):
         report.run([str(tmp_path / 'x.json')], tmp_path / 'report')
     assert not (tmp_path / 'report.html').exists()
 

@@ -342,7 +342,7 @@ def test_jpegs_whose_data_end_early_are_refused(root: Path) -> None:
 def test_special_files_do_not_hang(root: Path) -> None:
     (root / 'lq' / '0.png').unlink()
     os.mkfifo(root / 'lq' / '0.png')
-    with pytest.raises(UserError, match=r'0\.png: is no ordinary file'):
+    with pytest.raises(UserError, match=r'0\.png: is not an ordinary file'):
         create(root, root / 'out')
 
 

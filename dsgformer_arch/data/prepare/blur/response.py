@@ -95,7 +95,7 @@ def response(name: str) -> Response:
             `cv2.createCalibrateDebevec` estimates and REDS comes with (Nah et al., CVPRW 2019).
 
     Raises:
-        UserError: the name is unknown, or the file is no inverse response.
+        UserError: the name is unknown, or the file is not an inverse response.
     """
     if name.endswith('.npy'):
         return Response(name, _tabulated(Path(name).expanduser()))
@@ -107,7 +107,7 @@ def response(name: str) -> Response:
     elif name.startswith('gamma') and _number(name[5:]) > 0:
         curves = [display ** _number(name[5:]) for display in (level, threshold)]
     else:
-        raise UserError(f'{name!r} is no camera response; give srgb, linear, gamma2.2 or a .npy file')
+        raise UserError(f'{name!r} is not a camera response; give srgb, linear, gamma2.2 or a .npy file')
     return Response(name, *(np.repeat(curve[:, None], 3, axis=1) for curve in curves))
 
 
@@ -128,13 +128,13 @@ def _tabulated(path: Path) -> NDArray[np.floating]:
     except (OSError, ValueError) as error:
         raise UserError(f'cannot read the camera response {path}: {error}') from None
     if table.size != 256 * 3 or table.shape[0] != 256 or table.dtype.kind != 'f':
-        raise UserError(f'{path} is no camera response: it should hold 256 × 3 numbers (blue, green, red)')
+        raise UserError(f'{path} is not a camera response: it should hold 256 × 3 numbers (blue, green, red)')
     levels = table.reshape(256, 3)[:, ::-1].astype(np.float64)
     levels -= levels[0]  # the sensor's output without light
     slope = (levels[RELIABLE] - levels[RELIABLE - SLOPE_OVER]) / SLOPE_OVER
     levels[RELIABLE:] = levels[RELIABLE] + slope * np.arange(256 - RELIABLE)[:, None]
     if not np.isfinite(levels).all() or levels[MID_GREY].min() <= 0 or levels[-1].min() <= 0:
-        raise UserError(f'{path} is no camera response: its values should rise from level 0 to level 255')
+        raise UserError(f'{path} is not a camera response: its values should rise from level 0 to level 255')
     rising = np.stack([_rising(levels[:, c]) for c in range(3)], axis=1)
     return rising * (_srgb(np.array(MID_GREY / 255)) / rising[MID_GREY])
 

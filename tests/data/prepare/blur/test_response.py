@@ -78,9 +78,9 @@ def test_the_gopro_table_keeps_neutral_highlights_neutral() -> None:
 @pytest.mark.parametrize(
     ('name', 'sentence'),
     [
-        ('rgb', "'rgb' is no camera response"),
-        ('gamma', "'gamma' is no camera response"),
-        ('gamma-1', 'is no camera response'),
+        ('rgb', "'rgb' is not a camera response"),
+        ('gamma', "'gamma' is not a camera response"),
+        ('gamma-1', 'is not a camera response'),
         ('nowhere.npy', 'cannot read the camera response nowhere.npy'),
         ('small.npy', 'should hold 256 × 3 numbers'),
         ('flat.npy', 'its values should rise'),

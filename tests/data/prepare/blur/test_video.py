@@ -183,7 +183,7 @@ def test_clips_are_found(tmp_path: Path) -> None:
         ({'interpolate': 0}, 'interpolate is 0'),
         ({'step': 0}, 'step is 0'),
         ({'static': -1}, 'static is -1'),
-        ({'camera': 'x'}, "'x' is no camera response"),
+        ({'camera': 'x'}, "'x' is not a camera response"),
         ({'realism': {'noise': 2}}, 'realism: noise is 2'),
     ],
 )
