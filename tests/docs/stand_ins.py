@@ -83,4 +83,4 @@ def _weights(path: Path) -> None:
 def names() -> dict[str, Any]:
     """Names that Python blocks use without making them: their reader's images."""
     image = photograph(0, HEIGHT, WIDTH)  # uint8 RGB (H, W, 3)
-    return {'image': image, 'picture': Image.fromarray(image), 'frames': [image, image], 'show': np.shape}
+    return {'image': image, 'pil_image': Image.fromarray(image), 'frames': [image, image], 'show': np.shape}
