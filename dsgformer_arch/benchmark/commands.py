@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from dsgformer_arch.benchmark.measure import (
@@ -18,34 +18,27 @@ from dsgformer_arch.benchmark.measure import (
     training,
 )
 from dsgformer_arch.benchmark.record import Record, beside, write_text
-from dsgformer_arch.benchmark.render import ablation as render_ablation
-from dsgformer_arch.benchmark.render import cost as render_cost
-from dsgformer_arch.benchmark.render import latency as render_latency
-from dsgformer_arch.benchmark.render import loader as render_loader
-from dsgformer_arch.benchmark.render import quality as render_quality
-from dsgformer_arch.benchmark.render import recipe as render_recipe
-from dsgformer_arch.benchmark.render import speed as render_speed
-from dsgformer_arch.benchmark.render import training as render_training
+from dsgformer_arch.benchmark.render.kinds import RENDERINGS
 
-KINDS: dict[str, tuple[ModuleType, ModuleType]] = {
-    'speed': (speed, render_speed),
-    'cost': (cost, render_cost),
-    'latency': (latency, render_latency),
-    'quality': (quality, render_quality),
-    'training': (training, render_training),
-    'ablation': (ablation, render_ablation),
-    'recipe': (recipe, render_recipe),
-    'loader': (loader, render_loader),
+MEASURES: dict[str, Callable[..., Record]] = {
+    'speed': speed.run,
+    'cost': cost.run,
+    'latency': latency.run,
+    'quality': quality.run,
+    'training': training.run,
+    'ablation': ablation.run,
+    'recipe': recipe.run,
+    'loader': loader.run,
 }
-"""By command: the module that measures and the one that renders."""
+"""By kind of record: the function that measures."""
 
 
 def run(kind: str, *arguments: Any, **settings: Any) -> int:
     """Measure, and write `out`.json, `out`.md and, where there is a figure, `out`.png.
 
     Args:
-        kind: a key of `KINDS`.
-        arguments, settings: of the measuring module's `run`; `out` is among the settings.
+        kind: a key of `MEASURES`.
+        arguments, settings: of the measuring function; `out` is among the settings.
 
     Returns:
         0, or 1 if something could not be measured.
@@ -53,13 +46,11 @@ def run(kind: str, *arguments: Any, **settings: Any) -> int:
     Raises:
         UserError: a setting does not fit; see the measuring modules.
     """
-    measuring, rendering = KINDS[kind]
-    record: Record = measuring.run(*arguments, **settings)
+    record, rendering = MEASURES[kind](*arguments, **settings), RENDERINGS[kind]
     out: Path = settings['out']
     write_text(beside(out, '.md'), rendering.page(record))
     written = ['.json', '.md']
-    if hasattr(rendering, 'draw'):
-        rendering.draw(record, beside(out, '.png'))
+    if rendering.draw(record, beside(out, '.png')):
         written.append('.png')
     print(rendering.table(record))
     print(f'wrote {", ".join(str(beside(out, end)) for end in written)}', file=sys.stderr)

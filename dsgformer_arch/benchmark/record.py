@@ -37,7 +37,7 @@ class Record:
     """The results of one subcommand.
 
     Attributes:
-        kind: a key of `commands.KINDS`, such as `speed`.
+        kind: a key of `commands.MEASURES`, such as `speed`.
         command: the command line that repeats it.
         settings: those of the run; it is resumed only with equal settings.
         protocol: how it was measured, in sentences.

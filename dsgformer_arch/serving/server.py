@@ -108,8 +108,7 @@ def _serve(
         finally:
             tempfile.tempdir = before
     if not ended:
-        # A tile of a slow network takes minutes.  Python cannot stop a thread, and a normal exit while it computes
-        # crashes.
+        # A tile of a slow network takes minutes.  Python cannot stop its thread; a normal exit would crash.
         sys.stdout.flush()
         os._exit(0)
     return 0

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from pathlib import Path
+from functools import partial
 
 from matplotlib.axes import Axes
 
 from dsgformer_arch.benchmark import record as records
 from dsgformer_arch.benchmark.measure.ablation import ATTENTIONS, GATES, SCORES
-from dsgformer_arch.benchmark.render import output
+from dsgformer_arch.benchmark.render.rendering import Rendering
 
 PAPER = {
     ('simplegate', 'relu'): 30.29, ('simplegate', 'relu2'): 31.61, ('simplegate', 'softmax'): 30.76,
@@ -64,11 +64,6 @@ def cells(record: records.Record) -> list[dict[str, str | None]]:
     return rows
 
 
-def table(record: records.Record) -> str:
-    """The paper's layout as a Markdown table."""
-    return output.markdown_table(COLUMNS, cells(record))
-
-
 def note(record: records.Record) -> str:
     """The notes on the table."""
     s = record.settings
@@ -85,11 +80,6 @@ def note(record: records.Record) -> str:
 def title(record: records.Record) -> str:
     """The heading of a run."""
     return f'Ablation of attention, score and gate: {record.settings["data"]}'
-
-
-def page(record: records.Record) -> str:
-    """The Markdown page of a run."""
-    return output.markdown_page(title(record), record, [note(record), table(record)])
 
 
 def plot(axis: Axes, record: records.Record, attention: str) -> None:
@@ -112,9 +102,12 @@ def plot(axis: Axes, record: records.Record, attention: str) -> None:
     axis.spines[['top', 'right']].set_visible(False)
 
 
-def draw(record: records.Record, path: Path) -> None:
-    """The figure of a run."""
-    figure, axes = output.canvas(10, 4, columns=len(ATTENTIONS))
-    for axis, attention in zip(axes, ATTENTIONS, strict=True):
-        plot(axis, record, attention)
-    output.save_figure(figure, path)
+RENDERING = Rendering(
+    title,
+    lambda record: COLUMNS,
+    cells,
+    note,
+    plots=lambda record: [partial(plot, record=record, attention=attention) for attention in ATTENTIONS],
+    caption="Points are seeds, bars their means; this run's numbers, none of the paper's.",
+    size=lambda record: (10, 4),
+)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from dsgformer_arch.benchmark import record as records
 from dsgformer_arch.benchmark.challenge import HEIGHT, LEADERBOARD, MOST_MACS, MOST_PARAMETERS, WIDTH
 from dsgformer_arch.benchmark.render import output
+from dsgformer_arch.benchmark.render.page import Element, Table
+from dsgformer_arch.benchmark.render.rendering import OWN, Rendering
 
 COLUMNS = {
     'model': 'system', 'parameters': 'parameters', 'macs': 'MACs', 'convolutions': 'convolutions',
@@ -73,13 +76,7 @@ def reported_cells() -> list[dict[str, str | None]]:
     ]
 
 
-def table(record: records.Record) -> str:
-    """What was counted and measured, as a Markdown table."""
-    rows = cells(record)
-    return output.markdown_table(output.filled(COLUMNS, rows), rows)
-
-
-def note() -> str:
+def note(record: records.Record) -> str:
     """What a reader of the first table has to know."""
     return (
         f'Limits: at most {MOST_PARAMETERS / 1e6:.0f} M parameters and {MOST_MACS / 1e9:.0f} GMACs at '
@@ -107,8 +104,21 @@ def title(record: records.Record) -> str:
     return f'Cost of one image of {width}×{height}'
 
 
-def page(record: records.Record) -> str:
-    """The Markdown page of a run."""
+def columns(record: records.Record) -> dict[str, str]:
+    """The columns that have a value in some row."""
+    return output.filled(COLUMNS, cells(record))
+
+
+def parts(record: records.Record, table: str) -> list[str]:
+    """The content of the page: this run, and what the challenges report."""
     reported = output.markdown_table(REPORTED_COLUMNS, reported_cells())
-    parts = [note(), table(record), '## Results that the challenges report', reported_note(), reported]
-    return output.markdown_page(title(record), record, parts)
+    return [note(record), table, '## Results that the challenges report', reported_note(), reported]
+
+
+def elements(record: records.Record, folder: Path) -> list[Element]:
+    """The content of the section, likewise."""
+    counted = Table(columns(record), cells(record), note(record), own=OWN)
+    return [counted, Table(REPORTED_COLUMNS, reported_cells(), reported_note())]
+
+
+RENDERING = Rendering(title, columns, cells, note, parts=parts, elements=elements)

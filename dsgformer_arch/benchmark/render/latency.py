@@ -6,7 +6,7 @@ from typing import Any
 
 from dsgformer_arch.benchmark import record as records
 from dsgformer_arch.benchmark.measure.latency import BACKENDS
-from dsgformer_arch.benchmark.render import output
+from dsgformer_arch.benchmark.render.rendering import Rendering
 
 NOWHERE = 'No other runtime is faster than PyTorch.'
 
@@ -60,18 +60,20 @@ def ahead(record: records.Record) -> list[str]:
     return sentences
 
 
-def table(record: records.Record) -> str:
-    """All measurements as a Markdown table."""
-    return output.markdown_table(columns(record), cells(record))
-
-
 def title(record: records.Record) -> str:
     """What was measured, as a heading."""
     return f'Latency of exported files: CPU, {record.settings["threads"]} threads'
 
 
-def page(record: records.Record) -> str:
-    """The Markdown page of a run."""
+def note(record: records.Record) -> str:
+    """Where another runtime is faster, in sentences."""
+    return ' '.join(ahead(record)) or NOWHERE
+
+
+def parts(record: records.Record, table: str) -> list[str]:
+    """The content of the page."""
     found = '\n'.join(f'- {sentence}' for sentence in ahead(record))
-    parts = [table(record), f'Where other runtimes are faster:\n\n{found}' if found else NOWHERE]
-    return output.markdown_page(title(record), record, parts)
+    return [table, f'Where other runtimes are faster:\n\n{found}' if found else NOWHERE]
+
+
+RENDERING = Rendering(title, columns, cells, note, parts=parts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dsgformer_arch.benchmark import record as records
-from dsgformer_arch.benchmark.render import output
+from dsgformer_arch.benchmark.render.rendering import Rendering
 
 COLUMNS = {'dataset': 'data set class', 'rate': 'pairs a second', 'ratio': 'ratio'}
 
@@ -21,11 +21,6 @@ def cells(record: records.Record) -> list[dict[str, str | None]]:
     ]
 
 
-def table(record: records.Record) -> str:
-    """The loaders as a Markdown table."""
-    return output.markdown_table(COLUMNS, cells(record))
-
-
 def note(record: records.Record) -> str:
     """The notes on the table."""
     s = record.settings
@@ -39,6 +34,4 @@ def title(record: records.Record) -> str:
     return f'Data loaders: {record.settings["data"]}'
 
 
-def page(record: records.Record) -> str:
-    """The Markdown page of a run."""
-    return output.markdown_page(title(record), record, [note(record), table(record)])
+RENDERING = Rendering(title, lambda record: COLUMNS, cells, note)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 
 from dsgformer_arch.benchmark import record as records
-from dsgformer_arch.benchmark.measure.quality import MEAN
+from dsgformer_arch.benchmark.measure.quality import BLURRED, MEAN, SHARP
 from dsgformer_arch.benchmark.render import output
+from dsgformer_arch.benchmark.render.page import Comparison, Drawing, Element, Table, Text
+from dsgformer_arch.benchmark.render.rendering import OWN, Rendering
 from dsgformer_arch.metrics.protocols import protocol as protocol_of
+from dsgformer_arch.utils.errors import UserError
 
 TITLES = {
     'psnr': 'PSNR', 'ssim': 'SSIM', 'ssim_skimage': 'SSIM (skimage)', 'ssim_basicsr': 'SSIM (BasicSR)',
@@ -75,11 +79,6 @@ def notes(row: dict[str, Any]) -> list[str]:
     return found
 
 
-def table(record: records.Record) -> str:
-    """All systems as a Markdown table."""
-    return output.markdown_table(columns_of(record), cells(record))
-
-
 def title(record: records.Record) -> str:
     """What was measured, as a heading."""
     s = record.settings
@@ -92,12 +91,6 @@ def weights_text(record: records.Record) -> str:
     return (
         'Weights: ' + ', '.join(f'{name} from `{f}`' for name, f in record.settings['weights'].items()) + '.'
     )
-
-
-def page(record: records.Record) -> str:
-    """The Markdown page of a run."""
-    parts = [table(record), weights_text(record)]
-    return output.markdown_page(title(record), record, parts)
 
 
 def plot(axis: Axes, record: records.Record) -> None:
@@ -118,8 +111,60 @@ def plot(axis: Axes, record: records.Record) -> None:
     axis.spines[['top', 'right']].set_visible(False)
 
 
-def draw(record: records.Record, path: Path) -> None:
-    """The figure of a run."""
-    figure, (axis,) = output.canvas(7, 1.4 + 0.35 * len(record.rows))
-    plot(axis, record)
-    output.save_figure(figure, path)
+def elements(record: records.Record, folder: Path) -> list[Element]:
+    """The content of the section: table, gains, and details of restored images."""
+    rows = cells(record)
+    data = record.settings['data']
+    caption = f'Means over the images of {data}; PSNR in dB. {weights_text(record)}'
+    found: list[Element] = [Table(output.filled(columns_of(record), rows), rows, caption, own=OWN)]
+    restored = sum(row.get('gain') is not None for row in record.rows)
+    if restored and record.settings['images'] > 1:
+        spread = (
+            'PSNR gained over the blurred image: mean, and from the 10th to the 90th percentile of images.'
+        )
+        found.append(Drawing([partial(plot, record=record)], spread, height=1 + 0.3 * restored))
+    return found + comparisons(record, folder)
+
+
+def comparisons(record: records.Record, folder: Path) -> list[Element]:
+    """Details of restored images with a slider, where the run kept its images."""
+    first = record.settings['models'][0]
+    found: list[Element] = []
+    for example in record.extra.get('examples', []):
+        psnr = example['psnr']
+        labels = {v: v if psnr.get(v) is None else f'{v} {psnr[v]:.2f} dB' for v in example['files']}
+        files = {version: kept(folder, file) for version, file in example['files'].items()}
+        caption = f'`{example["image"]}`, {example["why"]}'
+        right = first if first in files else SHARP
+        found.append(Comparison(caption, files, labels, BLURRED, right))
+    if found:
+        text = (
+            f'Before and after: details of the images on which {first} gains least, most, and a middling '
+            'amount. The numbers chose them; PSNR is of the whole image. Drag the line, or use the arrow '
+            'keys. Stored as WebP at quality 92.'
+        )
+        found.insert(0, Text(text))
+    return found
+
+
+def kept(folder: Path, file: str) -> Path:
+    """An image that a run has kept.
+
+    Raises:
+        UserError: it lies outside of the folder of the result, from where nothing may come into a page.
+    """
+    path = (folder / file).resolve()
+    if not path.is_relative_to(folder.resolve()):
+        raise UserError(f'the image {file} lies outside of {folder}')
+    return path
+
+
+RENDERING = Rendering(
+    title,
+    columns_of,
+    cells,
+    plots=lambda record: [partial(plot, record=record)],
+    size=lambda record: (7, 1.4 + 0.35 * len(record.rows)),
+    parts=lambda record, table: [table, weights_text(record)],
+    elements=elements,
+)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 
 from matplotlib.axes import Axes
 from scipy.stats import t as student
 
 from dsgformer_arch.benchmark import record as records
 from dsgformer_arch.benchmark.measure.recipe import BASE, VARIANTS
-from dsgformer_arch.benchmark.render import output
+from dsgformer_arch.benchmark.render.rendering import Rendering
 
 CONFIDENCE = 0.95
 
@@ -77,11 +77,6 @@ def cells(record: records.Record) -> list[dict[str, str | None]]:
     return lines
 
 
-def table(record: records.Record) -> str:
-    """All variants as a Markdown table."""
-    return output.markdown_table(COLUMNS, cells(record))
-
-
 def note(record: records.Record) -> str:
     """The notes on the table."""
     s = record.settings
@@ -96,11 +91,6 @@ def note(record: records.Record) -> str:
 def title(record: records.Record) -> str:
     """The heading of a run."""
     return f'Training recipe, one change at a time: {record.settings["data"]}'
-
-
-def page(record: records.Record) -> str:
-    """The Markdown page of a run."""
-    return output.markdown_page(title(record), record, [note(record), table(record)])
 
 
 def plot(axis: Axes, record: records.Record) -> None:
@@ -119,8 +109,11 @@ def plot(axis: Axes, record: records.Record) -> None:
     axis.spines[['top', 'right']].set_visible(False)
 
 
-def draw(record: records.Record, path: Path) -> None:
-    """The figure of a run."""
-    figure, axes = output.canvas(8, 4)
-    plot(axes[0], record)
-    output.save_figure(figure, path)
+RENDERING = Rendering(
+    title,
+    lambda record: COLUMNS,
+    cells,
+    note,
+    plots=lambda record: [partial(plot, record=record)],
+    caption='Difference from the base, by seed, with its mean.',
+)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,31 +15,20 @@ from matplotlib.axes import Axes
 
 from dsgformer_arch import zoo
 from dsgformer_arch.benchmark import record as records
-from dsgformer_arch.benchmark.measure.ablation import ATTENTIONS
-from dsgformer_arch.benchmark.measure.quality import BLURRED, SHARP
-from dsgformer_arch.benchmark.render import (
-    ablation,
-    cost,
-    latency,
-    loader,
-    output,
-    quality,
-    recipe,
-    speed,
-    training,
-)
+from dsgformer_arch.benchmark.measure.quality import BLURRED
+from dsgformer_arch.benchmark.render import output, quality, speed
+from dsgformer_arch.benchmark.render.kinds import RENDERINGS
 from dsgformer_arch.benchmark.render.page import (
     Beside,
-    Comparison,
     Drawing,
     Element,
-    Facts,
     Listing,
     Page,
     Section,
     Table,
     Text,
 )
+from dsgformer_arch.benchmark.render.rendering import OWN, facts
 from dsgformer_arch.benchmark.render.system_table import macs_text
 from dsgformer_arch.utils.errors import UserError
 
@@ -55,8 +44,6 @@ TABLE_SIDE = 256
 """Side of the image for which table 1 gives MACs and the plot latency."""
 
 TABLE_SIZE = f'{TABLE_SIDE}x{TABLE_SIDE}'
-
-OWN = 'dsgformer'
 
 LEAD = (
     'What papers report and what was measured here, side by side. **Reported** numbers are copied from the '
@@ -148,9 +135,9 @@ def own_section(result: Result) -> Section | None:
     """The section of one result; None, and a line on standard error, if its contents are not of its kind."""
     try:
         lead([result])
-        if result.record.kind not in KINDS:
-            raise UserError(f'its kind is {result.record.kind!r}; there are {", ".join(KINDS)}')
-        part = KINDS[result.record.kind](result)
+        if result.record.kind not in RENDERINGS:
+            raise UserError(f'its kind is {result.record.kind!r}; there are {", ".join(RENDERINGS)}')
+        part = RENDERINGS[result.record.kind].section(result.record, result.path.parent)
         part.html('')  # drawings keep what they have drawn
         return part
     except UserError as error:
@@ -182,7 +169,7 @@ def sections(own: Sequence[tuple[Result, Section]]) -> list[Section]:
     parts = [
         table_one(results),
         *pareto_sections(of_kind(results, 'speed'), results),
-        *(part for kind in KINDS for result, part in own if result.record.kind == kind),
+        *(part for kind in RENDERINGS for result, part in own if result.record.kind == kind),
     ]
     return [replace(part, title=title) for part, title in zip(parts, distinct(parts), strict=True)]
 
@@ -195,18 +182,6 @@ def distinct(parts: Sequence[Section]) -> list[str]:
         count[part.title] += 1
         titles.append(part.title + (f' ({count[part.title]})' if count[part.title] > 1 else ''))
     return titles
-
-
-def facts(record: records.Record) -> Facts:
-    """How a record's numbers were made."""
-    return Facts(
-        'How these numbers were made: command, protocol, machine, versions',
-        record.command,
-        output.made(record),
-    )
-
-
-# Table 1.
 
 
 def reported(name: str) -> zoo.Reported | None:
@@ -265,7 +240,7 @@ def table_one(results: Sequence[Result]) -> Section:
         f'`{GOPRO_PROTOCOL}` count as measured. {_measured_count(measured)}'
     )
     tinted = frozenset({'psnr', 'ssim'})
-    table = Table(TABLE_ONE, rows, caption, tinted=tinted, own=frozenset({OWN}))
+    table = Table(TABLE_ONE, rows, caption, tinted=tinted, own=OWN)
     return Section('Table 1: GoPro, reported and measured', [table, Listing(sources)])
 
 
@@ -346,7 +321,7 @@ def pareto_sections(speeds: Sequence[Result], results: Sequence[Result]) -> Iter
         elements: list[Element] = [
             Beside(
                 Drawing([partial(plot_points, found=found)], caption, height=4.2),
-                Table(heads, rows, f'The same in numbers: {what}.', own=frozenset({OWN})),
+                Table(heads, rows, f'The same in numbers: {what}.', own=OWN),
             ),
             facts(record),
         ]
@@ -358,7 +333,7 @@ def plot_points(axis: Axes, found: Sequence[Point]) -> None:
     best = front(found)
     axis.plot([p.latency_ms for p in best], [p.psnr for p in best], color='grey', lw=1, zorder=1)
     for point in found:
-        colour = 'C3' if point.name == OWN else 'C0'
+        colour = 'C3' if point.name in OWN else 'C0'
         face = colour if point.measured else 'none'
         axis.plot(point.latency_ms, point.psnr, 'o', color=colour, markerfacecolor=face, ms=7, mew=1.6)
     axis.set(xscale='log', xlabel='latency, ms', ylabel='PSNR on GoPro, dB')
@@ -367,7 +342,7 @@ def plot_points(axis: Axes, found: Sequence[Point]) -> None:
     for point, place in zip(found, _label_places(found), strict=True):
         axis.annotate(
             point.name, (point.latency_ms, point.psnr), xytext=(8, place), textcoords='offset points',
-            va='center', fontsize=8, fontweight='bold' if point.name == OWN else 'normal',
+            va='center', fontsize=8, fontweight='bold' if point.name in OWN else 'normal',
         )  # fmt: skip
     axis.grid(alpha=0.3)
     axis.spines[['top', 'right']].set_visible(False)
@@ -386,156 +361,3 @@ def _label_places(found: Sequence[Point]) -> list[float]:
         places[i] = min(written - height, 14.0)
         last = written
     return places
-
-
-# The results as they are.
-
-
-def quality_section(result: Result) -> Section:
-    """One run of `quality`."""
-    record = result.record
-    cells = quality.cells(record)
-    columns = output.filled(quality.columns_of(record), cells)
-    data = record.settings['data']
-    caption = f'Means over the images of {data}; PSNR in dB. {quality.weights_text(record)}'
-    elements: list[Element] = [Table(columns, cells, caption, own=frozenset({OWN}))]
-    restored = sum(row.get('gain') is not None for row in record.rows)
-    if restored and record.settings['images'] > 1:
-        spread = (
-            'PSNR gained over the blurred image: mean, and from the 10th to the 90th percentile of images.'
-        )
-        elements.append(Drawing([partial(quality.plot, record=record)], spread, height=1 + 0.3 * restored))
-    elements += [*comparisons(result), facts(record)]
-    return Section(quality.title(record), elements)
-
-
-def comparisons(result: Result) -> list[Element]:
-    """Details of restored images with a slider, where the run kept its images."""
-    record = result.record
-    first = record.settings['models'][0]
-    found: list[Element] = []
-    for example in record.extra.get('examples', []):
-        psnr = example['psnr']
-        labels = {v: v if psnr.get(v) is None else f'{v} {psnr[v]:.2f} dB' for v in example['files']}
-        files = {version: kept(result, file) for version, file in example['files'].items()}
-        caption = f'`{example["image"]}`, {example["why"]}'
-        right = first if first in files else SHARP
-        found.append(Comparison(caption, files, labels, BLURRED, right))
-    if found:
-        text = (
-            f'Before and after: details of the images on which {first} gains least, most, and a middling '
-            'amount. The numbers chose them; PSNR is of the whole image. Drag the line, or use the arrow '
-            'keys. Stored as WebP at quality 92.'
-        )
-        found.insert(0, Text(text))
-    return found
-
-
-def kept(result: Result, file: str) -> Path:
-    """An image that a run has kept.
-
-    Raises:
-        UserError: it lies outside of the folder of the result, from where nothing may come into a page.
-    """
-    folder = result.path.parent.resolve()
-    path = (folder / file).resolve()
-    if not path.is_relative_to(folder):
-        raise UserError(f'the image {file} lies outside of {result.path.parent}')
-    return path
-
-
-def speed_section(result: Result) -> Section:
-    """One run of `speed`."""
-    record = result.record
-    timed = sum(bool(row.get('latency_ms')) for row in record.rows)
-    cells = speed.cells(record)
-    alike = {key for key in ('size', 'mode') if len({cell[key] for cell in cells}) == 1}
-    columns = output.filled({key: head for key, head in speed.COLUMNS.items() if key not in alike}, cells)
-    caption = (
-        f'Ratio: how many times as long as {record.settings["models"][0]} at the same size. Spread: (largest '
-        '- smallest) / median.'
-    )
-    if record.extra.get('rates'):
-        caption = f'{caption} {speed.ceilings(record)}'
-    elements: list[Element] = [Table(columns, cells, caption, own=frozenset({OWN}))]
-    if timed:
-        height = 3.4 if 'growth' in record.extra else 0.8 + 0.22 * timed
-        drawing = Drawing([partial(speed.plot, record=record)], 'Latency, shorter is better.', height)
-        elements.append(drawing)
-        if speed.growth_cells(record):
-            grown = 'Exponents of growth with the number of pixels; 1 is linear.'
-            exponents = Table(speed.GROWTH_COLUMNS, speed.growth_cells(record), grown)
-            elements[-1] = Beside(drawing, exponents)
-    return Section(speed.title(record), [*elements, facts(record)])
-
-
-def cost_section(result: Result) -> Section:
-    """One run of `cost`, and what the challenges report."""
-    record = result.record
-    cells = cost.cells(record)
-    counted = Table(output.filled(cost.COLUMNS, cells), cells, cost.note(), own=frozenset({OWN}))
-    reported = Table(cost.REPORTED_COLUMNS, cost.reported_cells(), cost.reported_note())
-    return Section(cost.title(record), [counted, reported, facts(record)])
-
-
-def training_section(result: Result) -> Section:
-    """One run of `training`."""
-    record = result.record
-    plots = [partial(training.plot, record=record, key=key) for key in training.AXES]
-    elements: list[Element] = [
-        Table(training.COLUMNS, training.cells(record), training.note(record)),
-        Drawing(plots, 'PSNR on held-out images; the band is from the lowest to the highest seed.'),
-        facts(record),
-    ]
-    return Section(training.title(record), elements)
-
-
-def ablation_section(result: Result) -> Section:
-    """One run of `ablation`."""
-    record = result.record
-    plots = [partial(ablation.plot, record=record, attention=a) for a in ATTENTIONS]
-    elements: list[Element] = [
-        Table(ablation.COLUMNS, ablation.cells(record), ablation.note(record)),
-        Drawing(plots, "Points are seeds, bars their means; this run's numbers, none of the paper's."),
-        facts(record),
-    ]
-    return Section(ablation.title(record), elements)
-
-
-def recipe_section(result: Result) -> Section:
-    """One run of `recipe`."""
-    record = result.record
-    elements: list[Element] = [
-        Table(recipe.COLUMNS, recipe.cells(record), recipe.note(record)),
-        Drawing([partial(recipe.plot, record=record)], 'Difference from the base, by seed, with its mean.'),
-        facts(record),
-    ]
-    return Section(recipe.title(record), elements)
-
-
-def loader_section(result: Result) -> Section:
-    """One run of `loader`."""
-    record = result.record
-    table = Table(loader.COLUMNS, loader.cells(record), loader.note(record))
-    return Section(loader.title(record), [table, facts(record)])
-
-
-def latency_section(result: Result) -> Section:
-    """One run of `latency`."""
-    record = result.record
-    note = ' '.join(latency.ahead(record)) or latency.NOWHERE
-    table = Table(latency.columns(record), latency.cells(record), note)
-    return Section(latency.title(record), [table, facts(record)])
-
-
-KINDS: dict[str, Callable[[Result], Section]] = {
-    'quality': quality_section,
-    'speed': speed_section,
-    'cost': cost_section,
-    'latency': latency_section,
-    'training': training_section,
-    'ablation': ablation_section,
-    'recipe': recipe_section,
-    'loader': loader_section,
-}
-"""What makes the section of a result, by kind, in the order of the page."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from matplotlib.axes import Axes
 from dsgformer_arch.benchmark import record as records
 from dsgformer_arch.benchmark.measure.speed import pixels
 from dsgformer_arch.benchmark.render import output
+from dsgformer_arch.benchmark.render.page import Beside, Drawing, Element, Table
+from dsgformer_arch.benchmark.render.rendering import OWN, Rendering
 
 ROOFLINE = """\
 The roofline is the larger of two times: two operations for each MAC at the rate of the \
@@ -70,12 +73,6 @@ def over_the_roofline(row: dict[str, Any]) -> str | None:
     return f'{row["latency_ms"] / row["floor_ms"]:.1f}'
 
 
-def table(record: records.Record) -> str:
-    """All rows as a Markdown table."""
-    rows = cells(record)
-    return output.markdown_table(output.filled(COLUMNS, rows), rows)
-
-
 GROWTH_COLUMNS = {'model': 'system', 'latency_ms': 'time ~ pixels^', 'peak_memory_mib': 'memory ~ pixels^'}
 
 
@@ -101,17 +98,6 @@ def conditions(record: records.Record) -> str:
     modes = ', best mode' * s['best'] + ', memory kept' * s.get('keep_memory', False)
     modes += ', CUDA graphs' * s.get('cuda_graphs', False)
     return f'{s["device"]}, {s["precision"]}{modes}, {size}'
-
-
-def page(record: records.Record) -> str:
-    """The Markdown page of a run."""
-    parts = [table(record)]
-    if record.extra.get('growth'):
-        fits = output.markdown_table(GROWTH_COLUMNS, growth_cells(record))
-        parts += ['## Growth with the number of pixels', fits]
-    if record.extra.get('rates'):
-        parts += ['## Roofline', ceilings(record)]
-    return output.markdown_page(title(record), record, parts)
 
 
 def ceilings(record: records.Record) -> str:
@@ -180,9 +166,51 @@ def digits(number: float) -> str:
     return f'{number:.{max(0, 2 - math.floor(math.log10(number)))}f}'
 
 
-def draw(record: records.Record, path: Path) -> None:
-    """The figure of a run."""
-    height = 5 if 'growth' in record.extra else 1.2 + 0.32 * len(record.rows)
-    figure, (axis,) = output.canvas(8, height)
-    plot(axis, record)
-    output.save_figure(figure, path)
+def columns(record: records.Record) -> dict[str, str]:
+    """The columns that have a value in some row."""
+    return output.filled(COLUMNS, cells(record))
+
+
+def parts(record: records.Record, table: str) -> list[str]:
+    """The content of the page."""
+    found = [table]
+    if record.extra.get('growth'):
+        fits = output.markdown_table(GROWTH_COLUMNS, growth_cells(record))
+        found += ['## Growth with the number of pixels', fits]
+    if record.extra.get('rates'):
+        found += ['## Roofline', ceilings(record)]
+    return found
+
+
+def elements(record: records.Record, folder: Path) -> list[Element]:
+    """The content of the section; columns with one value in all rows are in its title."""
+    rows = cells(record)
+    alike = {key for key in ('size', 'mode') if len({row[key] for row in rows}) == 1}
+    heads = {key: head for key, head in columns(record).items() if key not in alike}
+    caption = (
+        f'Ratio: how many times as long as {record.settings["models"][0]} at the same size. Spread: (largest '
+        '- smallest) / median.'
+    )
+    if record.extra.get('rates'):
+        caption = f'{caption} {ceilings(record)}'
+    found: list[Element] = [Table(heads, rows, caption, own=OWN)]
+    timed = sum(bool(row.get('latency_ms')) for row in record.rows)
+    if timed:
+        height = 3.4 if 'growth' in record.extra else 0.8 + 0.22 * timed
+        drawing = Drawing([partial(plot, record=record)], 'Latency, shorter is better.', height)
+        found.append(drawing)
+        if growth_cells(record):
+            grown = 'Exponents of growth with the number of pixels; 1 is linear.'
+            found[-1] = Beside(drawing, Table(GROWTH_COLUMNS, growth_cells(record), grown))
+    return found
+
+
+RENDERING = Rendering(
+    title,
+    columns,
+    cells,
+    plots=lambda record: [partial(plot, record=record)],
+    size=lambda record: (8, 5 if 'growth' in record.extra else 1.2 + 0.32 * len(record.rows)),
+    parts=parts,
+    elements=elements,
+)

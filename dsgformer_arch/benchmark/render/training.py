@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from matplotlib.axes import Axes
 
 from dsgformer_arch.benchmark import record as records
 from dsgformer_arch.benchmark.measure.training import best_rate
-from dsgformer_arch.benchmark.render import output
+from dsgformer_arch.benchmark.render.rendering import Rendering
 
 COLUMNS = {
     'model': 'system', 'width': 'width', 'parameters': 'parameters', 'macs': 'MACs at 256×256',
@@ -61,11 +61,6 @@ def runs_of(record: records.Record, model: str) -> list[dict[str, Any]]:
     return [row for row in rows if row['lr'] == best_rate(record, model)] if len(rates) > 1 else rows
 
 
-def table(record: records.Record) -> str:
-    """All systems as a Markdown table."""
-    return output.markdown_table(COLUMNS, cells(record))
-
-
 def width_text(value: int | Sequence[int]) -> str:
     """A number of channels, or one for each level."""
     return str(value) if isinstance(value, int) else '-'.join(map(str, value))
@@ -84,11 +79,6 @@ def note(record: records.Record) -> str:
 def title(record: records.Record) -> str:
     """The heading of a run."""
     return f'Training at equal cost: {record.settings["data"]}'
-
-
-def page(record: records.Record) -> str:
-    """The Markdown page of a run."""
-    return output.markdown_page(title(record), record, [note(record), table(record)])
 
 
 AXES = {'iteration': 'iterations', 'seconds': 'seconds of training'}
@@ -115,9 +105,12 @@ def plot(axis: Axes, record: records.Record, key: str) -> None:
     axis.spines[['top', 'right']].set_visible(False)
 
 
-def draw(record: records.Record, path: Path) -> None:
-    """The figure of a run."""
-    figure, axes = output.canvas(11, 4.5, columns=len(AXES))
-    for axis, key in zip(axes, AXES, strict=True):
-        plot(axis, record, key)
-    output.save_figure(figure, path)
+RENDERING = Rendering(
+    title,
+    lambda record: COLUMNS,
+    cells,
+    note,
+    plots=lambda record: [partial(plot, record=record, key=key) for key in AXES],
+    caption='PSNR on held-out images; the band is from the lowest to the highest seed.',
+    size=lambda record: (11, 4.5),
+)

@@ -77,7 +77,7 @@ def test_other_systems_have_nothing_to_vary(sample: Path, tmp_path: Path) -> Non
 
 
 def test_the_table_says_whose_numbers_are_whose() -> None:
-    lines = render_ablation.table(make('ablation')).splitlines()
+    lines = render_ablation.RENDERING.table(make('ablation')).splitlines()
     paper, ours = lines[2:5], lines[5:]
     assert paper[0] == '| **the paper** (RealBlur-J) | DTSAS | SimpleGate | 30.29 | 31.61 | 30.76 |'
     assert paper[1] == '| **the paper** (RealBlur-J) | DTSAS | GELU | 30.09 | 31.56 | 30.89 |'

@@ -39,7 +39,7 @@ def test_every_backend_of_a_system_is_measured(tmp_path: Path) -> None:
     assert not [row['error'] for row in record.rows if 'error' in row]
     assert all(0 < row['least_ms'] <= row['latency_ms'] for row in record.rows)
     assert records.Record.load(tmp_path / 'latency.json').rows == record.rows
-    text = render.page(record)
+    text = render.RENDERING.page(record)
     assert '| tiny_nafnet | 17×17 |' in text
 
 
@@ -96,7 +96,7 @@ def test_the_page_says_where_another_runtime_is_faster() -> None:
     settings = {'backends': [row['backend'] for row in rows], 'threads': 2}
     record = records.Record('latency', 'x', settings, 'p', records.environment(), rows)
     assert render.ahead(record) == ['a, 8×9, fp32: onnxruntime takes 0.80 of the time of PyTorch.']
-    table = render.table(record).splitlines()
+    table = render.RENDERING.table(record).splitlines()
     times = [f'{time} (±5 %)' for time in ('20.0 ms', '10.0 ms', '8.0 ms', '12.0 ms', '**5.0 ms**')]
     assert table[-1] == f'| a | 8×9 | {" | ".join(times)} | no |'
-    assert 'onnxruntime takes 0.80' in render.page(record)
+    assert 'onnxruntime takes 0.80' in render.RENDERING.page(record)

@@ -31,7 +31,7 @@ def test_streams_are_measured_beside_lmdbs(tmp_path: Path) -> None:
     assert names == ['PairedImageDataset', 'PairedCropDataset', 'StreamingPairedDataset, folder']
     assert all(row['pairs_per_second'] > 0 for row in record.rows)
     assert record.settings['streams'] == ['stream/train']
-    page = rendering.page(record)
+    page = rendering.RENDERING.page(record)
     assert all(f'| {name} |' in page for name in names)
 
 

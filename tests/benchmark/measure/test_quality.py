@@ -390,7 +390,7 @@ def test_a_mean_over_nothing_is_an_empty_cell() -> None:
     record = make('quality')
     row = quality_row('tiny', None, images=0, failed=2, error='does not fit in memory', gain=None)
     record.rows = [quality_row('blurred', 25.0), row]
-    line = render_quality.table(record).splitlines()[-1]
+    line = render_quality.RENDERING.table(record).splitlines()[-1]
     assert line.startswith('| tiny | 0 |  | 0.9')
     assert '2 failed: does not fit in memory' in line
 

@@ -234,7 +234,7 @@ def test_the_table_names_what_tells_rows_apart() -> None:
     rows = [speed_row('a', 1.0), speed_row('a', 2.0, '512x512', channels_last=True)]
     assert render_speed.labels(rows) == ['a 256x256 fp32', 'a 512x512 fp32, channels-last']
     assert render_speed.labels([speed_row('a', 1.0), speed_row('b', 1.0)]) == ['a', 'b']
-    line = render_speed.table(make('speed')).splitlines()[-1]
+    line = render_speed.RENDERING.table(make('speed')).splitlines()[-1]
     assert '| restormer | 256×256 | fp32 | 2.00 M | 3.0 G | 500.0 ms | 10 % | 2.50 |' in line
 
 

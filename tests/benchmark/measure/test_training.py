@@ -157,6 +157,6 @@ def test_what_cannot_be_matched_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_table_has_means_spreads_and_gains() -> None:
-    blurred, line = render_training.table(make('training')).splitlines()[2:]
+    blurred, line = render_training.RENDERING.table(make('training')).splitlines()[2:]
     assert blurred.startswith('| (blurred) |')
     assert '| 26.50 (26.00 to 27.00) | +1.50 | 0.8000 | 8 | 2 |' in line
