@@ -23,6 +23,7 @@ import torch
 
 from dsgformer_arch import zoo
 from dsgformer_arch.utils.allocator import keep_freed_memory
+from dsgformer_arch.utils.arguments import positive
 from dsgformer_arch.utils.errors import UserError, guarded
 
 RESULTS = Path('results') / 'benchmark'
@@ -293,13 +294,6 @@ def result(text: str) -> Path:
     if not path.name or path.name == '..':
         raise argparse.ArgumentTypeError(f'{text!r} names no file; write results/NAME, say')
     return path.with_suffix('') if path.suffix in ('.json', '.md', '.png', '.csv', '.html') else path
-
-
-def positive(text: str) -> int:
-    value = int(text) if text.isdecimal() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f'{text} is not a whole number from 1 up')
-    return value
 
 
 def rate(text: str) -> float:

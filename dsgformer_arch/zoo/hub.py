@@ -157,11 +157,7 @@ def push_to_hub(
     repo_id: str,
     *,
     licence: str | None = None,
-    commit_message: str = 'Upload a network with dsgformer',
-    private: bool | None = None,
-    token: str | None = None,
-    branch: str | None = None,
-    create_pr: bool | None = None,
+    **options: Any,
 ) -> str:
     """Upload a network to a repository of Hugging Face, which is created where it does not exist.
 
@@ -169,11 +165,9 @@ def push_to_hub(
         network: any network of the zoo.
         repo_id: `owner/name`.
         licence: as in `save_pretrained`.
-        commit_message: of the commit.
-        private: whether a new repository is private; None for the owner's default.
-        token: as in `from_pretrained`.
-        branch: to commit to; None for the default one.
-        create_pr: open a pull request instead.
+        options: `commit_message`; `private`, whether a new repository is private (None for the owner's
+            default); `token`, as in `from_pretrained`; `branch` to commit to (None for the default one);
+            `create_pr`, whether to open a pull request instead.
 
     Returns:
         Address of the commit.
@@ -181,10 +175,9 @@ def push_to_hub(
     Raises:
         UserError: the hub refuses it or is not reached, or huggingface_hub is missing.
     """
-    options: dict[str, Any] = {'private': private, 'token': token, 'branch': branch, 'create_pr': create_pr}
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(network, folder, repo_id=repo_id, licence=licence)
-        return _upload(Path(folder), repo_id, commit_message=commit_message, **options)
+        return _upload(Path(folder), repo_id, **options)
 
 
 def _upload(
@@ -197,6 +190,7 @@ def _upload(
     branch: str | None = None,
     create_pr: bool | None = None,
 ) -> str:
+    """Upload a folder; the keywords are those of `push_to_hub`."""
     library = _huggingface_hub()
     api = library.HfApi(token=token)
     try:

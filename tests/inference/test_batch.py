@@ -466,7 +466,7 @@ class TestDriver:
         (['in', 'in/a/000.png'], 'is a file'),
         (['in', 'out', '--device', 'cuda:1'], 'Ray chooses the GPU'),
         (['in', 'out', '--weights', 'nowhere.pth'], 'no such file'),
-        (['in', 'out', '--workers', '0'], 'no number from 1 up'),
+        (['in', 'out', '--workers', '0'], "'0' is not a whole number of at least 1"),
         (['in', 'out', '--format', 'gif'], 'choose one of'),
         (['in'], 'OUT'),
     ],

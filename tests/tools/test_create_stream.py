@@ -238,7 +238,7 @@ def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
         (['gopo', 'ROOT', 'OUT'], "invalid choice: 'gopo'"),
         (['gopro', 'ROOT/nowhere', 'OUT'], 'nowhere is not a folder'),
         (['gopro', 'ROOT', 'OUT', '--lq', 'blur'], '--lq and --gt belong to the preset pairs'),
-        (['gopro', 'ROOT', 'OUT', '--shard-size', '0'], "'0' is not a whole number above 0"),
+        (['gopro', 'ROOT', 'OUT', '--shard-size', '0'], "'0' is not a whole number of at least 1"),
         (['gopro', 'ROOT', 'OUT', '--shard-size', '5000'], 'shards have at most 1024 MB'),
         (['gopro', 'ROOT', 's3://-/x'], 's3://-/x/train is not an address of the form s3://bucket/prefix'),
         (['gopro', 'ROOT', 'gs://b/x'], 'is neither a folder nor an address s3://bucket/prefix'),

@@ -140,7 +140,7 @@ def test_twice_is_once_and_another_set_needs_force(
         (['shake', 'PHOTOS', '--out', 'o', '--name', '../x'], "--name '../x' cannot name a data set"),
         (['shake', 'PHOTOS', '--out', 'o', '--response', 'x'], "'x' is not a camera response"),
         (['shake', 'PHOTOS', '--out', 'o', '--settings', 'no.yml'], 'cannot read the settings no.yml'),
-        (['shake', 'PHOTOS', '--out', 'o', '--count', '0'], "'0' is not a whole number above 0"),
+        (['shake', 'PHOTOS', '--out', 'o', '--count', '0'], "'0' is not a whole number of at least 1"),
         (['shake', 'PHOTOS', '--out', 'PHOTOS/0.png'], 'cannot write to'),
     ],
 )

@@ -14,6 +14,7 @@ from dsgformer_arch.cli.commands.deblur import (
     image_suffix,
     restorer,
 )
+from dsgformer_arch.utils.arguments import positive
 from dsgformer_arch.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,8 +30,8 @@ Restore a folder of images on all GPUs or cores of a Ray cluster.
   dsgformer batch blurred/ sharp/ --ray auto                on the cluster that this machine belongs to
   dsgformer batch @list.txt sharp/ --ray 10.0.0.5:6379      the files that a list names, one a line
 
-What is done already (the result is there and no older than the input) is skipped, so that a job that was
-killed continues where it was.  Failed images are listed in OUT/failed.jsonl.  Needs Ray:
+A file is skipped if its result exists and is not older than the file, so that a job that was killed
+continues.  Failed images are listed in OUT/failed.jsonl.  Needs Ray:
 pip install "dsgformer[cluster]".
 
 Exit status: 0 all restored, 1 some failed, 2 wrong usage or no cluster.
@@ -51,12 +52,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='cluster: an address, the one of this machine, or a new one on this machine (default: local)',
     )
     parser.add_argument(
-        '--workers', type=_count, metavar='N', help='processes at most; default: one a GPU, or all cores'
+        '--workers', type=positive, metavar='N', help='processes at most; default: one a GPU, or all cores'
     )
     parser.add_argument(
-        '--per-gpu', type=_count, default=1, metavar='N', help='workers on each GPU (default: 1)'
+        '--per-gpu', type=positive, default=1, metavar='N', help='workers on each GPU (default: 1)'
     )
-    parser.add_argument('--cpus', type=_count, metavar='N', help='cores of a worker without GPU (default: 4)')
+    parser.add_argument('--cpus', type=positive, metavar='N', help='cores of a worker without GPU (default: 4)')
     add_network_arguments(parser)
     add_output_arguments(parser)
 
@@ -112,9 +113,3 @@ class Maker:
     def __call__(self, device: str) -> Deblurrer:
         """A restorer on `device`."""
         return restorer(argparse.Namespace(**self.arguments | {'device': device}))
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f'{text!r} is no number from 1 up')
-    return int(text)

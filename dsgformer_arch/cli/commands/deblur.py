@@ -7,6 +7,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+from dsgformer_arch.utils.arguments import whole_number
 from dsgformer_arch.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,11 +23,14 @@ Restore blurred images and videos.
   dsgformer deblur 'scans/*.tif' --strength 0.7
   dsgformer deblur - < in.png > out.png
 
-The result has the format, depth, EXIF data and colour profile of the input.  What is done already (the result
-is there and no older than the input) is skipped.
+The result has the format, depth, EXIF data and colour profile of the input.  A file is skipped if its result
+exists and is not older than the file.
 
 Exit status: 0 all restored, 1 some failed (each is named), 2 wrong usage.
 """
+
+side = whole_number(64)
+"""The type of sides of tiles and crops, in pixels."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         '-o',
         '--out',
         metavar='OUT',
-        help='file for one input, folder for several; by default beside the input, as *_deblurred',
+        help='file for one input, folder for several; by default next to the input, as *_deblurred',
     )
     add_network_arguments(parser)
     add_output_arguments(parser)
@@ -65,7 +69,7 @@ def add_network_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--tlc',
         nargs='?',
-        type=_size,
+        type=side,
         const=True,
         default=False,
         metavar='PIXELS',
@@ -80,7 +84,7 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     """Options about what is written and printed; `image_suffix` reads --format."""
     parser.add_argument('--format', metavar='SUFFIX', help='write images as png, jpg, tif, webp or bmp')
     parser.add_argument('--json', action='store_true', help='print one JSON object for each file')
-    parser.add_argument('--force', action='store_true', help='restore what is done already too')
+    parser.add_argument('--force', action='store_true', help='also restore files whose result is up to date')
 
 
 def image_suffix(arguments: argparse.Namespace) -> str | None:
@@ -151,13 +155,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _tile(text: str) -> int | str:
-    return text if text == 'auto' else _size(text)
-
-
-def _size(text: str) -> int:
-    if not text.isdecimal() or int(text) < 64:
-        raise argparse.ArgumentTypeError(f'{text!r} is no number of pixels from 64 up')
-    return int(text)
+    return text if text == 'auto' else side(text)
 
 
 def _strength(text: str) -> float:
@@ -166,7 +164,7 @@ def _strength(text: str) -> float:
     except ValueError:
         value = -1.0
     if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f'{text!r} does not lie between 0 (the input) and 1 (restored)')
+        raise argparse.ArgumentTypeError(f'{text!r} is not between 0 (the input) and 1 (restored)')
     return value
 
 

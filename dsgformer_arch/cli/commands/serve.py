@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from dsgformer_arch.utils.arguments import natural, positive
+
 if TYPE_CHECKING:
     from dsgformer_arch.inference.deblurrer import Deblurrer
 
@@ -44,23 +46,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         '--weights', metavar='FILE', help='checkpoint to serve; its system is detected from the file'
     )
     parser.add_argument('--device', default='auto', metavar='auto|cpu|cuda|mps', help='default: %(default)s')
-    parser.add_argument('--threads', type=_positive, metavar='N', help='threads of PyTorch on a CPU')
+    parser.add_argument('--threads', type=positive, metavar='N', help='threads of PyTorch on a CPU')
     parser.add_argument(
-        '--queue', type=_natural, default=20, metavar='N', help='images that may wait; default: %(default)s'
+        '--queue', type=natural, default=20, metavar='N', help='images that may wait; default: %(default)s'
     )
     parser.add_argument(
-        '--max-bytes', type=_positive, default=50_000_000, metavar='N', help='of a file; default: %(default)s'
+        '--max-bytes', type=positive, default=50_000_000, metavar='N', help='of a file; default: %(default)s'
     )
     parser.add_argument(
         '--max-pixels',
-        type=_positive,
+        type=positive,
         default=50_000_000,
         metavar='N',
         help='of an image; default: %(default)s',
     )
     parser.add_argument(
         '--keep',
-        type=_positive,
+        type=positive,
         default=30,
         metavar='MINUTES',
         help="after which the page's files are removed; default: %(default)s",
@@ -100,16 +102,4 @@ def run(arguments: argparse.Namespace) -> int:
 def _port(text: str) -> int:
     if not text.isdecimal() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f'{text!r} is not a port from 0 to 65535')
-    return int(text)
-
-
-def _natural(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f'{text!r} is no number from 0 up')
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f'{text!r} is no number from 1 up')
     return int(text)
