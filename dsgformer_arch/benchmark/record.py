@@ -25,6 +25,7 @@ import torch
 
 from dsgformer_arch.utils.errors import UserError
 from dsgformer_arch.utils.files import write_atomically
+from dsgformer_arch.utils.machine import processor
 
 PACKAGES = (
     *('torch', 'torchvision', 'basicsr', 'spandrel', 'spandrel_extra_arches'),
@@ -153,7 +154,7 @@ def environment() -> dict[str, Any]:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         'date': datetime.datetime.now(datetime.timezone.utc).strftime('%Y-%m-%d'),
-        'processor': _processor(),
+        'processor': processor(),
         'cores': os.cpu_count(),
         'threads': torch.get_num_threads(),
         'instructions': _instructions(),
@@ -171,14 +172,6 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _processor() -> str:
-    try:
-        lines = Path('/proc/cpuinfo').read_text().splitlines()
-        return next(line.split(':', 1)[1].strip() for line in lines if line.startswith('model name'))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _instructions() -> list[str]:

@@ -8,7 +8,6 @@ be read; it is downloaded again where it is needed later.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import queue
 import random
@@ -22,10 +21,10 @@ from filelock import FileLock, Timeout
 
 from dsgformer_arch.data.stream_files import AGAIN, Bucket, Folder, Listing, Shard, check_shard
 from dsgformer_arch.utils.errors import UserError
+from dsgformer_arch.utils.files import sha256
 
 DEFAULT_FOLDER = '~/.cache/dsgformer/streams'
 GIGABYTE = 10**9
-BLOCK = 2**20
 
 
 class Shards:
@@ -127,7 +126,7 @@ class Shards:
                     check_shard(place.address, shard, place.size(shard.filename))
                     self.make_room(shard, path)
                     place.fetch(shard.filename, temporary)
-                    if digest_of(temporary) != shard.sha256:
+                    if sha256(temporary) != shard.sha256:
                         raise UserError(
                             f'the shard {place.address}/{shard.filename} is damaged: its SHA-256 is not the '
                             f"index's; {AGAIN}"
@@ -238,12 +237,3 @@ def _removed(path: Path) -> bool:
     else:
         path.unlink(missing_ok=True)
     return True
-
-
-def digest_of(path: str | Path) -> str:
-    """SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with open(path, 'rb') as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()

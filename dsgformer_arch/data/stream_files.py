@@ -34,6 +34,7 @@ from pydantic import BaseModel, Field, ValidationError
 from dsgformer_arch.data import meta_info
 from dsgformer_arch.utils.errors import UserError
 from dsgformer_arch.utils.files import write_atomically, write_bytes
+from dsgformer_arch.utils.text import one_line
 
 INDEX = 'index.json'
 S3 = 's3://'
@@ -270,7 +271,8 @@ class Bucket:
             ) from None
         except (exceptions.ConnectionError, exceptions.HTTPClientError) as error:
             raise UserError(
-                f'{self.address} cannot be reached ({_line(error)}); check the network and AWS_ENDPOINT_URL'
+                f'{self.address} cannot be reached ({one_line(error)}); '
+                'check the network and AWS_ENDPOINT_URL'
             ) from None
         except (exceptions.BotoCoreError, exceptions.ClientError, Boto3Error) as error:
             code = _code(error)
@@ -279,7 +281,7 @@ class Bucket:
             elif code in ('403', 'AccessDenied', 'InvalidAccessKeyId', 'SignatureDoesNotMatch'):
                 reason = f'access is denied ({code}); check the credentials and their rights'
             else:
-                reason = _line(error)
+                reason = one_line(error)
             raise UserError(f'{self.address}: {reason}') from None
 
 
@@ -326,10 +328,6 @@ def _downloader(address: str) -> Any:
 def _code(error: BaseException) -> str:
     response = getattr(error, 'response', None)
     return str(response.get('Error', {}).get('Code', '')) if isinstance(response, dict) else ''
-
-
-def _line(error: BaseException) -> str:
-    return ' '.join(str(error).split())[:300]
 
 
 # --- reading ------------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from dsgformer_arch.inference.deblur import Result, Tally, deblur
 from dsgformer_arch.inference.jobs import Job, Tree, inside
 from dsgformer_arch.utils.errors import UserError
 from dsgformer_arch.utils.progress import track
+from dsgformer_arch.utils.text import one_line
 
 if TYPE_CHECKING:
     from dsgformer_arch.inference.deblurrer import Deblurrer
@@ -310,7 +311,7 @@ def batch(
                     if as_json:
                         print(json.dumps(found), file=out, flush=True)
         except OSError as error:
-            raise UserError(f'{error.filename or tree.out}: {_sentence(error)}') from None
+            raise UserError(f'{error.filename or tree.out}: {one_line(error)}') from None
         except Exception as error:
             if isinstance(error, UserError) or not type(error).__module__.startswith('ray.'):
                 raise
@@ -353,7 +354,7 @@ def listing(tree: Tree) -> Any:
     except UnicodeEncodeError as error:
         raise UserError(f'{os.fsencode(error.object)!r} is not a name in UTF-8; rename the file') from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f'{tree.listed or tree.folder} cannot be read: {_sentence(error)}') from None
+        raise UserError(f'{tree.listed or tree.folder} cannot be read: {one_line(error)}') from None
     paths = pyarrow.chunked_array(chunks)
     if not len(paths):
         raise UserError(f'no image or video in {tree.listed or tree.folder}')
@@ -387,11 +388,11 @@ def connect(address: str) -> None:
                 'RAY_AUTH_TOKEN to that of the cluster'
             ) from None
         raise UserError(
-            f'--ray {address}: {_sentence(error)}; start a cluster with `ray start --head`, join this '
+            f'--ray {address}: {one_line(error)}; start a cluster with `ray start --head`, join this '
             'machine to one with `ray start --address HOST:PORT`, or leave out --ray to start one here'
         ) from None
     except Exception as error:  # other versions, a cluster that does not start: Ray has no common base class
-        raise UserError(f'--ray {address}: {_sentence(error)}') from None
+        raise UserError(f'--ray {address}: {one_line(error)}') from None
 
 
 def _check_address(address: str) -> None:
@@ -411,7 +412,7 @@ def _check_address(address: str) -> None:
                 if connection.recv(9)[3:4] != b'\4':
                     raise OSError('the server is not a Ray cluster')
     except OSError as error:
-        reason = 'no answer' if isinstance(error, TimeoutError) else _sentence(error)
+        reason = 'no answer' if isinstance(error, TimeoutError) else one_line(error)
         raise UserError(f'--ray {address}: {reason}; `ray start --head` prints the address') from None
 
 
@@ -534,13 +535,6 @@ def remove_leftovers(out: str) -> None:
                 with contextlib.suppress(OSError):
                     if os.stat(part).st_mtime <= os.stat(result).st_mtime:
                         os.remove(part)
-
-
-def _sentence(error: BaseException) -> str:
-    """An exception's message on one line."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror.lower()
-    return ' '.join(str(error).split()).rstrip('.')[:400]
 
 
 def _last_line(error: BaseException) -> str:

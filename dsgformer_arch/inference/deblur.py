@@ -18,6 +18,7 @@ from dsgformer_arch.inference.images import FORMATS, Output, Picture, Pixels, op
 from dsgformer_arch.inference.jobs import STREAM, Job
 from dsgformer_arch.utils.errors import UserError
 from dsgformer_arch.utils.progress import Stages
+from dsgformer_arch.utils.text import one_line
 
 if TYPE_CHECKING:
     from dsgformer_arch.inference.deblurrer import Deblurrer
@@ -167,9 +168,9 @@ def _attempt(call: Callable[..., Any], result: Result, *arguments: Any) -> Any:
         result.error = f'{result.input}: not enough memory; give a smaller --tile'
     except OSError as error:
         where = error.filename or result.output
-        result.error = f'{where}: {(error.strerror or str(error)).lower()}'
+        result.error = f'{where}: {one_line(error)}'
     except Exception as error:  # one file must not end the work on the others
-        result.error = f'{result.input}: {type(error).__name__}: {" ".join(str(error).split())[:300]}'
+        result.error = f'{result.input}: {type(error).__name__}: {one_line(error)}'
     result.status = 'failed'
     return None
 

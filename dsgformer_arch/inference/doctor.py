@@ -20,7 +20,9 @@ from dsgformer_arch import compat, zoo
 from dsgformer_arch.inference import weights
 from dsgformer_arch.inference.deblurrer import has_bf16
 from dsgformer_arch.restore import restore
+from dsgformer_arch.utils.machine import processor
 from dsgformer_arch.utils.memory import free_memory
+from dsgformer_arch.utils.text import one_line
 
 PACKAGES = (
     *('torch', 'torchvision', 'triton', 'basicsr', 'spandrel', 'spandrel-extra-arches', 'numpy', 'pillow'),
@@ -37,7 +39,7 @@ def examine() -> list[tuple[str, str, str]]:
         ('dsgformer', GOOD, dsgformer_arch.__version__),
         ('Python', GOOD, f'{platform.python_version()} ({sys.executable})'),
         ('system', GOOD, f'{platform.platform()}, {_cores()} cores'),
-        ('processor', GOOD, _processor()),
+        ('processor', GOOD, f'{processor()} ({torch.backends.cpu.get_cpu_capability()})'),
         ('memory', GOOD, f'{free_memory(torch.device("cpu")) / 2**30:.1f} GiB free'),
         *((name, *_version(name)) for name in PACKAGES),
         *_fixes(),
@@ -67,18 +69,6 @@ def as_text(findings: list[tuple[str, str, str]]) -> str:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 0
-
-
-def _processor() -> str:
-    try:
-        with open('/proc/cpuinfo', encoding='utf-8', errors='replace') as file:
-            for line in file:
-                if line.startswith('model name'):
-                    name = line.partition(':')[2].strip()
-                    return f'{name} ({torch.backends.cpu.get_cpu_capability()})'
-    except OSError:
-        pass
-    return f'{platform.processor() or platform.machine()} ({torch.backends.cpu.get_cpu_capability()})'
 
 
 def _version(name: str) -> tuple[str, str]:
@@ -202,4 +192,4 @@ def _test_image() -> tuple[str, str]:
 
 
 def _line(error: BaseException) -> str:
-    return f'{type(error).__name__}: {" ".join(str(error).split())[:160]}'
+    return f'{type(error).__name__}: {one_line(error, 160)}'

@@ -25,6 +25,7 @@ from PIL import Image, ImageCms, ImageOps, JpegImagePlugin, TiffImagePlugin
 
 from dsgformer_arch.utils.errors import UserError
 from dsgformer_arch.utils.files import write_atomically
+from dsgformer_arch.utils.text import one_line
 
 Pixels = NDArray[Any]
 """(H, W, C), C of 1 (grey), 2 (grey, alpha), 3 (RGB), 4 (RGB, alpha); uint8, uint16, float32 in [0, 1]."""
@@ -147,7 +148,7 @@ def open_image(source: str | os.PathLike[str] | bytes, name: str | None = None) 
     except FileNotFoundError:
         raise ImageError(f'{name}: there is no such file') from None
     except (OSError, ValueError, SyntaxError, EOFError, struct.error, IndexError) as error:
-        raise ImageError(f'{name} cannot be read: {_sentence(error)}') from None
+        raise ImageError(f'{name} cannot be read: {one_line(error)}') from None
 
 
 def sniff(head: bytes) -> str | None:
@@ -191,7 +192,7 @@ def image_header(path: str | os.PathLike[str], name: str | None = None) -> tuple
             try:
                 image = pyvips.Image.new_from_file(os.fspath(path), access='sequential')
             except pyvips.Error as error:
-                raise ImageError(f'{name} cannot be read: {_sentence(error)}') from None
+                raise ImageError(f'{name} cannot be read: {one_line(error)}') from None
             return kind, (image.height, image.width)
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', Image.DecompressionBombWarning)
@@ -201,11 +202,11 @@ def image_header(path: str | os.PathLike[str], name: str | None = None) -> tuple
             except Image.UnidentifiedImageError:
                 raise ImageError(f'{name} begins like {kind} but is damaged') from None
             except Image.DecompressionBombError as error:
-                raise ImageError(f'{name} is too large: {_sentence(error)}') from None
+                raise ImageError(f'{name} is too large: {one_line(error)}') from None
     except FileNotFoundError:
         raise ImageError(f'{name}: there is no such file') from None
     except (OSError, ValueError, SyntaxError, EOFError, struct.error, IndexError) as error:
-        raise ImageError(f'{name} cannot be read: {_sentence(error)}') from None
+        raise ImageError(f'{name} cannot be read: {one_line(error)}') from None
 
 
 class Output:
@@ -270,7 +271,7 @@ class Output:
             else:
                 write_atomically(self._encode, self.path)
         except (OSError, ValueError) as error:
-            raise ImageError(f'{self.path or "the output"} cannot be written: {_sentence(error)}') from None
+            raise ImageError(f'{self.path or "the output"} cannot be written: {one_line(error)}') from None
         finally:
             self.close()
 
@@ -376,7 +377,7 @@ class Output:
         try:
             image.pngsave(path, compression=ZLIB_LEVEL, bitdepth=16)
         except pyvips.Error as error:
-            raise ImageError(f'{self.path} cannot be written: {_sentence(error)}') from None
+            raise ImageError(f'{self.path} cannot be written: {one_line(error)}') from None
 
 
 def _encoded(strip: Pixels, compressed: bool) -> bytes:
@@ -418,13 +419,6 @@ def _check_sides(name: str, width: int, height: int) -> None:
 def _png_pixels(head: bytes) -> int:
     width, height = struct.unpack('>II', head[16:24])
     return int(width * height)
-
-
-def _sentence(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror.lower()
-    text = ' '.join(str(error).split()) or type(error).__name__
-    return text[:200]
 
 
 # Pillow
@@ -601,7 +595,7 @@ def _open_vips(source: Any, name: str, kind: str) -> Picture:
     try:
         return _opened_vips(pyvips, source, name, kind)
     except pyvips.Error as error:
-        raise ImageError(f'{name} cannot be read: {_sentence(error)}') from None
+        raise ImageError(f'{name} cannot be read: {one_line(error)}') from None
 
 
 def _opened_vips(pyvips: Any, source: Any, name: str, kind: str) -> Picture:
@@ -684,7 +678,7 @@ class _Rows:
             try:
                 data = self.region.fetch(0, have, self.image.width, count)
             except self.error as error:
-                raise ImageError(f'{self.name} is damaged: {_sentence(error)}') from None
+                raise ImageError(f'{self.name} is damaged: {one_line(error)}') from None
             rows = np.frombuffer(data, self.dtype).reshape(count, self.image.width, self.image.bands)
             parts.append(rows)
             have += count
@@ -705,7 +699,7 @@ def _tiff_metadata(source: Any, name: str) -> tuple[Metadata, dict[str, Any]]:
             first = _directory(file, head, None)
             entries = {tag: _directory(file, head, first[tag]) for tag in (EXIF_IFD, GPS_IFD) if tag in first}
         except (SyntaxError, struct.error, KeyError, ValueError, TypeError) as error:
-            raise ImageError(f'{name} is damaged: {_sentence(error)}') from None
+            raise ImageError(f'{name} is damaged: {one_line(error)}') from None
     exif = Image.Exif()
     for tag in (0x010E, 0x010F, 0x0110, 0x0131, 0x0132, 0x013B, 0x8298):
         if isinstance(first.get(tag), str):

@@ -7,7 +7,6 @@ executed, and must hold the weights of that system before it enters the cache.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -24,7 +23,7 @@ from tqdm import tqdm
 
 from dsgformer_arch import zoo
 from dsgformer_arch.utils.errors import UserError
-from dsgformer_arch.utils.files import write_atomically
+from dsgformer_arch.utils.files import read_json, sha256, write_text
 from dsgformer_arch.utils.text import did_you_mean
 from dsgformer_arch.zoo.checkpoint import CheckpointError, read_checkpoint
 
@@ -314,7 +313,7 @@ def _fetch(url: str, part: Path, about: Path, progress: Progress | None) -> bool
         requests.RequestException: no connection.
         _RefusedError: the server answered with an error.
     """
-    known = _read(about)
+    known = read_json(about)
     have = part.stat().st_size if part.exists() and known.get('url') == url else 0
     headers = {'Accept-Encoding': 'identity'}
     if have:
@@ -360,13 +359,13 @@ def _check(weights: OfficialWeights, path: Path) -> None:
     """
     digest = sha256(path)
     about = _about(place(weights))
-    known = weights.sha256 or _read(about).get('sha256')
+    known = weights.sha256 or read_json(about).get('sha256')
     if known and digest != known:
         raise UserError(
             f'{path} has the SHA-256 {digest[:16]}…, not {known[:16]}… as before; '
             f'call dsgformer weights remove {weights.key} and get it again'
         )
-    if known and known == _read(about).get('checked'):
+    if known and known == read_json(about).get('checked'):
         return
     try:
         found, _ = zoo.identify(read_checkpoint(path).state)
@@ -376,16 +375,7 @@ def _check(weights: OfficialWeights, path: Path) -> None:
     names = {name for name in zoo.names() if zoo.get(name).architecture == architecture}
     if found not in {architecture, *names}:
         raise UserError(f'{weights.key}: the download holds weights of {found}, not of {weights.system}')
-    _write(about, {**_read(about), 'sha256': digest, 'checked': digest})
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    with open(path, 'rb') as file:
-        for block in iter(lambda: file.read(BLOCK), b''):
-            digest.update(block)
-    return digest.hexdigest()
+    _write(about, {**read_json(about), 'sha256': digest, 'checked': digest})
 
 
 # --- files of the cache -------------------------------------------------------------------------------------
@@ -400,14 +390,5 @@ def _about(path: Path) -> Path:
     return path.with_name(path.name + '.json')
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def _write(path: Path, content: dict[str, Any]) -> None:
-    text = json.dumps(content, indent=2) + '\n'
-    write_atomically(lambda temporary: Path(temporary).write_text(text, encoding='utf-8'), path)
+    write_text(json.dumps(content, indent=2) + '\n', path)

@@ -26,8 +26,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsgformer_arch.utils.errors import UserError
-from dsgformer_arch.utils.files import write_atomically
+from dsgformer_arch.utils.files import write_atomically, write_text
 from dsgformer_arch.utils.progress import track
+from dsgformer_arch.utils.text import one_line
 
 if TYPE_CHECKING:
     from dsgformer_arch.inference.deblur import Result
@@ -107,7 +108,7 @@ def deblur_video(
             raise UserError(f'{source}: not one frame of this video can be decoded')
         write_atomically(lambda path: _join(av, source, plan, folder, path, target), target)
     except av.error.FFmpegError as error:
-        raise UserError(f'{source} cannot be restored: {_sentence(error)}') from None
+        raise UserError(f'{source} cannot be restored: {one_line(error)}') from None
     shutil.rmtree(folder)
     result.frames = counts.frames
     result.megapixels = round(counts.frames * plan.width * plan.height / 1e6, 6)
@@ -135,7 +136,7 @@ def describe_video(path: str) -> dict[str, Any]:
             ]
             duration = None if container.duration is None else float(container.duration / av.time_base)
     except av.error.FFmpegError as error:
-        raise UserError(f'{path} cannot be read: {_sentence(error)}') from None
+        raise UserError(f'{path} cannot be read: {one_line(error)}') from None
     return {
         'kind': 'video',
         'codec': plan.codec,
@@ -228,7 +229,7 @@ def _open_folder(folder: Path, identity: dict[str, Any]) -> None:
         raise UserError(f'{folder} is in the way; move it elsewhere')
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    write_atomically(lambda path: Path(path).write_text(text, encoding='utf-8'), file)
+    write_text(text, file)
 
 
 def _part(folder: Path, number: int) -> Path:
@@ -262,8 +263,7 @@ def _restore_parts(
             counts = _Counts()
             restored = _restored(restorer, plan, chunk, counts)
             write_atomically(lambda to, frames=restored: _encode(av, plan, frames, to), path)
-            text = json.dumps(asdict(counts))
-            write_atomically(lambda to, text=text: Path(to).write_text(text, encoding='utf-8'), about)
+            write_text(json.dumps(asdict(counts)), about)
             result.seconds += time.perf_counter() - begun
         total.frames += counts.frames
         total.damaged += counts.damaged
@@ -526,8 +526,3 @@ def _pyav() -> Any:
         raise UserError('videos need PyAV; install it with pip install "dsgformer[video]"') from None
     av.logging.set_level(None)
     return av
-
-
-def _sentence(error: BaseException) -> str:
-    text = getattr(error, 'strerror', None) or str(error)
-    return ' '.join(text.split())[:200].lower()

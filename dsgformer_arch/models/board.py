@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsgformer_arch.utils.errors import UserError
+from dsgformer_arch.utils.text import one_line
 
 SAMPLES = 4
 """Default of `logger: samples`, the number of validation images to log."""
@@ -124,10 +125,9 @@ def _start_wandb(opt: Options, start: int) -> Any:
             dir=opt['root_path'],
         )
     except Exception as error:  # no key, no network, an invalid id: the classes differ between versions
-        reason = ' '.join(str(error).split())[:200]
         raise UserError(
-            f'logger: wandb: Weights & Biases does not start ({reason}); run `wandb login`, or set '
-            'WANDB_MODE=offline'
+            f'logger: wandb: Weights & Biases does not start ({one_line(error, 200)}); '
+            'run `wandb login`, or set WANDB_MODE=offline'
         ) from None
     run.define_metric('iteration')
     run.define_metric('*', step_metric='iteration')

@@ -10,7 +10,6 @@ earlier versions, which hold no digest, can be read too.
 from __future__ import annotations
 
 import glob
-import hashlib
 import logging
 import math
 import os
@@ -24,7 +23,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dsgformer_arch.utils.errors import UserError
-from dsgformer_arch.utils.files import write_atomically
+from dsgformer_arch.utils.files import sha256, write_atomically
 from dsgformer_arch.zoo.pickles import check_nesting
 
 SCALAR_STATES = {'step', 'eta', 'mu', 'mu_product'}
@@ -51,15 +50,6 @@ def write(content: Any, path: str) -> None:
         raise UserError(
             f'cannot write {path}: {reason}; free some space and start with --auto_resume'
         ) from None
-
-
-def digest(path: str) -> str:
-    """The SHA-256 of a file."""
-    found = hashlib.sha256()
-    with open(path, 'rb') as file:
-        while block := file.read(1 << 20):
-            found.update(block)
-    return found.hexdigest()
 
 
 def network_path(models: str, iteration: int | str) -> str:
@@ -134,7 +124,7 @@ def read_checkpoint(path: str) -> tuple[dict[str, Any], str]:
     expected = (state.get('files') or {}).get('network')
     if expected is None:  # written by BasicSR or an earlier version
         check_archive(network)
-    elif digest(network) != expected:
+    elif sha256(network) != expected:
         raise DamagedError(f'{network} is damaged or not the network that was saved with {path}')
     return state, network
 

@@ -40,7 +40,7 @@ from dsgformer_arch.models import checkpointing, options
 from dsgformer_arch.models.board import samples, strip
 from dsgformer_arch.restore import final_output, predict, restore, set_memory_format
 from dsgformer_arch.utils.errors import UserError
-from dsgformer_arch.utils.files import write_atomically
+from dsgformer_arch.utils.files import sha256, write_bytes, write_text
 from dsgformer_arch.utils.progress import track
 from dsgformer_arch.zoo.checkpoint import Checkpoint, load_into, read_checkpoint
 
@@ -534,9 +534,7 @@ class RestorationModel(SRModel):
             'best': self.best_metric_results,
             'skipped': [self.skipped, self.skipped_in_a_row],
             'recipe': _plain(self.recipe),
-            'files': {
-                'network': checkpointing.digest(checkpointing.network_path(paths['models'], current_iter))
-            },
+            'files': {'network': sha256(checkpointing.network_path(paths['models'], current_iter))},
         }
         checkpointing.write(state, checkpointing.state_path(paths['training_states'], current_iter))
 
@@ -647,24 +645,12 @@ def write_image(image: np.ndarray, path: str) -> None:
         path: the file; its folder is created.
     """
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    encoded = cv2.imencode('.png', image)[1].tobytes()
-
-    def write(temporary: str) -> None:
-        with open(temporary, 'wb') as file:
-            file.write(encoded)
-
-    write_atomically(write, path)
+    write_bytes(cv2.imencode('.png', image)[1].tobytes(), path)
 
 
 def write_json(content: Any, path: str) -> None:
     """Write JSON, atomically; NaN as null."""
-
-    def write(temporary: str) -> None:
-        with open(temporary, 'w', encoding='utf-8') as file:
-            json.dump(_plain(content), file, indent=2)
-            file.write('\n')
-
-    write_atomically(write, path)
+    write_text(json.dumps(_plain(content), indent=2) + '\n', path)
 
 
 def _plain(value: Any) -> Any:

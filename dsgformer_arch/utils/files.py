@@ -1,9 +1,10 @@
-"""Files and folders: atomic writes, locks, JSON that may be missing, and messages for a full disk."""
+"""Files and folders: atomic writes, checksums, locks, JSON that may be missing, messages for a full disk."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -53,6 +54,15 @@ def sync_folder(folder: str | os.PathLike[str]) -> None:
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, 'rb') as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -14,6 +14,16 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f'; did you mean {" or ".join(lower[entry] for entry in close)}?' if close else ''
 
 
+def one_line(error: BaseException, most: int = 300) -> str:
+    """The message of an exception on one line, at most `most` characters of it.
+
+    That of the system for an `OSError` that has one; the name of the class where there is no message.
+    """
+    system = getattr(error, 'strerror', None)
+    text = system.lower() if isinstance(system, str) else str(error)
+    return ' '.join(text.split()).rstrip('.')[:most] or type(error).__name__
+
+
 def shortened(text: str, most: int = 120) -> str:
     """`text`, or its beginning and an ellipsis if it is longer than `most` characters."""
     return text if len(text) <= most else f'{text[: most - 1]}…'

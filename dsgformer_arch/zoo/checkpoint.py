@@ -32,6 +32,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dsgformer_arch.utils.errors import UserError
+from dsgformer_arch.utils.text import one_line
 from dsgformer_arch.zoo.pickles import check_nesting
 
 State = dict[str, Tensor]
@@ -194,8 +195,7 @@ def _read_safetensors(path: str) -> Checkpoint:
     except OSError as error:
         raise CheckpointError(f'cannot read {path}: {error.strerror or error}') from None
     except (SafetensorError, RuntimeError, ValueError, TypeError, KeyError) as error:
-        reason = ' '.join(str(error).split())
-        raise CheckpointError(f'{path} is damaged or no safetensors file ({reason})') from None
+        raise CheckpointError(f'{path} is damaged or no safetensors file ({one_line(error)})') from None
     if not state:
         raise CheckpointError(f'{path} holds no tensors; give a file with the weights of a network')
     return Checkpoint(clean_names(state), metadata, path)

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 
 from dsgformer_arch.archs.layers.network import RestorationNetwork
 from dsgformer_arch.utils.errors import UserError
-from dsgformer_arch.utils.files import write_atomically
+from dsgformer_arch.utils.files import write_atomically, write_text
 from dsgformer_arch.zoo import model_card, registry
 from dsgformer_arch.zoo.checkpoint import CheckpointError, read_checkpoint
 
@@ -138,13 +138,13 @@ def save_pretrained(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(lambda path: save_file(state, path, metadata), folder / WEIGHTS)
-        write_atomically(lambda path: Path(path).write_text(config, encoding='utf-8'), folder / CONFIG)
+        write_text(config, folder / CONFIG)
         if not (folder / CARD).exists():
             about = {one.name: one for one in registry.systems_of(architecture)}.get(system)
             about = about or registry.systems_of(architecture)[0]
             count = sum(parameter.numel() for parameter in network.parameters())
             card = model_card.text(about, system, settings, count, repo_id or folder.name, licence)
-            write_atomically(lambda path: Path(path).write_text(card, encoding='utf-8'), folder / CARD)
+            write_text(card, folder / CARD)
     except (OSError, SafetensorError) as error:
         raise UserError(f'cannot write a network to {folder}: {error}; choose another folder') from None
     if push_to_hub:

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -27,8 +26,8 @@ import dsgformer_arch.archs  # noqa: F401  (registers the networks)
 from dsgformer_arch.archs.layers.network import RGB, RestorationNetwork, meta_copy
 from dsgformer_arch.archs.tlc import use_local_pooling
 from dsgformer_arch.utils.errors import UserError
-from dsgformer_arch.utils.files import write_atomically
-from dsgformer_arch.utils.text import did_you_mean
+from dsgformer_arch.utils.files import sha256, write_atomically
+from dsgformer_arch.utils.text import did_you_mean, one_line
 from dsgformer_arch.zoo.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -343,8 +342,7 @@ def _build(architecture: str, settings: Mapping[str, Any], tlc: TrainSize | None
     try:
         network = kind(**settings)
     except (TypeError, ValueError, LookupError, ArithmeticError, AssertionError, RuntimeError) as error:
-        reason = ' '.join(str(error).split())
-        raise UserError(f'{architecture} cannot be built with these settings: {reason}') from error
+        raise UserError(f'{architecture} cannot be built with these settings: {one_line(error)}') from error
     if tlc is not None:
         use_local_pooling(network, tlc)
     return network
@@ -379,7 +377,7 @@ def _shipped(system: System) -> Path:
         )
     path = WEIGHTS / system.weights.file
     try:
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        found = sha256(path)
     except OSError as error:
         raise UserError(f'cannot read {path}: {error.strerror}; install the package again') from None
     if found != system.weights.sha256:

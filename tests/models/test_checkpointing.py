@@ -16,6 +16,7 @@ from dsgformer_arch.models import checkpointing
 from dsgformer_arch.models.checkpointing import DamagedError
 from dsgformer_arch.models.restoration_model import RestorationModel
 from dsgformer_arch.utils.errors import UserError
+from dsgformer_arch.utils.files import sha256
 from tests.models.test_restoration_model import batch, build, step
 
 
@@ -28,7 +29,7 @@ def run(tmp_path: Path) -> Path:
         network = tmp_path / 'models' / f'net_g_{iteration}.pth'
         torch.save({'params': {'weight': torch.rand(50)}}, network)
         state = {'epoch': 0, 'iter': iteration, 'optimizers': [], 'schedulers': []}
-        state['files'] = {'network': checkpointing.digest(str(network))}
+        state['files'] = {'network': sha256(network)}
         torch.save(state, tmp_path / 'training_states' / f'{iteration}.state')
     return tmp_path
 

@@ -7,7 +7,6 @@ written as soon as an image is scored, so that a run of days can be interrupted 
 from __future__ import annotations
 
 import csv
-import hashlib
 import math
 import statistics
 import sys
@@ -33,6 +32,7 @@ from dsgformer_arch.metrics.protocols import Protocol, to_uint8
 from dsgformer_arch.metrics.protocols import protocol as protocol_of
 from dsgformer_arch.restore import restore
 from dsgformer_arch.utils.errors import UserError
+from dsgformer_arch.utils.files import sha256
 from dsgformer_arch.utils.progress import track
 
 PROTOCOL = """\
@@ -211,12 +211,8 @@ def load(models: Sequence[str], weights: Mapping[str, Path], tlc: int | None) ->
 
 
 def identity(path: Path) -> str:
-    """A weight file's name, and a digest that tells it from others of that name."""
-    digest = hashlib.sha256()
-    with open(path, 'rb') as file:
-        for block in iter(lambda: file.read(1 << 20), b''):
-            digest.update(block)
-    return f'{path.name} (sha256 {digest.hexdigest()[:16]})'
+    """Name and digest of a checkpoint."""
+    return f'{path.name} (sha256 {sha256(path)[:16]})'
 
 
 def measure(

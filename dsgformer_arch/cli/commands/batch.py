@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--per-gpu', type=positive, default=1, metavar='N', help='workers on each GPU (default: 1)'
     )
-    parser.add_argument('--cpus', type=positive, metavar='N', help='cores of a worker without GPU (default: 4)')
+    parser.add_argument('--cpus', type=positive, metavar='N', help='cores of a CPU worker (default: 4)')
     add_network_arguments(parser)
     add_output_arguments(parser)
 

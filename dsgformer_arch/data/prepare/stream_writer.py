@@ -32,7 +32,7 @@ from dsgformer_arch.data.prepare.pair_files import (
     prepare,
     raise_problems,
 )
-from dsgformer_arch.data.stream_cache import Shards, digest_of
+from dsgformer_arch.data.stream_cache import Shards
 from dsgformer_arch.data.stream_files import (
     INDEX,
     MAX_INDEX_BYTES,
@@ -48,7 +48,7 @@ from dsgformer_arch.data.stream_files import (
     require_litdata,
 )
 from dsgformer_arch.utils.errors import UserError
-from dsgformer_arch.utils.files import disk_is_full, locked
+from dsgformer_arch.utils.files import disk_is_full, locked, sha256
 from dsgformer_arch.utils.progress import track
 
 DONE = 'partial/{}.json'
@@ -228,7 +228,7 @@ class _Target:
             written = json.loads(record.read_text('utf-8'))
             (chunk,) = written['chunks']
             file = folder / chunk['filename']
-            chunk |= {'filename': f'chunk-{self.tag}-{number}.bin', 'sha256': digest_of(file)}
+            chunk |= {'filename': f'chunk-{self.tag}-{number}.bin', 'sha256': sha256(file)}
             self.place.write(chunk['filename'], file)
         done = {'made_from': self.made_from, 'chunk': chunk, 'config': written['config'], 'lines': lines}
         self.place.write(DONE.format(number), json.dumps(done).encode())
