@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable
 from importlib import metadata
-from typing import Any
 
 import torch
 
@@ -19,6 +18,7 @@ import dsgformer_arch
 from dsgformer_arch import compat, zoo
 from dsgformer_arch.inference import weights
 from dsgformer_arch.inference.deblurrer import has_bf16
+from dsgformer_arch.ops.status import status
 from dsgformer_arch.restore import restore
 from dsgformer_arch.utils.machine import processor
 from dsgformer_arch.utils.memory import free_memory
@@ -113,20 +113,11 @@ def _compiler() -> tuple[str, str]:
 
 def _kernels() -> list[tuple[str, str, str]]:
     """Whether the compiled kernels are built and passed their self-test."""
-    try:
-        status: Any = importlib.import_module('dsgformer_arch.ops.status').status()
-    except ModuleNotFoundError:
-        from dsgformer_arch.ops.cpu import binding
-
-        tests = {
-            str(kind).removeprefix('torch.'): 'passed' if binding.works(kind) else 'failed or not built'
-            for kind in (torch.float32, torch.bfloat16)
-        }
-        return [_kernel(kind, verdict) for kind, verdict in tests.items()]
+    found = status()
     return [
-        *(_kernel(kind, verdict) for kind, verdict in status.self_tests.items()),
-        ('cache of kernels', GOOD, str(status.cache_folder or 'none: each process compiles its own')),
-        ('Triton', GOOD, 'installed' if status.triton else 'not installed'),
+        *(_kernel(kind, verdict) for kind, verdict in found.self_tests.items()),
+        ('cache of kernels', GOOD, str(found.cache_folder or 'none: each process compiles its own')),
+        ('Triton', GOOD, 'installed' if found.triton else 'not installed'),
     ]
 
 

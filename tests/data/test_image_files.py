@@ -181,7 +181,7 @@ def test_raw_images() -> None:
 def test_special_files_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / 'pipe.png')
     for path in (tmp_path / 'pipe.png', tmp_path, Path('/dev/zero')):
-        with pytest.raises(BadImageError, match='no ordinary file'):
+        with pytest.raises(BadImageError, match='not an ordinary file'):
             read_file(path)
 
 

@@ -36,7 +36,7 @@ def test_every_truncation_is_refused(database: Path) -> None:
     whole = data.read_bytes()
     for length in [*range(0, 200, 7), *range(200, len(whole), 1021), len(whole) - 1]:
         data.write_bytes(whole[:length])
-        with pytest.raises(UserError, match=r'empty|truncated|no LMDB'):
+        with pytest.raises(UserError, match=r'empty|truncated|not an LMDB'):
             lmdb_files.open_lmdb(database)
 
 
@@ -52,12 +52,12 @@ def test_newest_meta_page_counts(database: Path) -> None:
 @pytest.mark.parametrize('content', [b'x', b'x' * 20_000, bytes(20_000), b'\x89PNG' * 9000])
 def test_garbage(content: bytes, database: Path) -> None:
     (database / 'data.mdb').write_bytes(content)
-    with pytest.raises(UserError, match='no LMDB'):
+    with pytest.raises(UserError, match='not an LMDB'):
         lmdb_files.open_lmdb(database)
 
 
 def test_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match='no finished LMDB'):
+    with pytest.raises(UserError, match='not a finished LMDB'):
         lmdb_files.open_lmdb(tmp_path)
 
 
@@ -75,7 +75,7 @@ def test_empty_and_missing_values(database: Path) -> None:
 def test_keys_that_lead_elsewhere(key: str, database: Path) -> None:
     with lmdb.open(str(database), map_size=1 << 26) as opened, opened.begin(write=True) as transaction:
         transaction.put(key.encode(), np.zeros(9).tobytes())
-    with lmdb_files.open_lmdb(database) as opened, pytest.raises(UserError, match='no relative path'):
+    with lmdb_files.open_lmdb(database) as opened, pytest.raises(UserError, match='not a relative path'):
         lmdb_files.keys_of(database, opened)
 
 

@@ -59,13 +59,13 @@ def test_no_key_leads_out_of_a_folder(key: str) -> None:
 @pytest.mark.parametrize(
     ('line', 'word'),
     [
-        ('/etc/passwd.png (4,4,3) 1', 'no relative path'),
+        ('/etc/passwd.png (4,4,3) 1', 'not a relative path'),
         ('a/../../b.png (4,4,3) 1', 'unreadable'),
-        ('a//b.png (4,4,3) 1', 'no relative path'),
-        ('a\\b.png (4,4,3) 1', 'no relative path'),
-        ('C:/b.png (4,4,3) 1', 'no relative path'),
-        ('a\x07.png (4,4,3) 1', 'no relative path'),
-        (f'{"a" * 600}.png (4,4,3) 1', 'no relative path'),
+        ('a//b.png (4,4,3) 1', 'not a relative path'),
+        ('a\\b.png (4,4,3) 1', 'not a relative path'),
+        ('C:/b.png (4,4,3) 1', 'not a relative path'),
+        ('a\x07.png (4,4,3) 1', 'not a relative path'),
+        (f'{"a" * 600}.png (4,4,3) 1', 'not a relative path'),
         ('a.png (0,4,3) 1', 'impossible size'),
         ('a.png (4,999999,3) 1', 'impossible size'),
         ('a.png (4,4,9) 1', 'impossible size'),
@@ -90,5 +90,5 @@ def test_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match='cannot be read'):
         meta_info.read(tmp_path)
     (tmp_path / meta_info.NAME).write_bytes(b'\xff\xfe\x00')
-    with pytest.raises(UserError, match='no text'):
+    with pytest.raises(UserError, match='not text'):
         meta_info.read(tmp_path)

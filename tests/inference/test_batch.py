@@ -313,7 +313,7 @@ class TestCluster:
 
             thread = threading.Thread(target=serve)
             thread.start()
-            with pytest.raises(UserError, match=r'no answer|no Ray cluster'):
+            with pytest.raises(UserError, match=r'no answer|not a Ray cluster'):
                 batch.connect(f'127.0.0.1:{server.getsockname()[1]}')
             thread.join()
         assert not fake.calls

@@ -330,7 +330,7 @@ def test_what_is_no_image_is_refused(tmp_path: Path) -> None:
     path.write_bytes(b'')
     assert 'empty' in refusal(path)
     path.write_text('some text')
-    assert 'no image' in refusal(path)
+    assert 'not an image' in refusal(path)
     path.write_bytes(b'\x89PNG\r\n\x1a\n' + bytes(100))
     refusal(path)
     assert 'folder' in refusal(tmp_path)

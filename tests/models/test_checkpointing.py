@@ -97,7 +97,7 @@ def test_anything_but_a_state_is_refused(run: Path) -> None:
     path = run / 'training_states' / '10.state'
     for content in ([], {'iter': 1}, {'epoch': 0, 'iter': 'one'}, {'epoch': 0, 'iter': 1, 'optimizers': 3}):
         torch.save(content, path)
-        with pytest.raises(DamagedError, match='no training state'):
+        with pytest.raises(DamagedError, match='not a training state'):
             checkpointing.read_state(str(path))
 
 

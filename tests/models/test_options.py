@@ -331,7 +331,7 @@ def test_truncated_and_damaged_lmdbs(project: Path) -> None:
     settings = tiny_options()
     data = project / 'datasets' / 'sample' / 'train_gt.lmdb' / 'data.mdb'
     whole = data.read_bytes()
-    for damaged, word in [(whole[:-4096], 'truncated'), (whole[:100], 'no LMDB'), (b'x' * 9000, 'no LMDB')]:
+    for damaged, word in [(whole[:-4096], 'truncated'), (whole[:100], 'not an LMDB'), (b'x' * 9000, 'not an LMDB')]:
         data.write_bytes(damaged)
         assert word in fault(settings)
 
@@ -369,7 +369,7 @@ def test_empty_and_unfinished_lmdbs(project: Path) -> None:
     assert 'empty' in fault(settings)
     (project / 'half.lmdb').mkdir()
     settings['datasets']['train']['dataroot_gt'] = 'half.lmdb'
-    assert 'no finished LMDB' in fault(settings)
+    assert 'not a finished LMDB' in fault(settings)
 
 
 def test_images_without_partner(project: Path) -> None:

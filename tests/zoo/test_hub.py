@@ -162,7 +162,7 @@ def test_what_is_no_folder_of_a_network_is_refused(tmp_path: Path) -> None:
     assert 'has no model.safetensors' in refused(tmp_path / 'empty')
     for text in ('{', '[]', '[' * 100_000, '"DSGformer"', '\xff', ' ' * 2_000_000):
         (tmp_path / 'empty' / 'config.json').write_text(text, encoding='latin-1')
-        assert 'no JSON object' in refused(tmp_path / 'empty')
+        assert 'not a JSON object' in refused(tmp_path / 'empty')
     change_to = {'architectures': ['torch.nn.Module']}
     shutil.copytree(folder, tmp_path / 'copy')
     change(tmp_path / 'copy', **change_to)

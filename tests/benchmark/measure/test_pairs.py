@@ -137,7 +137,7 @@ def test_keys_that_lead_out_of_the_folder(key: str, tmp_path: Path) -> None:
     """Restored images are saved under their keys."""
     for side in ('lq', 'gt'):
         write_lmdb(tmp_path / f'test_{side}.lmdb', {key: photograph(0, 20, 24)})
-    with pytest.raises(UserError, match='no relative path'):
+    with pytest.raises(UserError, match='not a relative path'):
         pairs.find(str(tmp_path / 'test'), 'gopro')
 
 
