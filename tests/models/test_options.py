@@ -331,7 +331,11 @@ def test_truncated_and_damaged_lmdbs(project: Path) -> None:
     settings = tiny_options()
     data = project / 'datasets' / 'sample' / 'train_gt.lmdb' / 'data.mdb'
     whole = data.read_bytes()
-    for damaged, word in [(whole[:-4096], 'truncated'), (whole[:100], 'not an LMDB'), (b'x' * 9000, 'not an LMDB')]:
+    for damaged, word in [
+        (whole[:-4096], 'truncated'),
+        (whole[:100], 'not an LMDB'),
+        (b'x' * 9000, 'not an LMDB'),
+    ]:
         data.write_bytes(damaged)
         assert word in fault(settings)
 
