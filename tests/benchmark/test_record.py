@@ -81,7 +81,7 @@ def test_the_command_can_be_typed_again(monkeypatch: pytest.MonkeyPatch) -> None
     assert shlex.split(command)[2:] == ['speed', '--out', "a b's"]
 
 
-def test_a_page_tells_how_the_numbers_were_made() -> None:
+def test_a_page_states_how_the_numbers_were_made() -> None:
     page = output.markdown_page('Title', make('speed'), ['part'])
     assert page.startswith('# Title\n\npart\n\n')
     for fact in (

@@ -426,7 +426,7 @@ def stopped(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return lines[0]
 
 
-def test_wrong_input_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_input_is_reported_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert 'no/such.yml' in stopped(['train', '-opt', 'no/such.yml'], capsys)
     options = tiny_options()
     options['network_g']['type'] = 'DSGFormr'
@@ -460,7 +460,7 @@ def test_checkpoint_that_would_run_code(tmp_path: Path, capsys: pytest.CaptureFi
     assert not (tmp_path / 'made').exists()
 
 
-def test_missing_gpu_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_gpu_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
         pytest.skip('this machine has a GPU')
     options = tiny_options() | {'num_gpu': 1}
@@ -468,7 +468,7 @@ def test_missing_gpu_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert 'has no GPU' in stopped(['train', '-opt', str(file)], capsys)
 
 
-def test_full_disk_is_said_and_leaves_nothing_half(
+def test_full_disk_is_reported_and_leaves_no_partial_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(content: Any, path: str) -> None:

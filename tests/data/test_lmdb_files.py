@@ -79,7 +79,7 @@ def test_keys_that_lead_elsewhere(key: str, database: Path) -> None:
         lmdb_files.keys_of(database, opened)
 
 
-def test_a_folder_that_was_replaced_is_opened_anew(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_was_replaced_is_opened_again(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where another folder has the same relative path, from another working directory."""
     monkeypatch.chdir(database.parent)
     first = lmdb_files.environment(database.name)

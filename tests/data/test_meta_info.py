@@ -81,7 +81,7 @@ def test_refused_lines(line: str, word: str) -> None:
         meta_info.parse(['ok.png (4,4,3) 1', line], 'x')
 
 
-def test_key_that_stands_twice() -> None:
+def test_key_that_occurs_twice() -> None:
     with pytest.raises(UserError, match='second time'):
         meta_info.parse(['a.png (4,4,3) 1', 'a.png (4,4,3) 1'], 'x')
 

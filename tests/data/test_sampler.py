@@ -86,7 +86,7 @@ def test_draws_follow_from_the_position(workers: int) -> None:
 
 
 @pytest.mark.parametrize('workers', [0, 2])
-def test_a_corrupt_image_is_one_sentence(workers: int) -> None:
+def test_a_corrupt_image_is_reported_in_one_sentence(workers: int) -> None:
     batches = load(workers, dataset={'corrupt': (2,)})
     errors = [batch['error'] for batch in batches if 'error' in batch]
     assert errors

@@ -169,7 +169,7 @@ def loaded(dataset: StreamingPairedDataset, workers: int, start: int = 0, batche
 
 
 @pytest.mark.parametrize('workers', [0, 2])
-def test_a_run_goes_on_with_the_same_crops(workers: int, stream: str, tmp_path: Path) -> None:
+def test_a_run_continues_with_the_same_crops(workers: int, stream: str, tmp_path: Path) -> None:
     """Three passes, in one go and from the middle of the second one on, into an empty cache."""
     expected = loaded(StreamingPairedDataset(options(stream, tmp_path / 'first')), 0)
     found = loaded(StreamingPairedDataset(options(stream, tmp_path / 'second')), workers, start=6)
@@ -327,7 +327,9 @@ def refused(settings: dict[str, Any]) -> str:
         ({'color': 'y'}, "has no color 'y'"),
     ],
 )
-def test_wrong_options_are_one_sentence(changes: dict[str, Any], sentence: str, local: str) -> None:
+def test_wrong_options_are_reported_in_one_sentence(
+    changes: dict[str, Any], sentence: str, local: str
+) -> None:
     assert sentence in refused(options(local) | changes)
 
 
@@ -353,7 +355,9 @@ def truncate(path: Path) -> None:
         (lambda folder: sorted(folder.glob('*.bin'))[1].unlink(), 'lacks the shard chunk-'),
     ],
 )
-def test_a_damaged_stream_is_one_sentence(damage: Callable[[Path], Any], sentence: str, local: str) -> None:
+def test_a_damaged_stream_is_reported_in_one_sentence(
+    damage: Callable[[Path], Any], sentence: str, local: str
+) -> None:
     damage(Path(local))
     fault = refused(options(local))
     assert sentence in fault
@@ -422,7 +426,7 @@ def test_a_damaged_shard_in_a_bucket_is_named(remote: str, tmp_path: Path) -> No
     assert dataset[0]['lq_path'] == '000'
 
 
-def test_a_store_that_does_not_let_in_is_said(remote: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_does_not_let_in_is_reported(remote: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert 'there is no bucket nowhere' in refused(options('s3://nowhere/train'))
     assert 'holds no finished stream' in refused(options(f'{remote}/other'))
     monkeypatch.setenv('AWS_ENDPOINT_URL', f'http://127.0.0.1:{free_port()}')

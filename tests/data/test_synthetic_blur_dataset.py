@@ -268,7 +268,7 @@ def test_the_most_detailed_candidate_is_taken(tree: Path) -> None:
         ({'dataset_enlarge_ratio': 2}, 'dataset_enlarge_ratio would repeat crops; raise length'),
     ],
 )
-def test_wrong_options_are_told(tree: Path, change: dict[str, Any], sentence: str) -> None:
+def test_wrong_options_are_reported(tree: Path, change: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         MixedDataset(options(tree, **change))
 
@@ -293,7 +293,7 @@ def test_wrong_options_are_told(tree: Path, change: dict[str, Any], sentence: st
         ('sharp', {'root': 'frames'}, 'frames is not a folder'),
     ],
 )
-def test_wrong_sources_are_told(tree: Path, name: str, change: dict[str, Any], sentence: str) -> None:
+def test_wrong_sources_are_reported(tree: Path, name: str, change: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         only(tree, name, **change)
 
@@ -329,12 +329,12 @@ def test_the_documented_example_is_valid() -> None:
     MixedDataset.check_options(example, 'docs/blur.md')
 
 
-def test_a_source_without_its_root_is_told(tree: Path) -> None:
+def test_a_source_without_its_root_is_reported(tree: Path) -> None:
     with pytest.raises(UserError, match="sources: x: the key 'root' is missing"):
         MixedDataset(options(tree, sources={'x': {'kind': 'shake', 'weight': 1}}))
 
 
-def test_an_image_smaller_than_a_crop_is_told(tree: Path) -> None:
+def test_an_image_smaller_than_a_crop_is_reported(tree: Path) -> None:
     data = only(tree, 'shake', reduction={'least': 6})
     with pytest.raises(UserError, match=r'is 33×26, smaller than crops of 32; lower gt_size'):
         data[0]

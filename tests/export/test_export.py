@@ -305,7 +305,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
 
 
 @needs_runtime
-def test_wrong_usage_is_one_sentence_and_status_2(
+def test_wrong_usage_is_reported_in_one_sentence_and_status_2(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = tmp_path / 'a.onnx'

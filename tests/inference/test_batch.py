@@ -287,7 +287,7 @@ class TestCluster:
             batch.connect(address)
         assert not fake.calls
 
-    def test_nobody_listens(self, fake: Any) -> None:
+    def test_no_server_listens(self, fake: Any) -> None:
         with socket.socket() as probe:
             probe.bind(('127.0.0.1', 0))
             port = probe.getsockname()[1]
@@ -318,7 +318,7 @@ class TestCluster:
             thread.join()
         assert not fake.calls
 
-    def test_other_versions_are_one_sentence(self, fake: Any) -> None:
+    def test_other_versions_are_reported_in_one_sentence(self, fake: Any) -> None:
         def init(**_: Any) -> None:
             raise RuntimeError(
                 'Version mismatch: The cluster was started with:\n    Ray: 2.9.0\n    Python: 3.9\n'
@@ -340,7 +340,7 @@ class TestCluster:
         with pytest.raises(UserError, match='--ray auto: the cluster asks for its token; set RAY_AUTH_MODE'):
             batch.connect('auto')
 
-    def test_a_local_cluster_is_reached_from_this_machine_only_and_reports_to_nobody(self, fake: Any) -> None:
+    def test_a_local_cluster_is_reached_from_this_machine_only_and_sends_no_reports(self, fake: Any) -> None:
         batch.connect('local')
         assert fake.calls[0]['include_dashboard'] is False
         assert fake.calls[0]['address'] == 'local'
@@ -426,7 +426,7 @@ class TestDriver:
         with pytest.raises(UserError, match='the worker on a: it has dsgformer 9'):
             drive(lambda: iter([refused]))
 
-    def test_what_ray_says_at_the_end_is_one_sentence(self, drive: Any, tmp_path: Path) -> None:
+    def test_what_ray_says_at_the_end_is_reported_in_one_sentence(self, drive: Any, tmp_path: Path) -> None:
         class ActorDiedError(Exception):
             pass
 

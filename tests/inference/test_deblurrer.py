@@ -403,7 +403,7 @@ def test_bad_settings(settings: dict[str, Any], message: str) -> None:
         Deblurrer(Darker(), **settings)
 
 
-def test_a_missing_gpu_is_said() -> None:
+def test_a_missing_gpu_is_reported() -> None:
     if torch.cuda.is_available():
         pytest.skip('this machine has a GPU')
     with pytest.raises(UserError, match='no GPU'):
@@ -424,7 +424,7 @@ def test_a_missing_gpu_is_said() -> None:
         'photo.jpg',
     ],
 )
-def test_what_is_no_image_is_refused(image: Any) -> None:
+def test_files_other_than_images_are_refused(image: Any) -> None:
     with pytest.raises(UserError):
         Deblurrer(Darker()).restore(image)
 

@@ -231,7 +231,7 @@ def test_palette_and_transparency_become_plain(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize('suffix', ['.jpg', '.tif'])
-def test_cmyk_becomes_rgb_and_says_so(tmp_path: Path, suffix: str) -> None:
+def test_cmyk_becomes_rgb_and_is_reported(tmp_path: Path, suffix: str) -> None:
     Image.fromarray(scene()).convert('CMYK').save(tmp_path / f'in{suffix}')
     picture = open_image(tmp_path / f'in{suffix}')
     assert picture.channels == 3
@@ -324,7 +324,7 @@ def refusal(path: Path) -> str:
     return message
 
 
-def test_what_is_no_image_is_refused(tmp_path: Path) -> None:
+def test_files_other_than_images_are_refused(tmp_path: Path) -> None:
     path = tmp_path / 'a.png'
     assert 'no such file' in refusal(path)
     path.write_bytes(b'')
@@ -463,7 +463,7 @@ def test_pillow_reads_what_was_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize('suffix', ['.png', '.jpg', '.tif', '.webp', '.bmp'])
-def test_the_header_tells_format_and_size_of_what_cannot_be_decoded(tmp_path: Path, suffix: str) -> None:
+def test_the_header_identifies_format_and_size_of_what_cannot_be_decoded(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f'in{suffix}'
     Image.fromarray(scene(400, 560)).save(path)
     kind = open_image(path).format
@@ -494,7 +494,7 @@ def test_the_header_of_a_huge_image_is_read_at_once(tmp_path: Path) -> None:
         (b'RIFF\0\0\0\0WEBPVP8 ', 'it begins like WEBP but is damaged|it cannot be read'),
     ],
 )
-def test_a_damaged_header_is_one_sentence(tmp_path: Path, content: bytes, sentence: str) -> None:
+def test_a_damaged_header_is_reported_in_one_sentence(tmp_path: Path, content: bytes, sentence: str) -> None:
     path = tmp_path / 'in.png'
     path.write_bytes(content)
     with pytest.raises(ImageError, match=f'^({sentence})') as caught:

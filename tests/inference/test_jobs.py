@@ -34,7 +34,7 @@ def pairs(jobs: list[Job]) -> list[tuple[str, str]]:
     return [(job.source, job.target) for job in jobs]
 
 
-def test_beside_the_input(tree: Path) -> None:
+def test_next_to_the_input(tree: Path) -> None:
     assert pairs(plan(['a.jpg', 'b.PNG'])) == [('a.jpg', 'a_deblurred.jpg'), ('b.PNG', 'b_deblurred.PNG')]
 
 

@@ -194,7 +194,7 @@ def test_a_missing_file_is_not_asked_for_again_and_the_page_is_named(server: Ser
     assert len(server.requests) == 1
 
 
-def test_no_network_is_one_sentence(server: Server) -> None:
+def test_no_network_is_reported_in_one_sentence(server: Server) -> None:
     with pytest.raises(UserError, match=r'no connection to 127\.0\.0\.1'):
         official_weights.get(weights(server, url='http://127.0.0.1:9/weights.pth'))
 

@@ -208,7 +208,7 @@ def test_an_interrupted_run_continues(tmp_path: Path, monkeypatch: pytest.Monkey
         assert np.abs(a.to_ndarray().astype(int) - b.to_ndarray()).max() <= 4
 
 
-def test_other_settings_start_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_settings_start_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(video, 'PART', 6)
     source = write(tmp_path / 'in.mp4', sound=False)
 
@@ -275,7 +275,7 @@ def test_what_a_decoder_calls_corrupt_is_not_restored(tmp_path: Path) -> None:
     assert all(change < -20 for i, change in enumerate(changes) if i != 3)
 
 
-def test_a_container_that_does_not_take_a_stream_is_said(tmp_path: Path) -> None:
+def test_a_container_that_does_not_take_a_stream_is_reported(tmp_path: Path) -> None:
     source = write(tmp_path / 'in.mkv')
     with pytest.raises(UserError, match=r'in\.mkv'):
         deblur(source, tmp_path / 'out.webm')  # H.264 does not go into WebM

@@ -64,7 +64,7 @@ def test_hide_is_measured_as_gopro() -> None:
     ('name', 'psnr', 'ssim'),
     [('realblur', psnr_realblur, ssim_realblur), ('rsblur', psnr_rsblur, ssim_rsblur)],
 )
-def test_real_blur_stands_beside_its_unaligned_values(
+def test_real_blur_is_listed_next_to_its_unaligned_values(
     gopro_crop: Pair, name: str, psnr: Metric, ssim: Metric
 ) -> None:
     restored, sharp = (image[:120, :160] for image in gopro_crop)
@@ -129,7 +129,7 @@ def test_half_precision_is_rounded_after_it_is_widened() -> None:
 
 
 @pytest.mark.parametrize('bad', [float('nan'), float('inf'), float('-inf')])
-def test_an_output_that_is_no_image(bad: float) -> None:
+def test_an_output_that_is_not_an_image(bad: float) -> None:
     output = torch.zeros(3, 4, 5)
     output[1, 2, 3] = bad
     with pytest.raises(ValueError, match='1 of the 60 values'):

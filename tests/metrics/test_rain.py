@@ -66,7 +66,7 @@ def test_luma_is_rounded_half_up() -> None:
     assert exact[-2:] == [16, 235]
 
 
-def test_luma_tells_red_from_blue() -> None:
+def test_luma_distinguishes_red_and_blue() -> None:
     bgr = np.zeros((1, 2, 3), np.uint8)
     bgr[0, 0, 0] = 255
     bgr[0, 1, 2] = 255

@@ -29,7 +29,7 @@ def test_brightness_does_not_count(gopro_crop: Pair) -> None:
     assert ssim_realblur(darker, sharp) > 0.99
 
 
-def test_a_failed_alignment_is_told(gopro_crop: Pair) -> None:
+def test_a_failed_alignment_is_reported(gopro_crop: Pair) -> None:
     sharp = gopro_crop[1][:40, :40]
     with pytest.warns(AlignmentWarning):
         assert ecc_converged(np.full_like(sharp, 255), sharp) == 0

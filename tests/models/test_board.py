@@ -67,7 +67,7 @@ def test_no_samples_where_none_are_asked_for(tmp_path: Path) -> None:
     assert not events(tmp_path).Tags()['images']
 
 
-def test_a_watched_run_computes_the_same_and_resumes(tmp_path: Path) -> None:
+def test_a_logged_run_computes_the_same_and_resumes(tmp_path: Path) -> None:
     """Stopped after iteration 2 and resumed: the weights of an unwatched run, and each step shown once."""
     plain = write_project(tmp_path / 'plain', tiny_options(iterations=4))
     assert basicsr.main(['train', '-opt', str(plain)]) == 0
@@ -121,7 +121,7 @@ class FakeWandb:
         return cls.runs[-1]
 
 
-def test_weights_and_biases_gets_the_same_and_goes_on(
+def test_weights_and_biases_gets_the_same_and_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, 'wandb', FakeWandb)
@@ -164,7 +164,7 @@ def test_weights_and_biases_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ({'samples': -1}, '', 'samples'),
     ],
 )
-def test_what_cannot_be_followed_is_said_before_anything_starts(
+def test_contradictory_settings_are_reported_before_the_run(
     logger: dict[str, Any],
     missing: str,
     problem: str,
@@ -181,7 +181,7 @@ def test_what_cannot_be_followed_is_said_before_anything_starts(
     assert not (tmp_path / 'experiments').exists()
 
 
-def test_a_refused_run_of_weights_and_biases_is_one_sentence(
+def test_a_refused_run_of_weights_and_biases_is_reported_in_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(**given: Any) -> None:

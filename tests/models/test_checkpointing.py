@@ -70,7 +70,7 @@ def test_a_damaged_one_is_skipped_with_one_sentence(
         assert '10' in run_log[0]
 
 
-def test_a_network_of_another_checkpoint_is_no_pair(run: Path) -> None:
+def test_a_network_of_another_checkpoint_is_not_a_pair(run: Path) -> None:
     shutil.copy(run / 'models' / 'net_g_9.pth', run / 'models' / 'net_g_10.pth')
     with pytest.raises(DamagedError, match='not the network that was saved with'):
         checkpointing.read_checkpoint(str(run / 'training_states' / '10.state'))

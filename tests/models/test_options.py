@@ -376,7 +376,7 @@ def test_empty_and_unfinished_lmdbs(project: Path) -> None:
     assert 'not a finished LMDB' in fault(settings)
 
 
-def test_images_without_partner(project: Path) -> None:
+def test_images_without_counterpart(project: Path) -> None:
     settings = tiny_options()
     settings['datasets']['train']['dataroot_gt'] = 'datasets/sample/test_gt.lmdb'
     assert 'only one of' in fault(settings)

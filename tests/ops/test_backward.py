@@ -180,7 +180,7 @@ def test_gradcheck() -> None:
 
 
 @pytest.mark.parametrize(('channels', 'heads'), [(32, 1), (32, 2), (24, 1)])
-def test_bfloat16_is_no_worse_than_the_eager_form(channels: int, heads: int) -> None:
+def test_bfloat16_is_as_accurate_as_the_eager_form(channels: int, heads: int) -> None:
     block, X = _block(channels, heads), _image(2, channels, 24, 20)
     exact_X = X.bfloat16().double().requires_grad_()
     exact = _gradients(block.reference(exact_X), exact_X, block)

@@ -149,7 +149,7 @@ def test_float32(channels: int) -> None:
 
 @pytest.mark.parametrize('path', ['fast', 'eager'])
 @pytest.mark.parametrize('heads', [1, 2])
-def test_bfloat16_is_no_worse_than_the_reference(path: ops.Path, heads: int) -> None:
+def test_bfloat16_is_as_accurate_as_the_reference(path: ops.Path, heads: int) -> None:
     block, X = _block(32, heads).bfloat16(), _image(1, 32, 40, 24).bfloat16()
     with torch.inference_mode(), ops.use(path):
         ours, reference = block(X), block.reference(X)
@@ -159,7 +159,7 @@ def test_bfloat16_is_no_worse_than_the_reference(path: ops.Path, heads: int) -> 
 
 
 @pytest.mark.parametrize('grad', [False, True])
-def test_autocast_is_no_worse_than_the_reference(grad: bool) -> None:
+def test_autocast_is_as_accurate_as_the_reference(grad: bool) -> None:
     block, X = _block(32).float(), _image(1, 32, 16, 24).float()
     exact = copy.deepcopy(block).double().reference(X.double())
     with torch.set_grad_enabled(grad), torch.autocast('cpu', torch.bfloat16):

@@ -88,7 +88,7 @@ def test_ties_are_kept(interpreted: ModuleType) -> None:
 
 
 @pytest.mark.parametrize(('channels', 'heads'), [(48, 1), (144, 3)])
-def test_float16_is_no_worse_than_the_reference(interpreted: ModuleType, channels: int, heads: int) -> None:
+def test_float16_is_as_accurate_as_the_reference(interpreted: ModuleType, channels: int, heads: int) -> None:
     """The rounding is where bfloat16's is, of whose products the interpreter (Triton 3.7) knows nothing."""
     block, X = _block(channels, heads), _image(1, channels, 24, 19)
     with torch.inference_mode():
@@ -201,7 +201,7 @@ def test_the_network_restores_and_trains_with_them(
         assert _error(mine, exact.double()) < 1e-4
 
 
-def test_the_self_test_tells_right_from_wrong(
+def test_the_self_test_distinguishes_right_from_wrong(
     interpreted: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(interpreted, '_VERDICTS', {})
@@ -252,7 +252,7 @@ class TestOnAGpu:
     @pytest.mark.parametrize('grad', [False, True])
     @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize(('channels', 'heads'), [*LEVELS, (16, 1)])
-    def test_is_no_worse_than_the_reference(
+    def test_is_as_accurate_as_the_reference(
         self, channels: int, heads: int, dtype: torch.dtype, grad: bool
     ) -> None:
         from dsgformer_arch.ops import gpu

@@ -287,7 +287,7 @@ class TestFailures:
 
 
 @pytest.mark.parametrize(('channels', 'heads'), [(32, 2), (48, 1), (96, 2), (192, 4), (384, 8), (128, 1)])
-def test_scores_of_the_self_test_lie_well_apart(channels: int, heads: int) -> None:
+def test_scores_of_the_self_test_are_well_separated(channels: int, heads: int) -> None:
     """Rounding must not decide what T_k keeps, and T_k must drop scores that count."""
     weights = selftest._weights(channels, heads, torch.float32, torch.device('cpu'))
     x = selftest._random(1, 11, 13, channels) * 4
@@ -300,7 +300,7 @@ def test_scores_of_the_self_test_lie_well_apart(channels: int, heads: int) -> No
     assert (eager.whole(x, x, replace(weights, step=None, top_k=())) - y).abs().max() > 0.1 * y.abs().max()
 
 
-def test_a_lack_of_memory_raises() -> None:
+def test_out_of_memory_raises() -> None:
     """Maps of 4 million channels take 70 TB: an allocation that is not checked would end the process."""
     kernel.require()
     dummy = torch.zeros(16)

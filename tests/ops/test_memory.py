@@ -17,7 +17,7 @@ SHAPE = (3, 512, 1024)
 """6 MiB in float32."""
 
 
-def test_memory_is_lent_again() -> None:
+def test_memory_is_reused() -> None:
     pool = MemoryPool()
     first = pool.empty(SHAPE, torch.float32)
     start, size = first.data_ptr(), pool.bytes
@@ -39,7 +39,7 @@ def test_memory_is_lent_again() -> None:
     ],
     ids=['itself', 'view', 'detached', 'array', 'storage'],
 )
-def test_memory_in_use_is_not_lent_again(held: Callable[[torch.Tensor], Any]) -> None:
+def test_memory_in_use_is_not_reused(held: Callable[[torch.Tensor], Any]) -> None:
     pool = MemoryPool()
     holder = held(pool.empty(SHAPE, torch.float32))
     start = holder.ctypes.data if isinstance(holder, np.ndarray) else holder.data_ptr()
@@ -110,7 +110,7 @@ def test_threads_get_memory_of_their_own() -> None:
     assert not torn
 
 
-def test_idle_memory_is_bounded_however_much_was_lent(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_idle_memory_is_bounded_however_much_was_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, 'IDLE_BYTES', 16 << 20)
     pool = MemoryPool()
     lent = [pool.empty(SHAPE, torch.float32) for _ in range(5)]

@@ -66,7 +66,7 @@ def test_float32_equals_the_modules(case: str, size: tuple[int, int, int]) -> No
 
 @pytest.mark.parametrize('size', [size for size in SIZES if size != (1, 1, 1)])  # too few to compare errors
 @pytest.mark.parametrize('case', CASES)
-def test_autocast_is_no_worse_than_the_modules(case: str, size: tuple[int, int, int]) -> None:
+def test_autocast_is_as_accurate_as_the_modules(case: str, size: tuple[int, int, int]) -> None:
     module, inputs = CASES[case]
     tensors = inputs(*size)
     x, skip = tensors

@@ -114,7 +114,7 @@ def test_settings_come_from_the_query_or_from_fields(server: Running) -> None:
         assert np.abs(decoded(answer.content) - half).max() <= 1
 
 
-def test_notes_say_what_did_not_go_as_asked(server: Running) -> None:
+def test_notes_report_deviations(server: Running) -> None:
     content = encoded(pixels(), 'PNG')
     assert 'deblur-notes' not in post(server, data=content).headers
     buffer = io.BytesIO()
@@ -175,7 +175,7 @@ def animation() -> bytes:
         ('', {'files': {'image': b'x'}, 'data': {'path': '/'}}, 422, "no parameter 'path'"),
     ],
 )
-def test_every_refusal_is_one_sentence(
+def test_every_refusal_is_reported_in_one_sentence(
     server: Running, query: str, request_: dict[str, Any], status: int, sentence: str
 ) -> None:
     answer = post(server, query, **request_)
@@ -204,7 +204,7 @@ def test_a_sender_that_waits_for_leave_does_not_get_it(server: Running) -> None:
         assert connection.recv(4096).startswith(b'HTTP/1.1 413 ')
 
 
-def test_a_full_queue_is_told_at_once_and_no_one_else_suffers() -> None:
+def test_a_full_queue_is_reported_at_once_and_no_one_else_suffers() -> None:
     held = Held()
     with running({'held': maker(held)}, LIMITS) as server, ThreadPoolExecutor(3) as pool:
         image = pixels()

@@ -163,7 +163,7 @@ def test_the_settings_are_used(visit: Visitor) -> None:
 
 
 @pytest.mark.parametrize('visit', SIZES, indirect=True)
-def test_what_is_no_image_or_too_large_gets_a_sentence(visit: Visitor) -> None:
+def test_other_files_or_too_large_images_gets_a_sentence(visit: Visitor) -> None:
     page = visit.page
     visit.drop('note.png', b'a text, whatever it is called')
     assert visit.status('error') == 'note.png is not an image; JPEG, PNG, TIFF, WebP and BMP can be read'
@@ -356,7 +356,7 @@ def test_files_of_the_page_are_removed_after_a_time() -> None:
         assert raw(server, f'/gradio_api/file={path}')[0] in (403, 404)
 
 
-def test_an_upload_that_is_gone_is_told() -> None:
+def test_an_upload_that_is_gone_is_reported() -> None:
     from dsgformer_arch.serving.page import _uploaded
     from dsgformer_arch.utils.errors import UserError
 

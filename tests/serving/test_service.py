@@ -116,7 +116,7 @@ def test_nothing_waits_where_nothing_may(tmp_path: Path, held: Held) -> None:
     bench.service.stop()
 
 
-def test_a_waiting_image_that_nobody_waits_for_is_not_restored(bench: Bench, held: Held) -> None:
+def test_a_waiting_image_that_was_abandoned_is_not_restored(bench: Bench, held: Held) -> None:
     first, second, third = (bench.submit(png(pixels())) for _ in range(3))
     assert held.began.wait(PATIENCE)
     bench.service.abandon(second)
@@ -130,7 +130,7 @@ def test_a_waiting_image_that_nobody_waits_for_is_not_restored(bench: Bench, hel
     assert not second.target.exists()
 
 
-def test_an_image_in_work_that_nobody_waits_for_stops_at_its_next_tile(bench: Bench, held: Held) -> None:
+def test_an_image_in_progress_that_was_abandoned_stops_at_its_next_tile(bench: Bench, held: Held) -> None:
     job = bench.submit(png(pixels(64, 150)), Settings('darker', tile=64))
     assert held.began.wait(PATIENCE)
     bench.service.abandon(job)
@@ -142,7 +142,7 @@ def test_an_image_in_work_that_nobody_waits_for_stops_at_its_next_tile(bench: Be
     bench.submit(png(pixels())).done.result(PATIENCE)
 
 
-def test_after_stop_nothing_is_taken_and_who_waits_is_told(bench: Bench, held: Held) -> None:
+def test_stop_refuses_new_jobs_and_reports_to_waiting_ones(bench: Bench, held: Held) -> None:
     first, second = bench.submit(png(pixels())), bench.submit(png(pixels()))
     assert held.began.wait(PATIENCE)
     bench.service.stop()
@@ -168,7 +168,7 @@ def test_after_stop_nothing_is_taken_and_who_waits_is_told(bench: Bench, held: H
         ),
     ],
 )
-def test_what_is_no_image_or_too_large_never_waits(
+def test_other_files_or_too_large_images_never_waits(
     bench: Bench, content: bytes, kind: type[Exception], sentence: str
 ) -> None:
     with pytest.raises(kind) as caught:

@@ -107,7 +107,7 @@ def test_the_options_of_training_and_ablation_arrive(called: dict[str, Any]) -> 
         (['loader', '--data', 'x'], 'no finished LMDB'),
     ],
 )  # fmt: skip
-def test_a_mistake_is_one_sentence_and_status_2(
+def test_a_mistake_is_reported_in_one_sentence_and_status_2(
     arguments: list[str], said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip

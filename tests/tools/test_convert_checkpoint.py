@@ -48,7 +48,7 @@ def test_the_converted_file_loads_as_the_same_network(
     assert torch.equal(read_checkpoint(target).state[key], tensor)
 
 
-def test_a_named_system_stands_in_the_metadata(tmp_path: Path) -> None:
+def test_a_named_system_is_in_the_metadata(tmp_path: Path) -> None:
     source = save(tmp_path / 'net.pth', zoo.create('dsgformer_t').state_dict())
     assert run(source, tmp_path / 'net.safetensors', '--system', 'dsgformer_t') == 0
     assert read_checkpoint(tmp_path / 'net.safetensors').metadata['system'] == 'dsgformer_t'
@@ -92,7 +92,7 @@ def bad_inputs(folder: Path) -> dict[str, tuple[Path, list[str], str]]:
         'half',
     ],
 )
-def test_bad_input_is_one_sentence_and_status_2(
+def test_bad_input_is_reported_in_one_sentence_and_status_2(
     case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

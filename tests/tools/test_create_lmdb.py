@@ -120,7 +120,7 @@ def test_twice_is_once_and_other_files_need_force(
         (['gopro', 'ROOT', 'ROOT/train/GOPR0372_07_00/sharp/000001.png'], 'cannot write to'),
     ],
 )
-def test_mistakes_are_told_in_one_line(
+def test_mistakes_are_reported_in_one_line(
     gopro: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], sentence: str
 ) -> None:
     before = set(tmp_path.rglob('*'))

@@ -183,7 +183,7 @@ def test_an_object_store_holds_the_same(tmp_path: Path, bucket: str) -> None:
     assert content(f'{bucket}/some/prefix/train') == content(tmp_path / 'out/train')
 
 
-def test_a_full_disk_is_said_and_the_run_is_continued(
+def test_a_full_disk_is_reported_and_the_run_is_continued(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     images = write_images(tmp_path / 'images', 6)
@@ -246,7 +246,7 @@ def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
         (['gopro', 'ROOT', 'ROOT/train/GOPR0372_07_00/sharp/000001.png'], 'cannot write to'),
     ],
 )
-def test_wrong_arguments_are_one_sentence(
+def test_wrong_arguments_are_reported_in_one_sentence(
     arguments: list[str],
     sentence: str,
     gopro: Path,

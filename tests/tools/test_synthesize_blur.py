@@ -144,7 +144,7 @@ def test_twice_is_once_and_another_set_needs_force(
         (['shake', 'PHOTOS', '--out', 'PHOTOS/0.png'], 'cannot write to'),
     ],
 )
-def test_mistakes_are_told_in_one_line(
+def test_mistakes_are_reported_in_one_line(
     photographs: Path,
     frames: Path,
     tmp_path: Path,

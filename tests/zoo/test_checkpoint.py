@@ -59,7 +59,7 @@ def assert_state(state: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize('wrapper', ['params', 'params_ema', 'state_dict', 'model', 'net', None])
 @pytest.mark.parametrize('prefix', ['', 'module.', '_orig_mod.', 'module._orig_mod.'])
-def test_what_wraps_the_weights_is_taken_off(tmp_path: Path, wrapper: str | None, prefix: str) -> None:
+def test_wrapped_weights_are_unwrapped(tmp_path: Path, wrapper: str | None, prefix: str) -> None:
     state: dict[str, Any] = {prefix + name: tensor for name, tensor in STATE.items()}
     content = {wrapper: state, 'epoch': 3} if wrapper else state
     assert_state(read_checkpoint(saved(tmp_path / 'net.pth', content)).state)
@@ -74,7 +74,7 @@ def test_averaged_weights_come_before_the_others(tmp_path: Path) -> None:
         read_checkpoint(path, 'state_dict')
 
 
-def test_numpy_scalars_and_other_data_beside_the_weights_are_passed_over(tmp_path: Path) -> None:
+def test_numpy_scalars_and_other_data_next_to_the_weights_are_ignored(tmp_path: Path) -> None:
     content = {
         'state_dict': {**STATE, 'note': 'best', 'psnr': 33.7},
         'best_psnr': np.float64(33.72),
@@ -126,7 +126,7 @@ def test_truncated_files_are_named(tmp_path: Path, form: str, share: float) -> N
         read_checkpoint(path)
 
 
-def test_what_is_no_checkpoint_is_one_sentence(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_checkpoint_is_reported_in_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match='is a folder'):
         read_checkpoint(tmp_path)
     with pytest.raises(CheckpointError, match='there is no checkpoint'):
@@ -260,7 +260,7 @@ UNUSABLE: dict[str, tuple[Tensor, str]] = {
 
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('kind', UNUSABLE)
-def test_tensors_that_are_no_weights_are_refused(tmp_path: Path, kind: str) -> None:
+def test_tensors_other_than_weights_are_refused(tmp_path: Path, kind: str) -> None:
     tensor, told = UNUSABLE[kind]
     path = saved(tmp_path / 'net.pth', {'params': {'body.weight': tensor}})
     with pytest.raises(CheckpointError, match=f'net.pth: {told}'):
@@ -302,7 +302,7 @@ def test_settings_of_the_network_travel_with_the_weights(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize('settings', ['[' * 100_000, '{"a":' * 100_000, '1' * 10_000, 'NaN', '', '[1]'])
-def test_metadata_that_are_no_settings_are_one_sentence(tmp_path: Path, settings: str) -> None:
+def test_metadata_other_than_settings_are_reported_in_one_sentence(tmp_path: Path, settings: str) -> None:
     save_file(dict(STATE), tmp_path / 'net.safetensors', {'system': 'dsgformer', 'settings': settings})
     checkpoint = read_checkpoint(tmp_path / 'net.safetensors')
     with pytest.raises(CheckpointError, match='settings that are no JSON object'):

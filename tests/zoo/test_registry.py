@@ -188,7 +188,7 @@ def test_local_pooling_is_refused_where_nothing_is_global() -> None:
 
 
 @pytest.mark.parametrize('name', SMALL)
-def test_systems_say_truly_whether_local_pooling_applies(name: str) -> None:
+def test_systems_state_correctly_whether_local_pooling_applies(name: str) -> None:
     if zoo.get(name).tlc:
         small(name, tlc=(32, 48))
     else:
@@ -200,7 +200,7 @@ def test_systems_say_truly_whether_local_pooling_applies(name: str) -> None:
 
 
 @pytest.mark.parametrize('name', SMALL)
-def test_a_checkpoint_tells_the_system_and_its_sizes(name: str, tmp_path: Path) -> None:
+def test_a_checkpoint_identifies_the_system_and_its_sizes(name: str, tmp_path: Path) -> None:
     network = small(name)
     state = network.state_dict()
     architecture, settings = zoo.identify(state)
@@ -233,7 +233,7 @@ def test_ipt_is_recognised_by_name() -> None:
     assert zoo.identify(zoo.create('ipt').state_dict())[0] == 'ipt'
 
 
-def test_what_weights_cannot_tell_is_the_nearest_system_s() -> None:
+def test_settings_without_a_trace_are_those_of_the_nearest_system() -> None:
     state = small('mb_taylorformer_v2_b').state_dict()
     assert tuple(zoo.identify(state)[1]['offset_clamp']) == (-3, 3)
 
@@ -328,7 +328,7 @@ def test_grey_weights_of_a_network_for_rgb_only_are_refused(tmp_path: Path) -> N
 # Safetensors that say whose they are.
 
 
-def test_converting_keeps_weights_and_tells_system_and_settings(tmp_path: Path) -> None:
+def test_converting_keeps_weights_and_states_system_and_settings(tmp_path: Path) -> None:
     network = zoo.create('dsgformer_t')
     path = save(tmp_path, {'params': network.state_dict(), 'iter': 7})
     target = tmp_path / 'net.safetensors'

@@ -12,7 +12,7 @@ from dsgformer_arch.utils.errors import UserError
 from tests.streams import write_images, write_lmdbs, write_stream
 
 
-def test_streams_are_measured_beside_lmdbs(tmp_path: Path) -> None:
+def test_streams_are_measured_next_to_lmdbs(tmp_path: Path) -> None:
     pytest.importorskip('litdata')
     images = write_images(tmp_path / 'images', 4)
     write_lmdbs(images, tmp_path)

@@ -67,7 +67,7 @@ def test_equal_data_have_equal_digests(tmp_path: Path) -> None:
     assert pairs.find(str(tmp_path / 'a' / 'test'), 'gopro').first(1).check() != a
 
 
-def test_an_image_without_partner_in_a_folder(tmp_path: Path) -> None:
+def test_an_image_without_counterpart_in_a_folder(tmp_path: Path) -> None:
     save(tmp_path / 'blur' / 'x.png')
     save(tmp_path / 'blur' / 'y.png')
     save(tmp_path / 'sharp' / 'x.png')
@@ -81,7 +81,7 @@ def test_a_gopro_sequence_without_its_sharp_images(tmp_path: Path) -> None:
         pairs.find(str(tmp_path / 'test'), 'gopro')
 
 
-def test_an_image_without_partner_in_an_lmdb(tmp_path: Path) -> None:
+def test_an_image_without_counterpart_in_an_lmdb(tmp_path: Path) -> None:
     write_lmdb(tmp_path / 'test_lq.lmdb', {'a': photograph(0, 20, 20), 'b': photograph(1, 20, 20)})
     write_lmdb(tmp_path / 'test_gt.lmdb', {'a': photograph(0, 20, 20)})
     with pytest.raises(UserError, match=r'test_lq\.lmdb: the image b has no partner in .*test_gt\.lmdb'):

@@ -202,7 +202,7 @@ def test_sizes_that_differ_are_found_before_anything_is_restored(tmp_path: Path,
         measure(tmp_path, tmp_path / 'q', 'tiny')
 
 
-def test_nan_fails_its_image_and_the_run_goes_on(
+def test_nan_fails_its_image_and_the_run_continues(
     tmp_path: Path, replaced: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dark, light = (np.full((20, 24, 3), value, np.uint8) for value in (20, 200))
@@ -253,7 +253,7 @@ def test_equal_images_have_infinite_psnr_and_leave_the_mean_as_it_is(tmp_path: P
     assert 'infinite PSNR' in (tmp_path / 'q.md').read_text()
 
 
-def test_resume_goes_on_where_the_run_was_interrupted(
+def test_resume_continues_where_the_run_was_interrupted(
     sample: Path, tmp_path: Path, replaced: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network = nn.Identity()
@@ -303,9 +303,7 @@ def test_resume_with_other_settings_is_refused(sample: Path, tmp_path: Path, rep
         measure(sample, tmp_path / 'q', 'tiny', limit=1, resume=True)
 
 
-def test_tiles_only_when_asked_and_then_the_result_says_so(
-    sample: Path, tmp_path: Path, replaced: Any
-) -> None:
+def test_tiles_only_when_asked_and_then_reported(sample: Path, tmp_path: Path, replaced: Any) -> None:
     sizes: list[tuple[int, ...]] = []
     network = nn.Identity()
     network.register_forward_hook(lambda module, inputs, output: sizes.append(tuple(output.shape[-2:])))
@@ -481,7 +479,7 @@ def test_a_set_without_a_score_leaves_no_mean(five_sets: list[str], tmp_path: Pa
     assert '1 failed: ' in (tmp_path / 'q.md').read_text().split('**mean**')[-1].splitlines()[0]
 
 
-def test_sets_of_the_same_name_are_told_apart(tmp_path: Path, replaced: Any, monkeypatch: Any) -> None:
+def test_sets_of_the_same_name_are_distinguished(tmp_path: Path, replaced: Any, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     for folder in ('a', 'b'):
         write_pairs(Path(folder), 'test', 1, seed=ord(folder))

@@ -210,7 +210,7 @@ def test_peak_memory_is_of_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch)
     assert killed == {'peak_memory_mib': None, 'memory_note': 'ended by the system'}
 
 
-def test_a_process_that_runs_out_of_memory_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_runs_out_of_memory_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zoo, 'create', lambda name: Greedy())
     task = {
         **speed.Variant('tiny', 16, 16).__dict__,
@@ -230,7 +230,7 @@ def test_a_gpu_that_is_not_there(tmp_path: Path) -> None:
         commands.run('speed', ['tiny'], device='cuda:99', out=tmp_path / 's')
 
 
-def test_the_table_names_what_tells_rows_apart() -> None:
+def test_the_table_names_what_distinguishes_rows() -> None:
     rows = [speed_row('a', 1.0), speed_row('a', 2.0, '512x512', channels_last=True)]
     assert render_speed.labels(rows) == ['a 256x256 fp32', 'a 512x512 fp32, channels-last']
     assert render_speed.labels([speed_row('a', 1.0), speed_row('b', 1.0)]) == ['a', 'b']

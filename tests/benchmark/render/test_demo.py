@@ -161,7 +161,7 @@ def break_(project: Path, what: str) -> str:
         'image of this data set', 'data set', 'option file',
     ],
 )  # fmt: skip
-def test_what_is_missing_is_one_sentence(project: Path, what: str) -> None:
+def test_what_is_missing_is_reported_in_one_sentence(project: Path, what: str) -> None:
     message = break_(project, what)
     with pytest.raises(UserError, match=message):
         show(TRAIN, TEST, Path('results/demo'))

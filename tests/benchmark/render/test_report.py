@@ -135,7 +135,7 @@ def test_whole_images_in_float32_count_before_others() -> None:
     assert 'in tiles' in table_one(tiled)['restormer']['measured how']
 
 
-def test_the_plot_tells_measured_from_reported() -> None:
+def test_the_plot_distinguishes_measured_from_reported() -> None:
     rows = [
         speed_row('dsgformer', 200.0),
         speed_row('dsgformer', 150.0, channels_last=True),

@@ -25,7 +25,7 @@ def test_a_row_says_what_is_known_of_a_system() -> None:
     assert cells['Rain100L'] == ''
 
 
-def test_least_sizes_stand_beside_multiples() -> None:
+def test_least_sizes_are_listed_next_to_multiples() -> None:
     assert system_table.padding(zoo.get('convir_s')) == '32, at least 256'
     assert system_table.padding(zoo.get('restormer')) == '8'
 
@@ -36,9 +36,7 @@ def test_results_without_ssim_are_psnr_alone() -> None:
     assert system_table.result(reported, 'HIDE') == ''
 
 
-def test_only_what_stands_between_the_markers_changes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_text_between_the_markers_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(system_table, 'table', lambda: '| new |')
     readme = tmp_path / 'README.md'
     readme.write_text(f'before\n{system_table.BEGIN}\n| old |\n{system_table.END}\nafter\n')

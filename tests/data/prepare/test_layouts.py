@@ -204,7 +204,9 @@ def test_realblur_problems(realblur: tuple[str, str, str, Path]) -> None:
     assert [pair.key for pair in split.pairs] == ['scene001-1']
 
 
-def test_realblur_without_its_images_is_one_sentence(realblur: tuple[str, str, str, Path]) -> None:
+def test_realblur_without_its_images_is_reported_in_one_sentence(
+    realblur: tuple[str, str, str, Path],
+) -> None:
     preset, letter, folder, root = realblur
     (root / folder).rename(root.parent / 'elsewhere')
     with pytest.raises(UserError, match=f'holds no image that RealBlur_{letter}_train_list.txt names'):

@@ -396,7 +396,7 @@ def test_what_is_not_whole_does_not_pass_for_finished(root: Path, damage: str) -
     assert stored(broken) == files(root / 'gt')
 
 
-def test_a_missing_side_is_made_anew(root: Path, said: list[str]) -> None:
+def test_a_missing_side_is_made_again(root: Path, said: list[str]) -> None:
     create(root, root / 'out')
     shutil.rmtree(root / 'out/train_lq.lmdb')
     create(root, root / 'out', say=said.append)
@@ -576,7 +576,7 @@ def test_what_was_finished_from_other_files_is_not_taken_over(
 # --- the disk -----------------------------------------------------------------------------------------------
 
 
-def test_too_little_space_is_told_before_writing(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_space_is_reported_before_writing(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(root)
     monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage._replace(free=1000))
     with pytest.raises(
@@ -586,7 +586,7 @@ def test_too_little_space_is_told_before_writing(root: Path, monkeypatch: pytest
     assert not (root / 'out').exists()
 
 
-def test_a_write_that_fails_is_one_sentence_and_leaves_nothing(
+def test_a_write_that_fails_is_reported_in_one_sentence_and_leaves_nothing(
     root: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The kernel refuses to let any file grow beyond 20 kB."""
@@ -622,7 +622,7 @@ def mount_small_disk(folder: Path, size: str) -> None:
 
 
 @pytest.mark.parametrize('mebibytes', range(1, 4))
-def test_a_full_disk_is_one_sentence_and_leaves_nothing(
+def test_a_full_disk_is_reported_in_one_sentence_and_leaves_nothing(
     root: Path, capfd: pytest.CaptureFixture[str], mebibytes: int
 ) -> None:
     """The space needed for crops is known only when they are encoded."""

@@ -193,7 +193,7 @@ def test_two_runs_do_not_write_to_one_folder(tmp_path: Path) -> None:
         os.close(handle)
 
 
-def test_a_full_disk_is_one_sentence_and_leaves_nothing(
+def test_a_full_disk_is_reported_in_one_sentence_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> int:
@@ -205,13 +205,15 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(
     assert names(tmp_path) == []
 
 
-def test_a_file_in_place_of_the_folder_is_one_sentence(tmp_path: Path) -> None:
+def test_a_file_in_place_of_the_folder_is_reported_in_one_sentence(tmp_path: Path) -> None:
     (tmp_path / 'file').write_text('')
     with pytest.raises(UserError, match=r'cannot write the sample set to .*file'):
         create_sample_set(tmp_path / 'file')
 
 
-def test_missing_photographs_are_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_photographs_are_reported_in_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(UserError, match=r'nobody\.png'):
         photograph('nobody')
     monkeypatch.setattr(sample_set, 'find_spec', lambda _: None)

@@ -87,7 +87,7 @@ def test_the_gopro_table_keeps_neutral_highlights_neutral() -> None:
         ('image.npy', 'cannot read the camera response'),
     ],
 )
-def test_what_is_no_response_is_told(
+def test_files_other_than_a_response_are_reported(
     name: str, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

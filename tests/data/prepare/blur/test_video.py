@@ -92,7 +92,7 @@ def test_no_window_holds_a_cut(tmp_path: Path) -> None:
     assert found == [(0, 5), (5, 5), (13, 5), (18, 5)]
 
 
-def test_a_fast_pan_is_no_cut(tmp_path: Path) -> None:
+def test_a_fast_pan_is_not_a_cut(tmp_path: Path) -> None:
     root = save(tmp_path / 'run', pan(20, step=24))
     assert windows(root, Averaging(frames=(5, 5))) == [(0, 5), (5, 5), (10, 5), (15, 5)]
 
@@ -187,12 +187,12 @@ def test_clips_are_found(tmp_path: Path) -> None:
         ({'realism': {'noise': 2}}, 'realism: noise is 2'),
     ],
 )
-def test_wrong_settings_are_told(change: dict[str, object], sentence: str) -> None:
+def test_wrong_settings_are_reported(change: dict[str, object], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         from_options(Averaging, change, 'settings')
 
 
-def test_what_is_no_video_is_told(tmp_path: Path) -> None:
+def test_files_other_than_a_video_are_reported(tmp_path: Path) -> None:
     pytest.importorskip('av', reason='PyAV is an optional dependency')
     broken = tmp_path / 'x.mp4'
     broken.write_bytes(b'no video at all')
