@@ -63,6 +63,15 @@ def _compare(interpreted: ModuleType, block: DSGA, X: Tensor) -> None:
     assert _error(_restored(interpreted, block.float(), X.float(), torch.float32), exact) < 1e-6
 
 
+@pytest.mark.parametrize('name', ['project_in', 'project_out'])
+def test_weights_that_are_not_contiguous(interpreted: ModuleType, name: str) -> None:
+    block, X = _block(32, 2), _image(1, 32, 8, 8)
+    weight = getattr(block, name).weight
+    weight.data = weight.data.transpose(0, 1).contiguous().transpose(0, 1)
+    assert not weight.is_contiguous()
+    _compare(interpreted, block, X)
+
+
 @pytest.mark.parametrize('strip', [1, 1 << 30])
 @pytest.mark.parametrize('size', SIZES)
 @pytest.mark.parametrize(('channels', 'heads'), [(48, 1), (32, 2), (144, 3)])
