@@ -33,19 +33,33 @@ def shifted(gopro: Pair) -> tuple[Pair, Alignment]:
     return (darker, sharp), align(darker, sharp)
 
 
-def test_as_the_authors_script(gopro_crop: Pair, ecc_slack: int) -> None:
+def test_as_the_authors_script(gopro_crop: Pair, ecc_tolerance: tuple[float, float]) -> None:
     aligned = align(*gopro_crop)
     assert aligned.converged
-    assert aligned.psnr() == pytest.approx(21.703988716, abs=1e-4 * ecc_slack)
-    assert aligned.ssim() == pytest.approx(0.584645955, abs=1e-6 * ecc_slack)
+    assert aligned.psnr() == pytest.approx(21.703988716, abs=ecc_tolerance[0])
+    assert aligned.ssim() == pytest.approx(0.584645955, abs=min(ecc_tolerance[1], 1e-5))
 
 
-def test_all_the_iterations_of_the_authors_script(ecc_slack: int) -> None:
-    """Here ECC is still on its way after 100 iterations: one less gives 22.582441 dB."""
+def test_all_the_iterations_of_the_authors_script(ecc_tolerance: tuple[float, float]) -> None:
+    """ECC has not converged after 100 iterations of this pair: one less gives 22.582441 dB."""
     rainy, clean = read_pair('rain200h/input/1.png', 'rain200h/target/1.png')
     aligned = align(rainy[:160, :160], clean[:160, :160])
-    assert aligned.psnr() == pytest.approx(22.582383276, abs=1e-5 * ecc_slack)
-    assert aligned.ssim() == pytest.approx(0.476317328, abs=1e-6 if ecc_slack == 1 else 1e-4)
+    assert aligned.psnr() == pytest.approx(22.582383276, abs=0.1 * ecc_tolerance[0])
+    assert aligned.ssim() == pytest.approx(0.476317328, abs=ecc_tolerance[1])
+
+
+def test_shifted_pairs_keep_the_stated_tolerance(gopro: Pair, ecc_tolerance: tuple[float, float]) -> None:
+    """The numbers are those of OpenCV 5.0.0; 4.5.5 and 4.10.0 differ by 1.5e-4 dB and 1.5e-5 at most."""
+    blurred, sharp = gopro
+    darker = np.round(blurred[103:403, 196:596] * 0.8).astype(np.uint8)
+    rainy, clean = read_pair('rain200h/input/1.png', 'rain200h/target/1.png')
+    for restored, partner, psnr, ssim in (
+        (darker, sharp[100:400, 200:600], 21.673910532, 0.587983921),
+        (rainy[3:163, 2:162], clean[:160, :160], 22.463057499, 0.480589119),
+    ):
+        aligned = align(np.ascontiguousarray(restored), np.ascontiguousarray(partner))
+        assert aligned.psnr() == pytest.approx(psnr, abs=ecc_tolerance[0])
+        assert aligned.ssim() == pytest.approx(ssim, abs=ecc_tolerance[1])
 
 
 def test_shift_and_brightness_are_taken_back(shifted: tuple[Pair, Alignment]) -> None:

@@ -29,7 +29,7 @@ exists and is not older than the file.
 Exit status: 0 all restored, 1 some failed (each is named), 2 wrong usage.
 """
 
-side = whole_number(64)
+side = whole_number(64, 'pixels')
 """The type of sides of tiles and crops, in pixels."""
 
 
