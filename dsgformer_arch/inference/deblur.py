@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dsgformer_arch.inference.images import FORMATS, Output, Picture, Pixels, open_image
+from dsgformer_arch.inference.images import FORMATS, ImageFile, Output, Pixels, open_image
 from dsgformer_arch.inference.jobs import STREAM, Job
 from dsgformer_arch.utils.errors import UserError
 from dsgformer_arch.utils.progress import Stages
@@ -149,7 +149,7 @@ def summary(results: Iterable[Result], seconds: float) -> str:
     return tally.summary(seconds)
 
 
-def _read(job: Job) -> Picture | None:
+def _read(job: Job) -> ImageFile | None:
     """The image of a job, decoded; None for a video."""
     if job.is_video:
         return None
@@ -196,30 +196,30 @@ def _restored(
     result: Result,
     restorer: Deblurrer,
     job: Job,
-    reading: Future[Picture | None],
+    reading: Future[ImageFile | None],
     compare: bool,
     progress: Stages,
 ) -> Callable[[], None] | None:
     """Restore one file; returns a function that encodes and writes the result, None for a video."""
-    picture = reading.result()
+    image = reading.result()
     restorer.report.notes.clear()
     restorer.report.network_seconds = 0.0
-    if picture is None:
+    if image is None:
         from dsgformer_arch.inference.video import deblur_video
 
         deblur_video(restorer, job.source, job.target, result, progress.tick)
         result.network_seconds = restorer.report.network_seconds
         result.notes += restorer.report.notes
         return None
-    format = picture.format
+    format = image.format
     if job.target != STREAM:
         format = FORMATS[os.path.splitext(job.target)[1].lower()]
         os.makedirs(os.path.dirname(os.path.abspath(job.target)), exist_ok=True)
-    output = Output(picture, None if job.target == STREAM else job.target, format)
+    output = Output(image, None if job.target == STREAM else job.target, format)
     shown: list[Pixels] = []
     begun = time.perf_counter()
     try:
-        for band in restorer.bands(picture.rows, picture.size, progress.tick):
+        for band in restorer.bands(image.rows, image.size, progress.tick):
             output.write(band)
             if compare:
                 shown.append(band)
@@ -228,8 +228,8 @@ def _restored(
         raise
     result.seconds = time.perf_counter() - begun
     result.network_seconds = restorer.report.network_seconds
-    result.megapixels = round(picture.size[0] * picture.size[1] / 1e6, 6)
-    result.notes += [*picture.notes, *output.notes, *restorer.report.notes]
+    result.megapixels = round(image.size[0] * image.size[1] / 1e6, 6)
+    result.notes += [*image.notes, *output.notes, *restorer.report.notes]
 
     def finish() -> None:
         output.finish()
@@ -248,9 +248,9 @@ def _compare(job: Job, restored: Pixels, result: Result) -> None:
     if height * width > LARGEST_COMPARISON:
         result.notes.append('too large for a side-by-side image')
         return
-    picture = open_image(job.source)
-    both = np.concatenate([picture.rows(0, height), restored], axis=1)
-    picture.size = (height, 2 * width)
-    output = Output(picture, os.path.splitext(job.target)[0] + COMPARISON, 'JPEG')
+    image = open_image(job.source)
+    both = np.concatenate([image.rows(0, height), restored], axis=1)
+    image.size = (height, 2 * width)
+    output = Output(image, os.path.splitext(job.target)[0] + COMPARISON, 'JPEG')
     output.write(both)
     output.finish()

@@ -90,7 +90,7 @@ class Metadata:
 
 
 @dataclass
-class Picture:
+class ImageFile:
     """An open image file.
 
     Attributes:
@@ -121,7 +121,7 @@ class Picture:
         return self.size[0] * self.size[1] * self.channels * self.dtype.itemsize
 
 
-def open_image(source: str | os.PathLike[str] | bytes, name: str | None = None) -> Picture:
+def open_image(source: str | os.PathLike[str] | bytes, name: str | None = None) -> ImageFile:
     """Open an image file.
 
     Args:
@@ -133,22 +133,35 @@ def open_image(source: str | os.PathLike[str] | bytes, name: str | None = None) 
             channels, values outside [0, 1]); the message says which.
     """
     name = name or ('the input' if isinstance(source, bytes) else os.fspath(source))
-    try:
+    with _reading(name):
         head = source[:64] if isinstance(source, bytes) else _head(source)
-        kind = sniff(head)
-        if kind is None:
-            raise ImageError(f'{name} is not an image; JPEG, PNG, TIFF, WebP and BMP can be read')
+        kind = _format(head, name)
         if kind == 'PNG':
-            _check_sides(name, *struct.unpack('>II', head[16:24]))
-        if kind == 'TIFF' or (kind == 'PNG' and (head[24] == 16 or _png_pixels(head) > LARGE)):
+            width, height = struct.unpack('>II', head[16:24])
+            _check_sides(name, width, height)
+            if head[24] == 16 or width * height > LARGE:
+                return _open_vips(source, name, kind)
+        if kind == 'TIFF':
             return _open_vips(source, name, kind)
         return _open_pillow(source, name, kind)
-    except ImageError:
-        raise
+
+
+@contextlib.contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Turn what decoders raise into `ImageError`s."""
+    try:
+        yield
     except FileNotFoundError:
         raise ImageError(f'{name}: there is no such file') from None
     except (OSError, ValueError, SyntaxError, EOFError, struct.error, IndexError) as error:
         raise ImageError(f'{name} cannot be read: {one_line(error)}') from None
+
+
+def _format(head: bytes, name: str) -> str:
+    kind = sniff(head)
+    if kind is None:
+        raise ImageError(f'{name} is not an image; JPEG, PNG, TIFF, WebP and BMP can be read')
+    return kind
 
 
 def sniff(head: bytes) -> str | None:
@@ -172,17 +185,15 @@ def image_header(path: str | os.PathLike[str], name: str | None = None) -> tuple
         name: the name in messages; the path by default.
 
     Returns:
-        The format as in `Picture`, and (height, width) as stored: the orientation is not applied.
+        The format as in `ImageFile`, and (height, width) as stored: the orientation is not applied.
 
     Raises:
         ImageError: the file is missing, not an image, or its header is damaged.
     """
     name = name or os.fspath(path)
-    try:
+    with _reading(name):
         head = _head(path)
-        kind = sniff(head)
-        if kind is None:
-            raise ImageError(f'{name} is not an image; JPEG, PNG, TIFF, WebP and BMP can be read')
+        kind = _format(head, name)
         if kind == 'PNG':
             width, height = struct.unpack('>II', head[16:24])
             return kind, (int(height), int(width))
@@ -203,44 +214,40 @@ def image_header(path: str | os.PathLike[str], name: str | None = None) -> tuple
                 raise ImageError(f'{name} begins like {kind} but is damaged') from None
             except Image.DecompressionBombError as error:
                 raise ImageError(f'{name} is too large: {one_line(error)}') from None
-    except FileNotFoundError:
-        raise ImageError(f'{name}: there is no such file') from None
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error, IndexError) as error:
-        raise ImageError(f'{name} cannot be read: {one_line(error)}') from None
 
 
 class Output:
     """An image file that is written row by row, and atomically by `finish`.
 
     Args:
-        picture: the input, for metadata and encoding.
+        source: the input, for metadata and encoding.
         path: the path of the file; None to keep it in `content`.
-        format: as in `Picture`.
+        format: as in `ImageFile`.
 
     Attributes:
         content: the encoded file, where there is no path.
         notes: properties that the format cannot hold, as sentences.
     """
 
-    def __init__(self, picture: Picture, path: str | os.PathLike[str] | None, format: str) -> None:
-        self.picture, self.format = picture, format
+    def __init__(self, source: ImageFile, path: str | os.PathLike[str] | None, format: str) -> None:
+        self.source, self.format = source, format
         self.path = None if path is None else os.fspath(path)
         self.content = b''
         self.notes: list[str] = []
         self._rows: list[Pixels] = []
         self._file: Any = None
-        bits = picture.dtype.itemsize * 8
-        self.dtype = picture.dtype
+        bits = source.dtype.itemsize * 8
+        self.dtype = source.dtype
         if bits > BITS[format]:
             self.dtype = np.dtype(np.uint8 if BITS[format] == 8 else np.uint16)
             self.notes.append(
                 f'{format} has no {bits}-bit channels: written with {self.dtype.itemsize * 8} bits'
             )
-        self.channels = picture.channels
-        if picture.channels in (2, 4) and format in ('JPEG', 'BMP'):
+        self.channels = source.channels
+        if source.channels in (2, 4) and format in ('JPEG', 'BMP'):
             self.channels -= 1
             self.notes.append(f'{format} has no transparency: alpha was dropped')
-        if picture.bytes > IN_MEMORY and self._streams:
+        if source.bytes > IN_MEMORY and self._streams:
             folder = os.path.dirname(self.path) if self.path else None
             self._file = tempfile.NamedTemporaryFile(dir=folder or None)  # noqa: SIM115 (closed by `close`)
 
@@ -290,11 +297,11 @@ class Output:
         else:
             pixels = np.concatenate(self._rows) if len(self._rows) != 1 else self._rows[0]
             self._rows.clear()
-            _save(pixels, path, self.format, self.picture)
+            _save(pixels, path, self.format, self.source)
 
     def _strips(self, height: int) -> Iterator[Pixels]:
         """The rows written so far, in strips of `height` rows."""
-        rows, width = self.picture.size
+        rows, width = self.source.size
         if self._file is None:
             pixels = np.concatenate(self._rows)
             yield from (pixels[top : top + height] for top in range(0, rows, height))
@@ -308,13 +315,13 @@ class Output:
     def _write_tiff(self, path: str) -> None:
         import tifffile
 
-        (height, width), metadata = self.picture.size, self.picture.metadata
+        (height, width), metadata = self.source.size, self.source.metadata
         strip = max(1, STRIP // (width * self.channels * self.dtype.itemsize))
         grey, alpha = self.channels <= 2, self.channels in (2, 4)
         plain: dict[str, Any] = {} if self.channels == 1 else {'planarconfig': 'contig'}
         if alpha:
-            plain['extrasamples'] = [self.picture.settings.get('alpha', 2)]
-        compressed = self.picture.settings.get('compressed', True)
+            plain['extrasamples'] = [self.source.settings.get('alpha', 2)]
+        compressed = self.source.settings.get('compressed', True)
         if compressed:
             plain['compression'] = 'zlib'
             if self.dtype.kind == 'u':
@@ -334,7 +341,7 @@ class Output:
             extra.append((34675, 'B', len(metadata.icc), metadata.icc, True))
         if metadata.xmp:
             extra.append((700, 'B', len(metadata.xmp), metadata.xmp, True))
-        large = self.picture.settings.get('large', False) or self.picture.bytes > LARGE_TIFF
+        large = self.source.settings.get('large', False) or self.source.bytes > LARGE_TIFF
         with tifffile.TiffWriter(path, bigtiff=large, byteorder='<') as writer:
             writer.write(
                 (_encoded(part, compressed) for part in self._strips(strip)),
@@ -355,7 +362,7 @@ class Output:
     def _write_vips_png(self, path: str) -> None:
         import pyvips
 
-        (height, width), metadata = self.picture.size, self.picture.metadata
+        (height, width), metadata = self.source.size, self.source.metadata
         if self._file is None:
             pixels = np.concatenate(self._rows)
             image = pyvips.Image.new_from_memory(
@@ -416,15 +423,10 @@ def _check_sides(name: str, width: int, height: int) -> None:
         )
 
 
-def _png_pixels(head: bytes) -> int:
-    width, height = struct.unpack('>II', head[16:24])
-    return int(width * height)
-
-
 # Pillow
 
 
-def _open_pillow(source: Any, name: str, kind: str) -> Picture:
+def _open_pillow(source: Any, name: str, kind: str) -> ImageFile:
     stream = io.BytesIO(source) if isinstance(source, bytes) else source
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', Image.DecompressionBombWarning)  # the size is looked at below
@@ -455,7 +457,7 @@ def _open_pillow(source: Any, name: str, kind: str) -> Picture:
         raise ImageError(f'{name}: {error}') from None
     pixels = np.asarray(_plain_mode(ImageOps.exif_transpose(image), metadata, notes))
     pixels = pixels[..., None] if pixels.ndim == 2 else pixels
-    return Picture(
+    return ImageFile(
         name, kind, (pixels.shape[0], pixels.shape[1]), pixels.shape[2], pixels.dtype,
         lambda top, bottom: pixels[top:bottom], metadata, settings, notes,
     )  # fmt: skip
@@ -532,10 +534,10 @@ def _webp_is_lossless(source: Any) -> bool:
     return False
 
 
-def _save(pixels: Pixels, path: str, format: str, picture: Picture) -> None:
+def _save(pixels: Pixels, path: str, format: str, source: ImageFile) -> None:
     """Write 8-bit pixels with Pillow."""
     image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-    metadata, settings = picture.metadata, picture.settings
+    metadata, settings = source.metadata, source.settings
     options: dict[str, Any] = {'icc_profile': metadata.icc, 'dpi': metadata.dpi}
     if metadata.exif:
         options['exif'] = b'Exif\0\0' + metadata.exif
@@ -545,7 +547,7 @@ def _save(pixels: Pixels, path: str, format: str, picture: Picture) -> None:
         }  # fmt: skip
         options['xmp'] = metadata.xmp
     elif format == 'WEBP':
-        lossless = settings.get('lossless', picture.format in ('PNG', 'BMP', 'TIFF'))
+        lossless = settings.get('lossless', source.format in ('PNG', 'BMP', 'TIFF'))
         options |= {'lossless': lossless, 'quality': 75 if lossless else LOSSY_QUALITY, 'exact': True}
         options['xmp'] = metadata.xmp
     elif format == 'PNG':
@@ -564,7 +566,7 @@ def jpeg_options(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Pillow's options for a JPEG of at least the quality of the input.
 
     Args:
-        settings: those of the input, see `Picture`.
+        settings: those of the input, see `ImageFile`.
     """
     tables = []
     for i, (_, given) in enumerate(sorted(settings['tables'].items())):
@@ -589,7 +591,7 @@ def _tables(quality: int) -> list[list[int]]:
 # libvips
 
 
-def _open_vips(source: Any, name: str, kind: str) -> Picture:
+def _open_vips(source: Any, name: str, kind: str) -> ImageFile:
     import pyvips
 
     try:
@@ -598,7 +600,7 @@ def _open_vips(source: Any, name: str, kind: str) -> Picture:
         raise ImageError(f'{name} cannot be read: {one_line(error)}') from None
 
 
-def _opened_vips(pyvips: Any, source: Any, name: str, kind: str) -> Picture:
+def _opened_vips(pyvips: Any, source: Any, name: str, kind: str) -> ImageFile:
     def load(access: str) -> Any:
         options = {'access': access, 'fail_on': 'error'}
         if isinstance(source, bytes):
@@ -650,7 +652,7 @@ def _opened_vips(pyvips: Any, source: Any, name: str, kind: str) -> Picture:
                 f'{name} has floating-point values from {least:g} to {most:g}; scale them to [0, 1]'
             )
         image = image.cast('float')
-    return Picture(
+    return ImageFile(
         name, kind, (image.height, image.width), image.bands, np.dtype(dtype),
         _Rows(pyvips, image, np.dtype(dtype), name), metadata, settings, notes,
     )  # fmt: skip

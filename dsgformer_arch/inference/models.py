@@ -102,18 +102,18 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
         head = stream.read(64)
     found: dict[str, Any] = {'file': file, 'bytes': size}
     if sniff(head) is not None:
-        picture = open_image(file)
-        height, width = picture.size
+        image = open_image(file)
+        height, width = image.size
         return found | {
             'kind': 'image',
-            'format': picture.format,
+            'format': image.format,
             'width': width,
             'height': height,
-            'channels': {1: 'grey', 2: 'grey and alpha', 3: 'RGB', 4: 'RGB and alpha'}[picture.channels],
-            'bits': picture.dtype.itemsize * 8,
-            'icc profile': picture.metadata.icc is not None,
-            'exif': picture.metadata.exif is not None,
-            'notes': picture.notes,
+            'channels': {1: 'grey', 2: 'grey and alpha', 3: 'RGB', 4: 'RGB and alpha'}[image.channels],
+            'bits': image.dtype.itemsize * 8,
+            'icc profile': image.metadata.icc is not None,
+            'exif': image.metadata.exif is not None,
+            'notes': image.notes,
         }
     if os.path.splitext(file)[1].lower() in VIDEOS:
         from dsgformer_arch.inference.video import describe_video

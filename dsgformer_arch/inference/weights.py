@@ -47,22 +47,15 @@ def network(
             return zoo.create(name, pretrained=True, tlc=tlc), name
     from dsgformer_arch.inference import official_weights  # imports requests, which is slow
 
-    official = official_weights.find(name) if '/' in name or has_official(name) else None
-    if official is None:
+    if '/' not in name and all(weights.system != name for weights in official_weights.TABLE):
         raise UserError(
             f'there are no weights of {name}; give a file of weights with --weights FILE '
             '(in Python: weights=FILE)'
         )
+    official = official_weights.find(name)
     if not official_weights.cached(official):
         offer(official)
     return zoo.load(official_weights.get(official), tlc=tlc), official.key
-
-
-def has_official(name: str) -> bool:
-    """Whether the authors of a system publish weights."""
-    from dsgformer_arch.inference import official_weights
-
-    return any(weights.system == name for weights in official_weights.TABLE)
 
 
 def offer(official: official_weights.OfficialWeights) -> None:

@@ -217,8 +217,8 @@ def _shown(path: Path, result: Result, target: Path) -> Path:
         _link(path, target)
         return target
     with _shrinking:
-        picture = open_image(path, path.name)
-        pixels = picture.rows(0, height)
+        opened = open_image(path, path.name)
+        pixels = opened.rows(0, height)
         if pixels.dtype == np.uint16:
             pixels = (pixels >> 8).astype(np.uint8)
         elif pixels.dtype != np.uint8:
@@ -227,7 +227,7 @@ def _shown(path: Path, result: Result, target: Path) -> Path:
         kind = 'PNG' if pixels.shape[-1] in (2, 4) else 'JPEG'
         target = target.with_suffix(SUFFIXES[kind])
         # Both images are compressed with the same quality, so that the comparison is fair.
-        image.save(target, kind, quality=95, compress_level=1, icc_profile=picture.metadata.icc)
+        image.save(target, kind, quality=95, compress_level=1, icc_profile=opened.metadata.icc)
     return target
 
 

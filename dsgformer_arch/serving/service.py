@@ -281,22 +281,22 @@ class RestorationService:
         # Only this thread restores, so one network can be used with all settings.
         restorer.strength, restorer.tile = job.settings.strength, job.settings.tile
         restorer.precision, restorer.report = job.settings.precision, Report()
-        picture = open_image(job.source, job.name)
+        image = open_image(job.source, job.name)
 
         def tick(fraction: float) -> None:
             if job.abandoned:
                 raise AbandonedError
             job.fraction = fraction
 
-        output = Output(picture, job.target, picture.format)
+        output = Output(image, job.target, image.format)
         try:
-            for band in restorer.bands(picture.rows, picture.size, tick):
+            for band in restorer.bands(image.rows, image.size, tick):
                 output.write(band)
             output.finish()
         finally:
             output.close()
-        notes = [*picture.notes, *output.notes, *restorer.report.notes]
-        return Result(job.target, picture.format, picture.size, time.perf_counter() - begun, notes)
+        notes = [*image.notes, *output.notes, *restorer.report.notes]
+        return Result(job.target, image.format, image.size, time.perf_counter() - begun, notes)
 
 
 def too_many_bytes(name: str, limits: Limits) -> str:

@@ -195,22 +195,22 @@ def safetensors_seeds() -> list[bytes]:
 
 
 def read_image(data: bytes) -> None:
-    picture = images.open_image(data)
-    height, width = picture.size
+    opened = images.open_image(data)
+    height, width = opened.size
     assert height > 0
     assert width > 0
-    assert picture.channels in (1, 2, 3, 4)
-    if picture.bytes > 8 * PIXELS:
-        picture.rows(0, 1)
+    assert opened.channels in (1, 2, 3, 4)
+    if opened.bytes > 8 * PIXELS:
+        opened.rows(0, 1)
         return
-    read = picture.rows(0, height)
-    assert read.shape == (height, width, picture.channels)
-    assert read.dtype == picture.dtype
+    read = opened.rows(0, height)
+    assert read.shape == (height, width, opened.channels)
+    assert read.dtype == opened.dtype
     if height * width <= 1 << 16:  # what the file carries is written again: EXIF, profiles, texts
-        output = images.Output(picture, None, picture.format)
+        output = images.Output(opened, None, opened.format)
         output.write(read)
         output.finish()
-        assert images.open_image(output.content).size == picture.size
+        assert images.open_image(output.content).size == opened.size
 
 
 def image_seeds(*formats: str) -> Callable[[], list[bytes]]:

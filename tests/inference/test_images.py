@@ -48,14 +48,14 @@ def exif(orientation: int = 1) -> Image.Exif:
 
 def through(path: Path, target: Path | None = None, format: str | None = None) -> tuple[Picture, Output]:
     """Read a file and write the same pixels."""
-    picture = open_image(path)
+    opened = open_image(path)
     target = target or path.with_name(f'out{path.suffix}')
-    output = Output(picture, target, format or picture.format)
-    for top in range(0, picture.size[0], 16):  # in several parts, with an overlap asked for again
-        bottom = min(top + 16, picture.size[0])
-        output.write(picture.rows(top, min(bottom + 8, picture.size[0]))[: bottom - top])
+    output = Output(opened, target, format or opened.format)
+    for top in range(0, opened.size[0], 16):  # in several parts, with an overlap asked for again
+        bottom = min(top + 16, opened.size[0])
+        output.write(opened.rows(top, min(bottom + 8, opened.size[0]))[: bottom - top])
     output.finish()
-    return picture, output
+    return opened, output
 
 
 @pytest.mark.parametrize('channels', [1, 3, 4])
@@ -66,11 +66,11 @@ def test_eight_bits_come_back_exactly(tmp_path: Path, suffix: str, channels: int
     pixels = scene(channels=channels)
     path = tmp_path / f'in{suffix}'
     Image.fromarray(pixels[..., 0] if channels == 1 else pixels).save(path, lossless=True)
-    picture, _ = through(path)
+    opened, _ = through(path)
     expected = pixels
     if suffix == '.webp' and channels == 1:  # the format knows no grey
         expected = np.repeat(pixels, 3, -1)
-    assert (picture.channels, picture.dtype) == (expected.shape[-1], np.uint8)
+    assert (opened.channels, opened.dtype) == (expected.shape[-1], np.uint8)
     result = open_image(tmp_path / f'out{suffix}')
     assert np.array_equal(result.rows(0, 40), expected)
     assert Image.open(tmp_path / f'out{suffix}').mode == Image.open(path).mode
@@ -83,8 +83,8 @@ def test_sixteen_bits_come_back_exactly(tmp_path: Path, suffix: str, channels: i
     path = tmp_path / f'in{suffix}'
     image = pyvips.Image.new_from_array(pixels).copy(interpretation='grey16' if channels <= 2 else 'rgb16')
     image.write_to_file(str(path))
-    picture, _ = through(path)
-    assert (picture.channels, picture.dtype) == (channels, np.uint16)
+    opened, _ = through(path)
+    assert (opened.channels, opened.dtype) == (channels, np.uint16)
     written = pyvips.Image.new_from_file(str(tmp_path / f'out{suffix}'))
     assert written.format == 'ushort'
     assert np.array_equal(written.numpy().reshape(pixels.shape), pixels)
@@ -93,8 +93,8 @@ def test_sixteen_bits_come_back_exactly(tmp_path: Path, suffix: str, channels: i
 def test_float_tiff_comes_back_exactly(tmp_path: Path) -> None:
     pixels = scene(dtype=np.float32)
     tifffile.imwrite(tmp_path / 'in.tif', pixels, photometric='rgb')
-    picture, _ = through(tmp_path / 'in.tif')
-    assert picture.dtype == np.float32
+    opened, _ = through(tmp_path / 'in.tif')
+    assert opened.dtype == np.float32
     assert np.array_equal(tifffile.imread(tmp_path / 'out.tif'), pixels)
 
 
@@ -135,12 +135,12 @@ def test_bigtiff_is_read_and_written(tmp_path: Path, large: str, monkeypatch: py
     """A BigTIFF stays one, and a large image becomes one; what the file carries comes along."""
     image = scene(dtype=np.uint16)
     Image.fromarray(scene()).save(tmp_path / 'in.jpg', exif=exif(), icc_profile=SRGB, dpi=(300, 300))
-    picture = open_image(tmp_path / 'in.jpg')
-    picture.dtype = np.dtype(np.uint16)
+    opened = open_image(tmp_path / 'in.jpg')
+    opened.dtype = np.dtype(np.uint16)
     with monkeypatch.context() as patch:
         if large == 'the input':
             patch.setattr(module, 'LARGE_TIFF', 0)
-        output = Output(picture, tmp_path / 'in.tif', 'TIFF')
+        output = Output(opened, tmp_path / 'in.tif', 'TIFF')
         output.write(image)
         output.finish()
     if large == 'the image':
@@ -167,10 +167,10 @@ def test_orientation_is_applied(tmp_path: Path, suffix: str, orientation: int) -
     stored[:8, :8] = 255  # a white corner
     path = tmp_path / f'in{suffix}'
     Image.fromarray(stored).save(path, exif=exif(orientation))
-    picture, _ = through(path)
+    opened, _ = through(path)
     # The corner that is white when the image is upright, by the EXIF specification.
     corner = {1: (0, 0), 2: (0, -1), 3: (-1, -1), 4: (-1, 0), 5: (0, 0), 6: (0, -1), 7: (-1, -1), 8: (-1, 0)}
-    assert picture.size == ((16, 24) if orientation <= 4 else (24, 16))
+    assert opened.size == ((16, 24) if orientation <= 4 else (24, 16))
     result = Image.open(tmp_path / f'out{suffix}')
     assert np.asarray(result)[corner[orientation]].min() > 200
     assert result.getexif().get(0x0112, 1) == 1
@@ -226,17 +226,17 @@ def test_palette_and_transparency_become_plain(tmp_path: Path) -> None:
     Image.fromarray(scene()[..., 0]).save(tmp_path / 'in.png', transparency=51)
     assert open_image(tmp_path / 'in.png').channels == 2
     Image.fromarray(scene()[..., 0] > 100).save(tmp_path / 'in.png')
-    picture = open_image(tmp_path / 'in.png')
-    assert (picture.channels, picture.rows(0, 40).max()) == (1, 255)
+    opened = open_image(tmp_path / 'in.png')
+    assert (opened.channels, opened.rows(0, 40).max()) == (1, 255)
 
 
 @pytest.mark.parametrize('suffix', ['.jpg', '.tif'])
 def test_cmyk_becomes_rgb_and_is_reported(tmp_path: Path, suffix: str) -> None:
     Image.fromarray(scene()).convert('CMYK').save(tmp_path / f'in{suffix}')
-    picture = open_image(tmp_path / f'in{suffix}')
-    assert picture.channels == 3
-    assert 'CMYK' in picture.notes[0]
-    assert np.abs(picture.rows(0, 40).astype(int) - scene()).mean() < 40
+    opened = open_image(tmp_path / f'in{suffix}')
+    assert opened.channels == 3
+    assert 'CMYK' in opened.notes[0]
+    assert np.abs(opened.rows(0, 40).astype(int) - scene()).mean() < 40
 
 
 def test_other_format_and_depth(tmp_path: Path) -> None:
@@ -423,9 +423,9 @@ def test_a_file_in_memory_is_read_like_one_on_disk(tmp_path: Path) -> None:
             Image.fromarray(scene()).save(path)
         else:
             tifffile.imwrite(path, scene(dtype=np.uint16), photometric='rgb')
-        picture = open_image(path.read_bytes())
-        output = Output(picture, None, picture.format)
-        output.write(picture.rows(0, 40))
+        opened = open_image(path.read_bytes())
+        output = Output(opened, None, opened.format)
+        output.write(opened.rows(0, 40))
         output.finish()
         through(path)
         assert output.content == (tmp_path / f'out{suffix}').read_bytes()
@@ -435,9 +435,9 @@ def test_nothing_is_left_of_a_file_that_cannot_be_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Image.fromarray(scene()).save(tmp_path / 'in.png')
-    picture = open_image(tmp_path / 'in.png')
-    output = Output(picture, tmp_path / 'out.png', 'PNG')
-    output.write(picture.rows(0, 40))
+    opened = open_image(tmp_path / 'in.png')
+    output = Output(opened, tmp_path / 'out.png', 'PNG')
+    output.write(opened.rows(0, 40))
 
     def full(self: Any, stream: Any, *arguments: Any, **options: Any) -> None:
         Path(stream).write_bytes(b'half')
@@ -452,10 +452,10 @@ def test_nothing_is_left_of_a_file_that_cannot_be_written(
 def test_pillow_reads_what_was_written(tmp_path: Path) -> None:
     """A 16-bit TIFF with EXIF opens in other readers too."""
     tifffile.imwrite(tmp_path / 'in.tif', scene(dtype=np.uint16)[..., 0])
-    picture = open_image(tmp_path / 'in.tif')
-    picture.metadata.exif = exif().tobytes().removeprefix(b'Exif\0\0')
-    output = Output(picture, tmp_path / 'out.tif', 'TIFF')
-    output.write(picture.rows(0, 40))
+    opened = open_image(tmp_path / 'in.tif')
+    opened.metadata.exif = exif().tobytes().removeprefix(b'Exif\0\0')
+    output = Output(opened, tmp_path / 'out.tif', 'TIFF')
+    output.write(opened.rows(0, 40))
     output.finish()
     image = Image.open(io.BytesIO((tmp_path / 'out.tif').read_bytes()))
     assert np.array_equal(np.asarray(image), scene(dtype=np.uint16)[..., 0])

@@ -33,7 +33,7 @@ class Darker(nn.Module):
         return x - 0.1
 
 
-def picture(i: int, width: int = 64, height: int = 48) -> NDArray[np.uint8]:
+def scene(i: int, width: int = 64, height: int = 48) -> NDArray[np.uint8]:
     y, x = np.mgrid[0:height, 0:width]
     image = np.stack([x / width, y / height, 0.5 + 0.4 * np.sin((x + 3 * i) / 9)], -1) * 0.5 + 0.3
     return (image * 255).astype(np.uint8)
@@ -56,7 +56,7 @@ def write(
         )
         container.metadata['title'] = 'A title'
         for i, stamp in enumerate(STAMPS):
-            frame = av.VideoFrame.from_ndarray(picture(i), format='rgb24')
+            frame = av.VideoFrame.from_ndarray(scene(i), format='rgb24')
             frame = frame.reformat(format=pixel_format, dst_color_range=2 if full else 1)
             frame.pts, frame.time_base = stamp, Fraction(1, 1000)
             container.mux(stream.encode(frame))
@@ -117,7 +117,7 @@ def test_time_stamps_sound_and_metadata_are_kept(tmp_path: Path, suffix: str) ->
 
 @pytest.mark.parametrize('clockwise', [90, 180, 270])
 def test_rotation_is_applied(tmp_path: Path, clockwise: int) -> None:
-    """A phone's video: pictures as the sensor saw them, and a matrix that says how to show them."""
+    """A phone's video: frames as the sensor saw them, and a matrix that says how to show them."""
     source = write(tmp_path / 'in.mp4', sound=False)
     cosine, sine = {90: (0, 1), 180: (-1, 0), 270: (0, -1)}[clockwise]
     data = bytearray(source.read_bytes())
@@ -133,7 +133,7 @@ def test_rotation_is_applied(tmp_path: Path, clockwise: int) -> None:
     assert seconds(after) == [stamp / 1000 for stamp in STAMPS]
     for i in (0, len(STAMPS) - 1):
         assert after[i].rotation == 0  # nothing left to be turned by a player
-        shown = np.rot90(picture(i), -clockwise // 90).astype(int)
+        shown = np.rot90(scene(i), -clockwise // 90).astype(int)
         restored = after[i].to_ndarray(format='rgb24')
         assert restored.shape == shown.shape
         assert np.abs(restored - (shown - 25.5)).mean() < 4
@@ -162,12 +162,11 @@ def test_subtitles_are_copied(tmp_path: Path) -> None:
     plain = write(tmp_path / 'plain.mkv', 'mjpeg', 'yuvj420p', sound=False, full=True)
     with (
         av.open(str(tmp_path / 'in.mkv'), 'w') as output,
-        av.open(str(plain)) as picture_file,
+        av.open(str(plain)) as plain_file,
         av.open(str(tmp_path / 'a.srt')) as text_file,
     ):
         pairs = [
-            (f, f.streams[0], output.add_stream_from_template(f.streams[0]))
-            for f in (picture_file, text_file)
+            (f, f.streams[0], output.add_stream_from_template(f.streams[0])) for f in (plain_file, text_file)
         ]
         for file, stream, copied in pairs:
             for packet in file.demux(stream):
@@ -234,7 +233,7 @@ def test_broken_frames_pass_through_and_are_counted(tmp_path: Path) -> None:
     assert len(after) == result.frames
     for frame in (after[0], after[-1]):
         i = 0 if frame is after[0] else len(STAMPS) - 1
-        difference = frame.to_ndarray(format='rgb24').astype(int) - picture(i)
+        difference = frame.to_ndarray(format='rgb24').astype(int) - scene(i)
         assert difference.mean() == pytest.approx(-25.5, abs=3)
 
 

@@ -96,9 +96,9 @@ def test_16_bits_stay_16_bits(server: Running, tmp_path: Path) -> None:
     image = pixels().astype(np.uint16) * 257
     tifffile.imwrite(tmp_path / 'deep.tif', image)
     answer = post(server, data=(tmp_path / 'deep.tif').read_bytes())
-    picture = open_image(answer.content)
-    assert picture.dtype == np.uint16
-    restored = picture.rows(0, 48)
+    opened = open_image(answer.content)
+    assert opened.dtype == np.uint16
+    restored = opened.rows(0, 48)
     assert np.abs(restored - (image - 0.1 * 65535)).max() <= 2
 
 

@@ -211,9 +211,9 @@ def test_a_hundred_requests_eight_at_a_time(start: Any, record_property: Any) ->
         buffer = io.BytesIO()
         Image.fromarray(image).save(buffer, formats[number % 5])
         contents.append(buffer.getvalue())
-        picture = open_image(contents[-1])
-        output = Output(picture, None, picture.format)
-        for band in restorer.bands(picture.rows, picture.size):
+        opened = open_image(contents[-1])
+        output = Output(opened, None, opened.format)
+        for band in restorer.bands(opened.rows, opened.size):
             output.write(band)
         output.finish()
         expected.append(decoded(output.content))
