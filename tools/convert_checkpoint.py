@@ -46,8 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser().parse_args(arguments)
     dtype = torch.float16 if args.half else None
     system, settings = zoo.convert(args.source, args.target, args.system, dtype, args.param_key)
-    told = ', '.join(f'{key}={value}' for key, value in settings.items())
-    print(f'{args.target}: {system} ({told})')
+    stated = ', '.join(f'{key}={value}' for key, value in settings.items())
+    print(f'{args.target}: {system} ({stated})')
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""Make the README's table of systems anew: `python tools/make_system_table.py`."""
+"""Update the table of systems in the README: `python tools/make_system_table.py`."""
 
 from __future__ import annotations
 

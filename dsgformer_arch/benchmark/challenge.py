@@ -29,7 +29,7 @@ class Entry:
         method: or the team, where the method has no published name.
         psnr: in dB.
         ssim: at most 1.
-        source: where the numbers stand.
+        source: of the numbers.
         parameters: in millions; None where not published.
         macs: in G, at 1920×1200; None where not published.
         note: what to know beside.

@@ -103,7 +103,7 @@ def start(
             changed = sorted(key for key in keys if asked.get(key) != record.settings.get(key))
             raise UserError(
                 f'--resume: {path} was made with other settings ({", ".join(changed) or kind}); '
-                'leave --resume out to begin anew, or write elsewhere with --out'
+                'leave --resume out to start again, or write elsewhere with --out'
             )
         return record
     return Record(kind, command_line(), asked, protocol, environment())

@@ -1,6 +1,6 @@
 """A crop of a PNG, decoding no row below it.
 
-libvips reads a PNG from the top and stops where nobody asks for more; OpenCV
+libvips reads a PNG from the top and stops after the last row that is needed; OpenCV
 decodes the whole image.  Optional: `pip install 'pyvips[binary]'`.
 """
 

@@ -207,7 +207,7 @@ class Bucket:
         return f'{self.prefix}/{name}' if self.prefix else name
 
     def read(self, name: str, most: int) -> bytes | None:
-        with self.told():
+        with self.reported_errors():
             try:
                 found = client().get_object(Bucket=self.bucket, Key=self.key(name))
             except Exception as error:
@@ -221,7 +221,7 @@ class Bucket:
                 return content
 
     def size(self, name: str) -> int | None:
-        with self.told():
+        with self.reported_errors():
             try:
                 return int(client().head_object(Bucket=self.bucket, Key=self.key(name))['ContentLength'])
             except Exception as error:
@@ -230,7 +230,7 @@ class Bucket:
                 raise
 
     def write(self, name: str, content: bytes | Path) -> None:
-        with self.told():
+        with self.reported_errors():
             if isinstance(content, Path):
                 client().upload_file(str(content), self.bucket, self.key(name))
                 content.unlink()
@@ -238,12 +238,12 @@ class Bucket:
                 client().put_object(Bucket=self.bucket, Key=self.key(name), Body=content)
 
     def delete(self, name: str) -> None:
-        with self.told():
+        with self.reported_errors():
             client().delete_object(Bucket=self.bucket, Key=self.key(name))
 
     def names(self) -> list[str]:
         start = self.key('')
-        with self.told():
+        with self.reported_errors():
             pages = client().get_paginator('list_objects_v2').paginate(Bucket=self.bucket, Prefix=start)
             return [entry['Key'][len(start) :] for page in pages for entry in page.get('Contents', ())]
 
@@ -253,11 +253,11 @@ class Bucket:
         Raises:
             UserError: it cannot be downloaded.
         """
-        with self.told(), open(path, 'r+b') as file:
+        with self.reported_errors(), open(path, 'r+b') as file:
             _downloader(self.address).download_fileobj(f'{self.address}/{name}', file)
 
     @contextlib.contextmanager
-    def told(self) -> Iterator[None]:
+    def reported_errors(self) -> Iterator[None]:
         """Turn errors of the address, the credentials and the connection into a `UserError`."""
         from boto3.exceptions import Boto3Error
         from botocore import exceptions
@@ -286,7 +286,7 @@ class Bucket:
 
 
 def require_litdata(address: str) -> None:
-    """Refuse to go on without LitData.
+    """Check that LitData is installed.
 
     Raises:
         UserError: it is not installed.

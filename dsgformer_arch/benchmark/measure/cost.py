@@ -34,7 +34,7 @@ def run(
     out: Path = Path('results/benchmark/cost'),
     resume: bool = False,
 ) -> records.Record:
-    """Count, and measure unless told not to, every system; write `out`.json.
+    """Count, and by default measure, every system; write `out`.json.
 
     Args:
         models: names of the zoo.

@@ -100,7 +100,7 @@ def decode(data: bytes, what: str) -> Image:
 
 
 def find(data: str, protocol: str) -> Pairs:
-    """The pairs at a place that a person names.
+    """The pairs at a path.
 
     Args:
         data: the common start of two LMDBs `<data>_lq.lmdb` and `<data>_gt.lmdb`; or a folder with one of

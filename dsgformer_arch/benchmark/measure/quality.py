@@ -394,7 +394,7 @@ def examples(
 ) -> list[dict[str, Any]]:
     """Keep details of the images on which the first system gains least, most, and a middling amount.
 
-    They follow from the numbers, so that nobody picks them.
+    They follow from the numbers and are not hand-picked.
 
     Returns:
         For each: `image`, `why`, `psnr` by version, and `files` by version, relative to `folder`'s parent;

@@ -11,7 +11,7 @@ DESCRIPTION = """\
 The checkpoints that the authors of the systems publish.
 
   dsgformer weights list                      what there is, and what is on this machine
-  dsgformer weights get restormer/motion      download one, or go on where a download ended
+  dsgformer weights get restormer/motion      download one, or resume a download
   dsgformer weights remove restormer/motion
   dsgformer deblur photo.jpg --model restormer/motion
 

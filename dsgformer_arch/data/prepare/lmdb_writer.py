@@ -7,7 +7,7 @@ that reading, so a fault is found while the set is being copied, and then the co
 
 Everything is written into the hidden folder `PARTIAL` of the output folder, under names that BasicSR refuses,
 brought to the disk (fsync), and only then renamed.  Whoever kills the process leaves that folder and no
-LMDB that is not whole; the next run keeps what is finished and makes the rest anew.
+incomplete LMDB; the next run keeps finished ones and writes the rest again.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ def create_streams(
         dry = Event()
         if problems:
             dry.set()
-        with _told(out):
+        with _reported_errors(out):
             for target in missing:
                 problems += _write(target, workers, dry, say)
             if problems:
@@ -316,14 +316,14 @@ def _alone(target: _Target) -> Iterator[None]:
         return
     folder = target.place.path
     with ExitStack() as stack:
-        with _told(target.out):
+        with _reported_errors(target.out):
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(folder, folder))
         yield
 
 
 @contextmanager
-def _told(out: str) -> Iterator[None]:
+def _reported_errors(out: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:

@@ -94,7 +94,7 @@ def _loaded(source: str, compiler: list[str]) -> ctypes.CDLL:
         raise
     except (OSError, filelock.Timeout) as reason:
         warnings.warn(
-            f'The compiled kernel of DSGformer is not kept, and compiled anew in each process: {reason}',
+            f'The compiled kernel of DSGformer is not kept, and compiled again in each process: {reason}',
             stacklevel=2,
         )
         return _from_cache(_private_folder() / f'{Path(source).stem}-{key}.so', source, compiler)
@@ -182,7 +182,7 @@ def cache_folder() -> Path:
 
 
 def _check_owner(path: Path) -> None:
-    """Raise OSError unless `path` belongs to this user and nobody else can write to it."""
+    """Raise OSError unless `path` belongs to this user and no other user can write to it."""
     if not hasattr(os, 'getuid'):  # Windows
         return
     status = path.stat()
