@@ -19,8 +19,8 @@ from PIL.TiffImagePlugin import IFDRational
 from dsgformer_arch.inference import images as module
 from dsgformer_arch.inference.images import (
     ImageError,
+    ImageFile,
     Output,
-    Picture,
     image_header,
     open_image,
     upright,
@@ -46,7 +46,7 @@ def exif(orientation: int = 1) -> Image.Exif:
     return data
 
 
-def through(path: Path, target: Path | None = None, format: str | None = None) -> tuple[Picture, Output]:
+def through(path: Path, target: Path | None = None, format: str | None = None) -> tuple[ImageFile, Output]:
     """Read a file and write the same pixels."""
     opened = open_image(path)
     target = target or path.with_name(f'out{path.suffix}')
