@@ -41,7 +41,7 @@ Pixels = NDArray[Any]
 """An image or a batch: (H, W), (H, W, C) or (N, H, W, C) with C of 1 to 4; the second or fourth is alpha."""
 
 BAND_BYTES = 300_000_000
-"""Bytes that a row of tiles may take, in addition to the tile that is being restored."""
+"""What a row of tiles may take beside the tile that is being restored."""
 
 BYTES_OF_A_BAND = 40
 """Bytes for each of its pixels: three float32 copies of three channels, and the pixels themselves."""
@@ -220,7 +220,7 @@ class Deblurrer:
             high = min(tile, max(4 * TILE_OVERLAP, BAND_BYTES // (BYTES_OF_A_BAND * size[1])))
             shape = (high, tile**2 // high)
         overlap = min(TILE_OVERLAP, min(shape) // 4)
-        if self._window:  # a window at the border of a tile then keeps at least half of its pixels
+        if self._window:  # a window that ends at the end of a tile lacks at most half of its pixels
             overlap = max(overlap, min(2 * self._window // 3, min(shape) // 3))
         if cut:
             shape = tile_shape(size, tile**2, shape[0], overlap, multiple)
@@ -338,7 +338,7 @@ class Deblurrer:
             return self.tile
         if self._automatic is None:
             self._automatic = automatic_tile(self.network, self.device)
-        # A wide or high image with no more pixels than a tile is not cut.
+        # A wide or high image of as many pixels as a tile needs no cut.
         return max(size) if size[0] * size[1] <= self._automatic**2 else self._automatic
 
     def _tile(self, image: Tensor, precision: str) -> Tensor:
