@@ -127,6 +127,22 @@ def test_compiles_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache.stat().st_mode & 0o777 == 0o700
 
 
+@pytest.mark.skipif(not Path('/proc/self/fd').is_dir(), reason='open files are looked up in /proc')
+def test_the_library_is_synced_before_it_gets_its_name(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power failure after the renaming would otherwise leave an empty library."""
+    events: list[tuple[str, int]] = []
+    sync = os.fsync
+
+    def recorded(descriptor: int) -> None:
+        name = Path(os.readlink(f'/proc/self/fd/{descriptor}')).name
+        events.append((name, len(list(cache.glob('*.so')))))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, 'fsync', recorded)
+    assert _answer() == 42
+    assert events == [('kernel.so', 0), ('digest', 1), (cache.name, 1)]
+
+
 @pytest.mark.parametrize('damage', ['truncated', 'empty', 'changed', 'no digest', 'not a library'])
 def test_a_damaged_file_is_compiled_again(cache: Path, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
     compilations = _count_compilations(monkeypatch)
