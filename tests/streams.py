@@ -10,7 +10,7 @@ import cv2
 from dsgformer_arch.data.prepare.layouts import read_pairs
 from dsgformer_arch.data.prepare.lmdb_writer import create_lmdbs
 from dsgformer_arch.data.prepare.stream_writer import create_streams
-from tests.trees import photograph
+from tests.trees import random_image
 
 SHARD_BYTES = 18_000
 """Two to three of the pairs below."""
@@ -19,7 +19,7 @@ SHARD_BYTES = 18_000
 def write_images(folder: Path, count: int, height: int = 40, width: int = 48) -> Path:
     """`lq/` and `gt/` with pairs of images; every third blurred image is a JPEG."""
     for number in range(count):
-        sharp = photograph(number, height, width)
+        sharp = random_image(number, height, width)
         for side, image in (('gt', sharp), ('lq', cv2.blur(sharp, (7, 1)))):
             (folder / side).mkdir(parents=True, exist_ok=True)
             suffix = 'jpg' if side == 'lq' and number % 3 == 0 else 'png'

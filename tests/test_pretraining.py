@@ -20,7 +20,7 @@ from dsgformer_arch.data.prepare.blur.settings import from_options
 from dsgformer_arch.data.prepare.blur.sources import ShakeSource
 from dsgformer_arch.models import options
 from dsgformer_arch.models.restoration_model import RestorationModel
-from tests.trees import ROOT, photograph, write_lmdb
+from tests.trees import ROOT, random_image, write_lmdb
 
 HELD_OUT = ('reds_001', 'GOPR0374', 'Library')
 SIDE = 48
@@ -42,21 +42,22 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ]  # fmt: skip
     pretrain, own = tmp_path / 'datasets' / 'pretrain', tmp_path / 'datasets' / 'finetune'
     for number, name in enumerate(names):
-        sharp = photograph(number, 260, 270)
+        sharp = random_image(number, 260, 270)
         for pairs in (pretrain / 'pairs', own / 'val'):
             save(pairs / 'sharp' / f'{name}.png', sharp)
             save(pairs / 'blur' / f'{name}.png', cv2.blur(sharp, (9, 1)))
-    save(pretrain / 'photographs' / 'set' / 'bird.jpg', photograph(5, 300, 320))
-    save(pretrain / 'photographs' / 'set' / 'Library.jpg', photograph(6, 300, 320))
+    save(pretrain / 'photographs' / 'set' / 'bird.jpg', random_image(5, 300, 320))
+    save(pretrain / 'photographs' / 'set' / 'Library.jpg', random_image(6, 300, 320))
     for number in range(15):
-        save(pretrain / 'frames' / 'run' / f'{200 + number:06d}.png', photograph(number, 260, 270))
-        save(own / 'sharp' / f'{number}.png', photograph(number, 260, 270))
+        save(pretrain / 'frames' / 'run' / f'{200 + number:06d}.png', random_image(number, 260, 270))
+        save(own / 'sharp' / f'{number}.png', random_image(number, 260, 270))
     sources = recipe('pretrain')['datasets']['train']['sources'].values()
     blurred = [Path(source['dataroot_lq']) for source in sources if source['kind'] == 'pairs']
     for kind in [path.stem.removesuffix('_lq') for path in blurred if path.suffix == '.lmdb']:
         for part in ('lq', 'gt'):
             write_lmdb(
-                tmp_path / 'datasets/pretrain_blur' / f'{kind}_{part}.lmdb', {'a': photograph(1, 260, 270)}
+                tmp_path / 'datasets/pretrain_blur' / f'{kind}_{part}.lmdb',
+                {'a': random_image(1, 260, 270)},
             )
     shutil.copytree(ROOT / 'options' / 'meta_info', tmp_path / 'options' / 'meta_info')
     monkeypatch.chdir(tmp_path)

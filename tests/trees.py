@@ -16,7 +16,7 @@ SHARED = ROOT.parent / 'shared'
 """Real images and fixtures that lie beside some checkouts; tests skip where they are absent."""
 
 
-def photograph(seed: int, height: int, width: int) -> np.ndarray:
+def random_image(seed: int, height: int, width: int) -> np.ndarray:
     """A smooth colour image with edges, uint8 (height, width, 3)."""
     rng = np.random.RandomState(seed)
     image = cv2.resize(rng.uniform(0, 255, (5, 5, 3)), (width, height), interpolation=cv2.INTER_CUBIC)
@@ -40,7 +40,7 @@ def write_pairs(
     folder: Path, split: str, count: int, height: int = 40, width: int = 48, seed: int = 0
 ) -> None:
     """`<split>_gt.lmdb` and `<split>_lq.lmdb` of `count` pairs, the second ones blurred."""
-    sharp = {f'{split}-{i}': photograph(seed + i, height, width) for i in range(count)}
+    sharp = {f'{split}-{i}': random_image(seed + i, height, width) for i in range(count)}
     write_lmdb(folder / f'{split}_gt.lmdb', sharp)
     write_lmdb(folder / f'{split}_lq.lmdb', {key: cv2.blur(image, (7, 1)) for key, image in sharp.items()})
 

@@ -13,13 +13,13 @@ import pytest
 
 from dsgformer_arch.data import lmdb_files
 from dsgformer_arch.utils.errors import UserError
-from tests.trees import photograph, write_lmdb
+from tests.trees import random_image, write_lmdb
 
 
 @pytest.fixture
 def database(tmp_path: Path) -> Path:
     folder = tmp_path / 'a.lmdb'
-    write_lmdb(folder, {f'image-{i}': photograph(i, 64, 64) for i in range(4)})
+    write_lmdb(folder, {f'image-{i}': random_image(i, 64, 64) for i in range(4)})
     return folder
 
 

@@ -20,7 +20,7 @@ from dsgformer_arch.data.paired_crop_dataset import PairedCropDataset
 from dsgformer_arch.data.prepare.layouts import read_pairs
 from dsgformer_arch.data.prepare.lmdb_writer import CropGrid, create_lmdbs
 from dsgformer_arch.utils.errors import UserError
-from tests.trees import photograph, write_pairs
+from tests.trees import random_image, write_pairs
 
 
 def options(folder: Path, **changes: Any) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def test_validation_is_basicsrs_own(tmp_path: Path) -> None:
 
 
 def test_raw_images_are_read_by_opencv() -> None:
-    image = photograph(0, 9, 7)
+    image = random_image(0, 9, 7)
     np.testing.assert_array_equal(imfrombytes(raw_image(image)), image)
 
 
@@ -100,7 +100,7 @@ def test_raw_lmdbs_of_the_tool(crop: CropGrid | None, tmp_path: Path) -> None:
     for kind in ('lq', 'gt'):
         (tmp_path / kind).mkdir()
         for i in range(2):
-            cv2.imwrite(str(tmp_path / kind / f'{i}.png'), photograph(i + 5 * (kind == 'lq'), 32, 48))
+            cv2.imwrite(str(tmp_path / kind / f'{i}.png'), random_image(i + 5 * (kind == 'lq'), 32, 48))
     for out in ('ours', 'theirs'):
         splits = [read_pairs(tmp_path, 'train', None, None)]
         create_lmdbs(splits, tmp_path / out, 'pairs', crop, raw=True, verify=True, say=lambda line: None)
@@ -119,7 +119,7 @@ def test_raw_lmdbs_of_the_tool(crop: CropGrid | None, tmp_path: Path) -> None:
 def test_raw_refuses_what_is_not_8_bit_rgb(tmp_path: Path) -> None:
     for kind in ('lq', 'gt'):
         (tmp_path / kind).mkdir()
-        cv2.imwrite(str(tmp_path / kind / 'grey.png'), photograph(0, 32, 32)[..., 0])
+        cv2.imwrite(str(tmp_path / kind / 'grey.png'), random_image(0, 32, 32)[..., 0])
     with pytest.raises(UserError, match=r'grey\.png: is not an 8-bit RGB'):
         create_lmdbs([read_pairs(tmp_path, 'train', None, None)], tmp_path / 'out', 'pairs', raw=True)
     assert not (tmp_path / 'out').exists()

@@ -20,7 +20,7 @@ from dsgformer_arch.data.paired_crop_dataset import PairedCropDataset
 from dsgformer_arch.data.paired_images import read_image_file
 from dsgformer_arch.utils.errors import UserError
 from tests.data.test_image_files import png_of_size
-from tests.trees import photograph, write_pairs
+from tests.trees import random_image, write_pairs
 
 
 def settings(folder: Path, backend: str = 'lmdb', **other: Any) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def write_folders(folder: Path) -> None:
     for side in ('gt', 'lq'):
         (folder / f'train_{side}').mkdir()
         for number in range(3):
-            image = photograph(number + 9 * (side == 'lq'), 40, 48)
+            image = random_image(number + 9 * (side == 'lq'), 40, 48)
             cv2.imwrite(str(folder / f'train_{side}' / f'{number}.{"png" if number else "jpg"}'), image)
 
 
@@ -70,8 +70,8 @@ def put(folder: Path, side: str, value: bytes) -> None:
         transaction.put(b'train-0', value)
 
 
-PNG = cv2.imencode('.png', photograph(0, 40, 48))[1].tobytes()
-WIDE = cv2.imencode('.png', photograph(0, 40, 50))[1].tobytes()
+PNG = cv2.imencode('.png', random_image(0, 40, 48))[1].tobytes()
+WIDE = cv2.imencode('.png', random_image(0, 40, 50))[1].tobytes()
 
 
 @pytest.mark.parametrize('phase', ['train', 'val'])
@@ -85,7 +85,7 @@ WIDE = cv2.imencode('.png', photograph(0, 40, 50))[1].tobytes()
         (PNG[:-30], 'truncated|cannot be decoded'),
         (png_of_size(30_000), '30000x30000'),
         (WIDE, '50×40'),
-        (raw_image(photograph(0, 40, 48))[:-1], 'truncated|decoded'),
+        (raw_image(random_image(0, 40, 48))[:-1], 'truncated|decoded'),
     ],
     ids=['empty', 'garbage', 'header', 'half', 'bomb', 'wide', 'raw'],
 )
@@ -129,7 +129,7 @@ def test_small_images_are_reflected(tmp_path: Path) -> None:
     dataset = PairedCropDataset(
         settings(tmp_path, phase='train', pad_to_gt_size=True, use_hflip=False, use_rot=False)
     )
-    image = photograph(0, 12, 30)[..., ::-1]
+    image = random_image(0, 12, 30)[..., ::-1]
     padded = np.pad(image, ((0, 4), (0, 0), (0, 0)), mode='reflect')
     windows = [padded[:, left : left + 16] for left in range(15)]
     for _ in range(20):

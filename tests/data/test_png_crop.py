@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from dsgformer_arch.data import png_crop
 from dsgformer_arch.data.paired_crop_dataset import PairedCropDataset
 from tests.data.test_paired_crop_dataset import options
-from tests.trees import photograph, write_pairs
+from tests.trees import random_image, write_pairs
 
 pytest.importorskip('pyvips', reason="libvips is not installed: pip install 'pyvips[binary]'")
 
@@ -32,14 +32,14 @@ def _chunk(kind: bytes, content: bytes) -> bytes:
     'settings', [(), (cv2.IMWRITE_PNG_COMPRESSION, 0), (cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_PAETH)]
 )
 def test_equals_opencv(top: int, left: int, settings: tuple[int, ...]) -> None:
-    image = photograph(0, 64, 80)
+    image = random_image(0, 64, 80)
     crop = png_crop.read_crop(memoryview(_png(image, *settings)), top, left, 16)
     assert crop is not None
     np.testing.assert_array_equal(crop, image[top : top + 16, left : left + 16, ::-1])
 
 
 def test_gamma_and_a_transparent_colour_change_nothing() -> None:
-    image = photograph(1, 64, 64)
+    image = random_image(1, 64, 64)
     stored = _png(image)
     head, body = stored[:33], stored[33:]
     for kind, content in ((b'gAMA', (100000).to_bytes(4, 'big')), (b'tRNS', bytes(6))):
@@ -51,7 +51,7 @@ def test_gamma_and_a_transparent_colour_change_nothing() -> None:
 
 
 def test_what_is_no_plain_png_is_left_to_opencv() -> None:
-    image = photograph(2, 64, 64)
+    image = random_image(2, 64, 64)
     others = {
         'grey': _png(image[..., 0]),
         '16 bits': _png(image.astype(np.uint16) * 257),
@@ -65,7 +65,7 @@ def test_what_is_no_plain_png_is_left_to_opencv() -> None:
 
 
 def test_what_lies_below_the_crop_is_not_read() -> None:
-    stored = _png(photograph(3, 512, 64), cv2.IMWRITE_PNG_COMPRESSION, 1)
+    stored = _png(random_image(3, 512, 64), cv2.IMWRITE_PNG_COMPRESSION, 1)
     cut = stored[: len(stored) // 2]
     crop, whole = (png_crop.read_crop(data, 0, 0, 16) for data in (cut, stored))
     assert crop is not None
@@ -75,11 +75,11 @@ def test_what_lies_below_the_crop_is_not_read() -> None:
 
 def _in_child() -> bool:
     """Whether a child of a process that uses libvips goes without it."""
-    return png_crop.read_crop(_png(photograph(0, 32, 32)), 0, 0, 16) is None
+    return png_crop.read_crop(_png(random_image(0, 32, 32)), 0, 0, 16) is None
 
 
 def test_a_fork_of_its_user_goes_without() -> None:
-    assert png_crop.read_crop(_png(photograph(0, 32, 32)), 0, 0, 16) is not None
+    assert png_crop.read_crop(_png(random_image(0, 32, 32)), 0, 0, 16) is not None
     with multiprocessing.get_context('fork').Pool(1) as pool:
         assert pool.apply_async(_in_child).get(timeout=60)
 

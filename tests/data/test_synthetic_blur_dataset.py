@@ -19,7 +19,7 @@ from dsgformer_arch.data.mixed_dataset import KINDS, MixedDataset
 from dsgformer_arch.data.synthetic_blur_dataset import SyntheticBlurDataset
 from dsgformer_arch.models import options as options_module
 from dsgformer_arch.utils.errors import UserError
-from tests.trees import ROOT, SHARED, photograph, tiny_options, write_pairs, write_project
+from tests.trees import ROOT, SHARED, random_image, tiny_options, write_pairs, write_project
 
 SIDE = 32
 NOTHING = {'saturation': 0, 'noise': 0, 'isp': 0, 'demosaic': 0, 'jpeg': 0}
@@ -29,12 +29,12 @@ NOTHING = {'saturation': 0, 'noise': 0, 'isp': 0, 'demosaic': 0, 'jpeg': 0}
 def tree(tmp_path: Path) -> Path:
     """Photographs, frames of a moving camera, pairs in folders and in LMDBs."""
     for number in range(3):
-        save(tmp_path / 'photographs' / f'{number}.png', photograph(number, 160, 200))
-    scene = photograph(7, 80, 160)
+        save(tmp_path / 'photographs' / f'{number}.png', random_image(number, 160, 200))
+    scene = random_image(7, 80, 160)
     for number in range(9):
         save(tmp_path / 'frames' / 'run' / f'{number:03d}.png', scene[:, 3 * number : 3 * number + 90])
     for number in range(2):
-        sharp = photograph(20 + number, 64, 70)
+        sharp = random_image(20 + number, 64, 70)
         save(tmp_path / 'pairs' / 'sharp' / f'{number}.png', sharp)
         save(tmp_path / 'pairs' / 'blur' / f'{number}.png', cv2.blur(sharp, (9, 1)))
     write_pairs(tmp_path / 'lmdb', 'train', 2, height=48, width=48)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from dsgformer_arch import zoo
-from tests.trees import ROOT, photograph
+from tests.trees import ROOT, random_image
 
 IMAGES = ('.jpg', '.jpeg', '.png', '.tif', '.tiff', '.webp', '.bmp')
 VIDEOS = ('.mp4', '.mkv', '.mov')
@@ -46,7 +46,7 @@ def provide(name: str, side: int | None = None) -> None:
     if (ROOT / name).is_file():
         path.write_bytes((ROOT / name).read_bytes())
     elif suffix in IMAGES:
-        cv2.imwrite(str(path), photograph(len(name), side or HEIGHT, side or WIDTH))
+        cv2.imwrite(str(path), random_image(len(name), side or HEIGHT, side or WIDTH))
     elif suffix in VIDEOS:
         _clip(path)
     elif suffix in WEIGHTS:
@@ -66,7 +66,7 @@ def _clip(path: Path) -> None:
         stream: Any = container.add_stream('libx264', rate=25)
         stream.width, stream.height, stream.pix_fmt = 64, 48, 'yuv420p'
         for number in range(2):
-            frame = av.VideoFrame.from_ndarray(photograph(number, 48, 64), format='rgb24')
+            frame = av.VideoFrame.from_ndarray(random_image(number, 48, 64), format='rgb24')
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
 
@@ -82,5 +82,5 @@ def _weights(path: Path) -> None:
 
 def names() -> dict[str, Any]:
     """Names that Python blocks use without making them: their reader's images."""
-    image = photograph(0, HEIGHT, WIDTH)  # uint8 RGB (H, W, 3)
+    image = random_image(0, HEIGHT, WIDTH)  # uint8 RGB (H, W, 3)
     return {'image': image, 'pil_image': Image.fromarray(image), 'frames': [image, image], 'show': np.shape}

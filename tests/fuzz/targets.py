@@ -30,7 +30,7 @@ from dsgformer_arch.utils.errors import UserError
 from dsgformer_arch.zoo import checkpoint
 from tests.fuzz.containers import Mutate, mutate_png, mutate_safetensors, mutate_zip
 from tests.fuzz.limits import examine
-from tests.trees import ROOT, photograph, tiny_options, write_lmdb
+from tests.trees import ROOT, random_image, tiny_options, write_lmdb
 
 PIXELS = 1 << 22
 """Bound of decoded pixels while fuzzing, in place of 2^28: the same code, in less time and memory."""
@@ -223,7 +223,7 @@ def image_seeds(*formats: str) -> Callable[[], list[bytes]]:
 
 
 def _encoded(name: str) -> list[bytes]:
-    pixels = photograph(0, 9, 14)
+    pixels = random_image(0, 9, 14)
     colour = Image.fromarray(pixels)
     exif = Image.Exif()
     exif[0x0112], exif[0x010F] = 6, 'Maker'
@@ -285,7 +285,7 @@ def read_stored(data: bytes) -> None:
 
 
 def stored_seeds() -> list[bytes]:
-    raw = image_files.raw_image(photograph(0, 6, 5))
+    raw = image_files.raw_image(random_image(0, 6, 5))
     return [*_encoded('PNG')[:7], *_encoded('JPEG'), raw]
 
 
@@ -316,7 +316,7 @@ def lmdb_seeds() -> list[bytes]:
     with tempfile.TemporaryDirectory() as name:
         for count, side in ((1, 4), (2, 40), (60, 4)):
             folder = Path(name) / f'{count}.lmdb'
-            write_lmdb(folder, {f'image-{i}': photograph(i, side, side) for i in range(count)})
+            write_lmdb(folder, {f'image-{i}': random_image(i, side, side) for i in range(count)})
             made.append((folder / lmdb_files.DATA).read_bytes())
         folder = Path(name) / 'deep.lmdb'
         with lmdb.open(str(folder), map_size=1 << 22) as opened, opened.begin(write=True) as transaction:

@@ -13,7 +13,7 @@ from scipy import ndimage
 from dsgformer_arch.metrics.metric import Image
 from dsgformer_arch.metrics.mhnet import exchanged_luma, psnr_mhnet, ssim_mhnet
 from dsgformer_arch.metrics.rain import psnr_rain, ssim_rain
-from tests.trees import photograph
+from tests.trees import random_image
 
 Numbered = tuple[int, Image, Image]
 
@@ -67,7 +67,7 @@ def test_as_a_literal_computation_on_rain(rain: Numbered) -> None:
 
 
 def test_as_a_literal_computation_on_a_generated_image() -> None:
-    clean = photograph(3, 47, 61)
+    clean = random_image(3, 47, 61)
     noise = np.random.default_rng(0).normal(0, 12, clean.shape)
     noisy = (clean + noise).clip(0, 255).round().astype(np.uint8)
     pair = (noisy, clean)
@@ -89,6 +89,6 @@ def test_it_is_neither_metric_of_the_other_deraining_papers(rain: Numbered) -> N
 
 
 def test_equal_images() -> None:
-    image = photograph(1, 20, 20)
+    image = random_image(1, 20, 20)
     assert psnr_mhnet(image, image) == float('inf')
     assert ssim_mhnet(image, image) == pytest.approx(1)

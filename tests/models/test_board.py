@@ -16,7 +16,7 @@ from PIL import Image
 
 from dsgformer_arch.cli import basicsr
 from dsgformer_arch.models import board
-from tests.trees import photograph, tiny_options, write_project
+from tests.trees import random_image, tiny_options, write_project
 
 pytest.importorskip('tensorboard')
 
@@ -56,8 +56,8 @@ def test_scalars_and_samples_are_in_the_events(tmp_path: Path) -> None:
     pixels = np.asarray(Image.open(io.BytesIO(shown[-1].encoded_image_string)))
     assert pixels.shape == (33, 3 * 21, 3)
     blurred, _, sharp = np.split(pixels, 3, axis=1)
-    # photograph() is stored as OpenCV has it, BGR.
-    assert np.array_equal(sharp, photograph(50, 33, 21)[..., ::-1])
+    # random_image() is stored as OpenCV has it, BGR.
+    assert np.array_equal(sharp, random_image(50, 33, 21)[..., ::-1])
     assert not np.array_equal(blurred, sharp)
 
 

@@ -19,7 +19,7 @@ from basicsr.data.paired_image_dataset import PairedImageDataset
 
 from dsgformer_arch.data.prepare.blur.synthesis import PARTIAL
 from tests.tools import scripts
-from tests.trees import ROOT, photograph
+from tests.trees import ROOT, random_image
 
 SCRIPT = scripts.TOOLS / 'synthesize_blur.py'
 run = partial(scripts.run, 'synthesize_blur')
@@ -30,7 +30,7 @@ def photographs(tmp_path: Path) -> Path:
     folder = tmp_path / 'photographs'
     folder.mkdir()
     for number in range(3):
-        assert cv2.imwrite(str(folder / f'{number}.png'), photograph(number, 160, 200))
+        assert cv2.imwrite(str(folder / f'{number}.png'), random_image(number, 160, 200))
     return folder
 
 
@@ -38,7 +38,7 @@ def photographs(tmp_path: Path) -> Path:
 def frames(tmp_path: Path) -> Path:
     folder = tmp_path / 'video' / 'run'
     folder.mkdir(parents=True)
-    scene = photograph(5, 64, 200)
+    scene = random_image(5, 64, 200)
     for number in range(20):
         assert cv2.imwrite(str(folder / f'{number:03d}.png'), scene[:, 4 * number : 4 * number + 96])
     return folder.parent

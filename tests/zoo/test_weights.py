@@ -18,7 +18,7 @@ from dsgformer_arch.utils.errors import UserError
 from dsgformer_arch.zoo import registry
 from dsgformer_arch.zoo.checkpoint import CheckpointError
 from dsgformer_arch.zoo.systems import DSGFORMER, Weights
-from tests.trees import SHARED, photograph
+from tests.trees import SHARED, random_image
 
 LARGEST = 6_000_000
 """Bytes of a file."""
@@ -87,7 +87,7 @@ def test_shipped_weights_are_small_whole_and_keep_flat_areas(name: str) -> None:
     path = registry.WEIGHTS / weights.file
     assert path.stat().st_size < LARGEST
     network = zoo.create(name, pretrained=True).eval()
-    image = torch.from_numpy(cv2.blur(photograph(3, 256, 320), (9, 1))).permute(2, 0, 1)[None].float() / 255
+    image = torch.from_numpy(cv2.blur(random_image(3, 256, 320), (9, 1))).permute(2, 0, 1)[None].float() / 255
     image[..., :128, :] = 0.5
     with torch.no_grad():
         change = (network(image) - image).abs()

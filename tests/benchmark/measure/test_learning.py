@@ -15,7 +15,7 @@ from dsgformer_arch import zoo
 from dsgformer_arch.benchmark.measure import learning
 from dsgformer_arch.metrics.protocols import protocol
 from dsgformer_arch.utils.errors import UserError
-from tests.trees import photograph, write_lmdb
+from tests.trees import random_image, write_lmdb
 
 CPU = torch.device('cpu')
 RECIPE = learning.Recipe(iterations=4, seconds=None, batch=2, patch=16, lr=1e-3, validations=2)
@@ -63,7 +63,7 @@ def test_all_systems_are_trained_on_the_same_crops(data: learning.Data) -> None:
 
 
 def test_both_images_of_a_pair_are_cropped_flipped_and_rotated_alike() -> None:
-    sharp = [photograph(i, 30, 34) // 2 for i in range(3)]
+    sharp = [random_image(i, 30, 34) // 2 for i in range(3)]
     stream = learning.batches((sharp, [image + 20 for image in sharp]), RECIPE, 0)
     for gt, lq in islice(stream, 20):
         torch.testing.assert_close(lq - gt, torch.full_like(gt, 20 / 255), atol=1e-6, rtol=0)
@@ -135,7 +135,7 @@ def test_images_are_shifted_for_the_networks_that_want_it(data: learning.Data) -
 
 
 def test_training_lowers_the_loss_of_something_simple() -> None:
-    sharp = [photograph(i, 24, 24) // 2 for i in range(3)]
+    sharp = [random_image(i, 24, 24) // 2 for i in range(3)]
     pairs = (sharp, [image + 60 for image in sharp])
 
     class Shift(nn.Module):
@@ -161,14 +161,14 @@ def test_scores_of_the_blurred_images(data: learning.Data) -> None:
 def test_reading(sample: Path, tmp_path: Path) -> None:
     data = learning.read(sample, 40)
     assert (len(data.train[0]), len(data.test[0])) == (3, 2)
-    np.testing.assert_array_equal(data.train[0][1], photograph(1, 40, 48)[..., ::-1])
+    np.testing.assert_array_equal(data.train[0][1], random_image(1, 40, 48)[..., ::-1])
     with pytest.raises(UserError, match=r'--patch is 41, but .* training images of 40 pixels'):
         learning.read(sample, 41)
     with pytest.raises(UserError, match='no finished LMDB'):
         learning.read(tmp_path, 16)
-    images: dict[str, Any] = {'a': photograph(0, 20, 20)}
+    images: dict[str, Any] = {'a': random_image(0, 20, 20)}
     write_lmdb(tmp_path / 'train_lq.lmdb', images)
-    write_lmdb(tmp_path / 'train_gt.lmdb', {**images, 'b': photograph(0, 20, 20)})
+    write_lmdb(tmp_path / 'train_gt.lmdb', {**images, 'b': random_image(0, 20, 20)})
     with pytest.raises(UserError, match='the image b has no partner'):
         learning.read(tmp_path, 16)
 

@@ -10,12 +10,12 @@ from dsgformer_arch.benchmark.measure import pairs
 from dsgformer_arch.data.prepare.layouts import read_pairs
 from dsgformer_arch.data.prepare.lmdb_writer import create_lmdbs
 from dsgformer_arch.utils.errors import UserError
-from tests.trees import photograph, write_lmdb, write_pairs
+from tests.trees import random_image, write_lmdb, write_pairs
 
 
 def save(path: Path, seed: int = 0, height: int = 20, width: int = 24) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    assert cv2.imwrite(str(path), photograph(seed, height, width))
+    assert cv2.imwrite(str(path), random_image(seed, height, width))
 
 
 @pytest.mark.parametrize(('lq', 'gt'), [('blur', 'sharp'), ('input', 'target'), ('lq', 'gt')])
@@ -26,8 +26,8 @@ def test_the_usual_folders(tmp_path: Path, lq: str, gt: str) -> None:
     found = pairs.find(str(tmp_path), 'rsblur')
     assert found.keys == ('a', 'b')
     blurred, sharp = found.images('b')
-    np.testing.assert_array_equal(blurred, photograph(10, 20, 24)[..., ::-1])
-    np.testing.assert_array_equal(sharp, photograph(0, 20, 24)[..., ::-1])
+    np.testing.assert_array_equal(blurred, random_image(10, 20, 24)[..., ::-1])
+    np.testing.assert_array_equal(sharp, random_image(0, 20, 24)[..., ::-1])
 
 
 def test_lmdbs_give_the_same_as_folders(tmp_path: Path) -> None:
@@ -35,8 +35,8 @@ def test_lmdbs_give_the_same_as_folders(tmp_path: Path) -> None:
     found = pairs.find(str(tmp_path / 'test'), 'gopro')
     assert found.keys == ('test-0', 'test-1')
     blurred, sharp = found.images('test-1')
-    np.testing.assert_array_equal(sharp, photograph(1, 40, 48)[..., ::-1])
-    np.testing.assert_array_equal(blurred, cv2.blur(photograph(1, 40, 48), (7, 1))[..., ::-1])
+    np.testing.assert_array_equal(sharp, random_image(1, 40, 48)[..., ::-1])
+    np.testing.assert_array_equal(blurred, cv2.blur(random_image(1, 40, 48), (7, 1))[..., ::-1])
     assert found.first(1).keys == ('test-0',)
     assert found.first(None).keys == found.keys
 
@@ -82,8 +82,8 @@ def test_a_gopro_sequence_without_its_sharp_images(tmp_path: Path) -> None:
 
 
 def test_an_image_without_counterpart_in_an_lmdb(tmp_path: Path) -> None:
-    write_lmdb(tmp_path / 'test_lq.lmdb', {'a': photograph(0, 20, 20), 'b': photograph(1, 20, 20)})
-    write_lmdb(tmp_path / 'test_gt.lmdb', {'a': photograph(0, 20, 20)})
+    write_lmdb(tmp_path / 'test_lq.lmdb', {'a': random_image(0, 20, 20), 'b': random_image(1, 20, 20)})
+    write_lmdb(tmp_path / 'test_gt.lmdb', {'a': random_image(0, 20, 20)})
     with pytest.raises(UserError, match=r'test_lq\.lmdb: the image b has no partner in .*test_gt\.lmdb'):
         pairs.find(str(tmp_path / 'test'), 'gopro')
 
@@ -111,7 +111,7 @@ def test_places_without_pairs(tmp_path: Path) -> None:
         UserError, match=r'holds no pairs in a known layout: expected blur/ and sharp/.*or gopro'
     ):
         pairs.find(str(tmp_path), 'gopro')
-    write_lmdb(tmp_path / 'half_lq.lmdb', {'a': photograph(0, 20, 20)})
+    write_lmdb(tmp_path / 'half_lq.lmdb', {'a': random_image(0, 20, 20)})
     with pytest.raises(UserError, match=r'no finished LMDB .*half_gt'):
         pairs.find(str(tmp_path / 'half'), 'gopro')
     for side in ('blur', 'sharp', 'lq', 'gt'):
@@ -128,15 +128,15 @@ def test_raw_lmdbs(tmp_path: Path) -> None:
     found = pairs.find(str(tmp_path / 'out' / 'test'), 'gopro')
     assert len(found.check()) == 16
     blurred, sharp = found.images('a')
-    np.testing.assert_array_equal(blurred, photograph(0, 20, 24)[..., ::-1])
-    np.testing.assert_array_equal(sharp, photograph(1, 20, 24)[..., ::-1])
+    np.testing.assert_array_equal(blurred, random_image(0, 20, 24)[..., ::-1])
+    np.testing.assert_array_equal(sharp, random_image(1, 20, 24)[..., ::-1])
 
 
 @pytest.mark.parametrize('key', ['/tmp/elsewhere', '../elsewhere', 'a/../../b'])
 def test_keys_that_lead_out_of_the_folder(key: str, tmp_path: Path) -> None:
     """Restored images are saved under their keys."""
     for side in ('lq', 'gt'):
-        write_lmdb(tmp_path / f'test_{side}.lmdb', {key: photograph(0, 20, 24)})
+        write_lmdb(tmp_path / f'test_{side}.lmdb', {key: random_image(0, 20, 24)})
     with pytest.raises(UserError, match='not a relative path'):
         pairs.find(str(tmp_path / 'test'), 'gopro')
 

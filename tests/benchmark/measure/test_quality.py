@@ -25,7 +25,7 @@ from dsgformer_arch.metrics.protocols import protocol, to_uint8
 from dsgformer_arch.utils.errors import UserError
 from dsgformer_arch.zoo.checkpoint import CheckpointError
 from tests.benchmark.conftest import Greedy, Hollow, make, quality_row, weights
-from tests.trees import SHARED, photograph, write_lmdb, write_pairs
+from tests.trees import SHARED, random_image, write_lmdb, write_pairs
 
 
 def rows_of(path: Path) -> dict[tuple[str, str], dict[str, str]]:
@@ -47,7 +47,7 @@ def measure(sample: Path, out: Path, *names: str, **more: Any) -> int:
 
 def pair(index: int) -> tuple[np.ndarray, np.ndarray]:
     """A pair of the sample's test set, RGB: blurred and sharp."""
-    sharp = photograph(50 + index, 40, 48)
+    sharp = random_image(50 + index, 40, 48)
     return cv2.blur(sharp, (7, 1))[..., ::-1], sharp[..., ::-1]
 
 
@@ -195,9 +195,9 @@ def test_sizes_that_differ_are_found_before_anything_is_restored(tmp_path: Path,
             raise AssertionError('restored')
 
     replaced(tiny=Never())
-    images = {f'{i}': photograph(i, 20, 20) for i in range(3)}
+    images = {f'{i}': random_image(i, 20, 20) for i in range(3)}
     write_lmdb(tmp_path / 'test_lq.lmdb', images)
-    write_lmdb(tmp_path / 'test_gt.lmdb', {**images, '2': photograph(2, 20, 21)})
+    write_lmdb(tmp_path / 'test_gt.lmdb', {**images, '2': random_image(2, 20, 21)})
     with pytest.raises(UserError, match='image 2 has 20×20 pixels and its sharp partner 21×20'):
         measure(tmp_path, tmp_path / 'q', 'tiny')
 
@@ -240,7 +240,7 @@ def test_a_system_that_does_not_fit_in_memory_is_reported(
 
 
 def test_equal_images_have_infinite_psnr_and_leave_the_mean_as_it_is(tmp_path: Path, replaced: Any) -> None:
-    images = {'a': photograph(0, 20, 24), 'b': photograph(1, 20, 24)}
+    images = {'a': random_image(0, 20, 24), 'b': random_image(1, 20, 24)}
     write_lmdb(tmp_path / 'test_lq.lmdb', {'a': images['a'], 'b': cv2.blur(images['b'], (5, 1))})
     write_lmdb(tmp_path / 'test_gt.lmdb', images)
     replaced(tiny=nn.Identity())
@@ -338,7 +338,7 @@ def test_images_are_kept_and_the_numbers_choose_what_the_report_shows(tmp_path: 
         def forward(self, x: Tensor) -> Tensor:
             return x + 10 / 255
 
-    sharp = {str(i): photograph(i, 300, 330) // 2 + 60 for i in range(3)}
+    sharp = {str(i): random_image(i, 300, 330) // 2 + 60 for i in range(3)}
     offsets = {'0': 12, '1': 10, '2': 3}
     write_lmdb(tmp_path / 'test_gt.lmdb', sharp)
     write_lmdb(tmp_path / 'test_lq.lmdb', {key: sharp[key] - offsets[key] for key in sharp})

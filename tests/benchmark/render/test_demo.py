@@ -19,7 +19,7 @@ from skimage.metrics import structural_similarity
 from dsgformer_arch import zoo
 from dsgformer_arch.benchmark.render.demo import show, show_pretrained
 from dsgformer_arch.utils.errors import UserError
-from tests.trees import ROOT, photograph, write_lmdb, write_pairs
+from tests.trees import ROOT, random_image, write_lmdb, write_pairs
 
 TRAIN, TEST = Path('options/train_sample.yml'), Path('options/test_sample.yml')
 NAMES = ['test-0', 'test-1']
@@ -52,7 +52,7 @@ def restored_file(name: str) -> Path:
 
 
 def sharp(name: str) -> np.ndarray:
-    return photograph(NAMES.index(name), HEIGHT, WIDTH)
+    return random_image(NAMES.index(name), HEIGHT, WIDTH)
 
 
 def restored(name: str) -> np.ndarray:

@@ -19,7 +19,7 @@ from dsgformer_arch.benchmark.render import report
 from dsgformer_arch.utils.errors import UserError
 from tests.benchmark.conftest import make, quality_row, speed_row
 from tests.browser import Tab, browser, executable
-from tests.trees import photograph
+from tests.trees import random_image
 
 
 def gopro_record(*rows: dict[str, Any], **changes: Any) -> Any:
@@ -324,7 +324,7 @@ def test_text_is_never_taken_for_html() -> None:
 
 
 def test_embedded_images_are_what_they_were(tmp_path: Path) -> None:
-    image = photograph(0, 48, 64)
+    image = random_image(0, 48, 64)
     cv2.imwrite(str(tmp_path / 'x.png'), image)
     uri, height, width = pages.data_uri(tmp_path / 'x.png')
     kind, _, data = uri.partition(';base64,')

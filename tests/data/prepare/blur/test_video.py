@@ -23,14 +23,14 @@ from dsgformer_arch.data.prepare.blur.video import (
     optical_flows,
 )
 from dsgformer_arch.utils.errors import UserError
-from tests.trees import photograph
+from tests.trees import random_image
 
 SIZE = (72, 128)
 
 
 def pan(count: int, step: int = 2, seed: int = 0) -> list[np.ndarray]:
     """Frames of a camera that moves along a scene by whole pixels, uint8 RGB."""
-    scene = photograph(seed, SIZE[0], SIZE[1] + step * count)
+    scene = random_image(seed, SIZE[0], SIZE[1] + step * count)
     return [np.ascontiguousarray(scene[:, step * n : step * n + SIZE[1]]) for n in range(count)]
 
 
