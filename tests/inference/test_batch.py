@@ -97,7 +97,7 @@ class TestTree:
             ('../x.png', 'line 1: ../x.png is not below'),
             ('/x.png', 'line 1: /x.png is not below'),
             ('notes.txt', 'line 1: notes.txt is not an image'),
-            ('out/a.png', 'results are no inputs'),
+            ('out/a.png', 'results are not inputs'),
         ],
     )
     def test_bad_lines(self, tmp_path: Path, line: str, message: str) -> None:
