@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,25 +18,67 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dsgformer_arch.archs.layers.network import Outputs, meta_copy
+from dsgformer_arch.archs.layers.network import Outputs, RestorationNetwork, meta_copy
 from dsgformer_arch.archs.layers.padding import padded_size
-from dsgformer_arch.archs.tlc import placed
+from dsgformer_arch.archs.tlc import SharedMaps, placed
 from dsgformer_arch.utils.memory import free_memory
 
 PRECISIONS = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 """Names of the precisions that command lines and options take."""
 
 TILE_OVERLAP = 64
-"""Pixels by which automatic tiles overlap."""
+"""Pixels by which automatic tiles overlap at least."""
+
+MIDDLE = (0.25, 0.75)
+"""Where tiles are blended, as fractions of their overlap."""
+
+AFTER_SHARING = (0.25, 0.5)
+"""The same where a tile takes what cut windows hold from the tiles before it: it is good closer to its start
+than to its end."""
 
 SMALLEST_TILE = 64
 """Tiles are not halved below this side, in pixels."""
 
-MOST_MEMORY = 1.2e9
-"""Upper bound of the memory of an automatic tile in bytes; larger tiles save very little time."""
+MOST_MEMORY = 2.5e9
+"""Upper bound of the memory of automatic tiles in bytes on a CPU: with all else a process takes 4 GB."""
 
 UNKNOWN_MEMORY = 20_000
 """Bytes per pixel assumed for a network whose memory cannot be computed; Restormer takes 13,000."""
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How images are cut into tiles for a network.
+
+    Attributes:
+        multiple: the network's `pad_multiple`.
+        starts: its `tile_multiple`.
+        wanted: overlap in pixels beyond which tiles hardly come closer to the whole image.
+        most: the least number of overlaps in a tile.
+        blend: the part of an overlap in which one tile replaces the other, as fractions of it.
+    """
+
+    multiple: int = 1
+    starts: int = 0
+    wanted: int = 0
+    most: int = 2
+    blend: tuple[float, float] = MIDDLE
+
+    @classmethod
+    def of(cls, network: nn.Module) -> Tiling:
+        """The tiling of a network, as it declares it."""
+        if not isinstance(network, RestorationNetwork):
+            return cls(getattr(network, 'pad_multiple', 1))
+        multiple, starts, window = network.pad_multiple, network.tile_multiple, network.pooling_window
+        if window and network.shares_windows:
+            return cls(multiple, starts, max(2 * network.tile_context, 5 * window // 2), 2, AFTER_SHARING)
+        # A window that ends at the end of a tile then lacks at most half of its pixels.
+        wanted = max(2 * network.tile_context, 2 * window // 3)
+        return cls(multiple, starts, wanted, 3 if window else 2)
+
+    def overlap(self, tile: int) -> int:
+        """Overlap of tiles of a side in pixels."""
+        return max(min(TILE_OVERLAP, tile // 4), min(self.wanted, tile // self.most))
 
 
 def final_output(network: nn.Module, outputs: Outputs) -> Tensor:
@@ -113,7 +156,8 @@ def restore(
         tile: largest side of the tiles into which larger images are cut; `'auto'` for the size that
             free memory allows; None for the whole image at once.
             Tiles change the result wherever a network uses statistics of the whole image.
-        tile_overlap: how far tiles overlap; the overlap is blended.  Not used with `'auto'`.
+        tile_overlap: how far tiles overlap at least; the overlap is blended.  With `'auto'` it is that of
+            `Tiling`.
 
     Returns:
         (N, 3, H, W), float32 (float64 for a float64 image), not clipped.
@@ -123,8 +167,10 @@ def restore(
     """
     if not image.is_floating_point():
         raise ValueError(f'the image is {image.dtype}; convert it to floating point in [0, 1]')
+    tiling = Tiling.of(network)
     if tile == 'auto':
-        tile, tile_overlap = automatic_tile(network, image.device, image.shape[0]), TILE_OVERLAP
+        tile = automatic_tile(network, image.device, image.shape[0], precision)
+        tile_overlap = tiling.overlap(tile)
     elif isinstance(tile, str):
         raise ValueError(f'tile is {tile!r}; give a number of pixels, "auto" or None')
     if tile is not None and not 0 <= tile_overlap < tile:
@@ -141,7 +187,7 @@ def restore(
                 (image.shape[-2], image.shape[-1]),
                 tile,
                 tile_overlap,
-                getattr(network, 'pad_multiple', 1),
+                tiling=tiling,
             )
             restored = torch.cat(list(bands), dim=-2)
     # An inference tensor could not be changed in place.
@@ -167,6 +213,7 @@ def restore_rows(
     overlap: int,
     multiple: int = 1,
     tick: Callable[[float], None] = lambda fraction: None,
+    tiling: Tiling | None = None,
 ) -> Iterator[Tensor]:
     """Restore an image in overlapping tiles, row by row of tiles, and blend them where they overlap.
 
@@ -177,23 +224,31 @@ def restore_rows(
         size: height and width of the image.
         tile: largest side of a tile, or its largest height and width.
         overlap: least overlap of neighbouring tiles; see `spans`.
-        multiple: tiles start and end at multiples of this, which is the network's `pad_multiple`.
+        multiple: the network's `pad_multiple`.
         tick: called with the fraction that is done after each tile.
+        tiling: how the network's images are cut, instead of `multiple`.
 
     Yields:
         Restored rows (N, C, n, W) in order, of H rows altogether.
     """
     height, width = size
     high, wide = (tile, tile) if isinstance(tile, int) else tile
-    vertical, horizontal = spans(height, high, overlap, multiple), spans(width, wide, overlap, multiple)
-    down, across = _weights(vertical, height), _weights(horizontal, width)
+    tiling = tiling or Tiling(multiple)
+    vertical, horizontal = (
+        spans(whole, side, overlap, tiling.multiple, tiling.starts, tiling.wanted)
+        for whole, side in ((height, high), (width, wide))
+    )
+    down, across = (_weights(vertical, height, tiling.blend), _weights(horizontal, width, tiling.blend))
     count, done = len(vertical) * len(horizontal), 0
+    shared = SharedMaps() if count > 1 else None
     kept: Tensor | None = None
     for index, (top, bottom) in enumerate(vertical):
         source = rows(top, bottom)
+        if shared is not None:
+            shared.forget(top)
         total = torch.empty(0)
         for number, (left, right) in enumerate(horizontal):
-            with placed((top, bottom), (left, right), size, multiple):
+            with placed((top, bottom), (left, right), size, tiling.multiple, shared):
                 restored = call(source[..., left:right])
             if len(horizontal) == 1:
                 total = restored
@@ -236,11 +291,19 @@ def _blend(total: Tensor, tile: Tensor, weight: Tensor, dim: int) -> None:
         total.narrow(dim, start, end - start).add_(shared)
 
 
-def spans(size: int, tile: int, overlap: int, multiple: int = 1) -> list[tuple[int, int]]:
+def spans(
+    size: int, tile: int, overlap: int, multiple: int = 1, starts: int = 0, wanted: int = 0
+) -> list[tuple[int, int]]:
     """The fewest tiles that cover `size` and overlap by at least `overlap`, spread evenly.
 
-    All but the end of the last lie at multiples of `multiple`, as far as the size of the tile allows: a
-    network that cuts its image into blocks then cuts tiles like the whole.
+    Args:
+        size: of the image.
+        tile: the largest size of a tile.
+        overlap: the least overlap.
+        multiple: all but the end of the last lie at multiples of this, as far as the size of the tile allows.
+        starts: tiles of at least twice this size start at multiples of it: a network that cuts its image into
+            blocks then cuts tiles like the whole.
+        wanted: overlap that is aimed at where it takes no more tiles; with 0, tiles are as large as allowed.
 
     Returns:
         Start and end of each.
@@ -250,13 +313,17 @@ def spans(size: int, tile: int, overlap: int, multiple: int = 1) -> list[tuple[i
     if tile < 2 * multiple:
         multiple = 1
     tile -= tile % multiple
-    overlap = min(-(-overlap // multiple) * multiple, tile - multiple)
-    number = -(-(size - overlap) // (tile - overlap))
+    grid = starts if 0 < 2 * starts <= tile else multiple
+    longest = max(grid, (tile - overlap) // grid * grid)
+    number = 1 + -(-(size - tile) // longest)
+    aimed = max(min(-(-overlap // multiple) * multiple, tile - longest), wanted)
     step = -(-(size - tile) // (number - 1))
-    step = min(-(-step // multiple) * multiple, tile - overlap)
+    if wanted:
+        step = max(step, -(-(size - aimed) // number))
+    step = min(longest, step + -step % grid)
     # Tiles of this size and step just reach the end; the last one may be a few pixels shorter.
-    tile = min(tile, -(-(size - step * (number - 1)) // multiple) * multiple)
-    tile = max(tile, step + overlap)
+    enough = -(-(size - step * (number - 1)) // multiple) * multiple
+    tile = min(tile, max(enough, step + aimed))
     return [(step * i, min(step * i + tile, size)) for i in range(number)]
 
 
@@ -304,17 +371,19 @@ def _sides(length: int, overlap: int, multiple: int) -> list[tuple[int, int]]:
     return found
 
 
-def _weights(tiles: list[tuple[int, int]], size: int) -> list[Tensor]:
+def _weights(tiles: list[tuple[int, int]], size: int, blend: tuple[float, float] = MIDDLE) -> list[Tensor]:
     """Weights of tiles along their axis, on the CPU: 1 where a tile is alone, 1 in sum where tiles overlap.
 
-    They rise smoothly over what a tile shares with its neighbours.
+    They rise smoothly over the part `blend` of what a tile shares with its neighbours: what a tile knows
+    least does not count.
     """
     ramps = [torch.ones(end - start, dtype=torch.float64) for start, end in tiles]
     for (_, end), (start, _), before, after in zip(tiles, tiles[1:], ramps, ramps[1:], strict=False):
         position = (torch.arange(end - start, dtype=torch.float64) + 0.5) / max(end - start, 1)
-        rise = (position * (math.pi / 2)).sin().square().clamp(min=1e-6)
-        after[: end - start] *= rise
-        before[len(before) - (end - start) :] *= rise.flip(0)
+        position = ((position - blend[0]) / (blend[1] - blend[0])).clamp(0, 1)
+        rise = (position * (math.pi / 2)).sin().square()
+        after[: end - start] *= rise.clamp(min=1e-6)
+        before[len(before) - (end - start) :] *= (1 - rise).clamp(min=1e-6)
     total = torch.zeros(size, dtype=torch.float64)
     for (start, end), ramp in zip(tiles, ramps, strict=True):
         total[start:end] += ramp
@@ -327,13 +396,16 @@ class Halving:
     Args:
         call: restores a tile, (N, C, h, w) to the same.
         multiple: the network's `pad_multiple`.
+        tiling: how the network's images are cut, instead of `multiple`.
 
     Attributes:
         side: largest side of the tiles that `call` is given; None before memory ran out.
     """
 
-    def __init__(self, call: Callable[[Tensor], Tensor], multiple: int = 1) -> None:
-        self.call, self.multiple = call, multiple
+    def __init__(
+        self, call: Callable[[Tensor], Tensor], multiple: int = 1, tiling: Tiling | None = None
+    ) -> None:
+        self.call, self.tiling = call, tiling or Tiling(multiple)
         self.side: int | None = None
 
     def __call__(self, image: Tensor) -> Tensor:
@@ -351,12 +423,14 @@ class Halving:
                     half = -(-max(size) // 2)
                     if not is_out_of_memory(error) or half < SMALLEST_TILE:
                         raise
-                    self.side = half + -half % self.multiple
+                    self.side = half + -half % self.tiling.multiple
                 if image.is_cuda:  # outside `except`: the traceback holds the tensors
                     torch.cuda.empty_cache()
-            overlap = min(TILE_OVERLAP, self.side // 4)
             bands = restore_rows(
-                self, lambda top, bottom: image[..., top:bottom, :], size, self.side, overlap, self.multiple
+                self,
+                lambda top, bottom: image[..., top:bottom, :],
+                *(size, self.side, self.tiling.overlap(self.side)),
+                tiling=self.tiling,
             )
             # A tile of this call may be halved again; then start over.
             side = self.side
@@ -375,12 +449,26 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def automatic_tile(network: nn.Module, device: torch.device, batch: int = 1) -> int:
-    """Side of the largest square tile whose restoration fits into half of the free memory, in pixels."""
-    budget = min(free_memory(device) / 2, MOST_MEMORY if device.type == 'cpu' else math.inf)
-    side = math.isqrt(int(budget / batch / memory_per_pixel(network)))
+def memory_budget(device: torch.device) -> float:
+    """Bytes that automatic tiles may take: half of what is free, and no more than `MOST_MEMORY` on a CPU."""
+    return min(free_memory(device) / 2, MOST_MEMORY if device.type == 'cpu' else math.inf)
+
+
+def automatic_tile(network: nn.Module, device: torch.device, batch: int = 1, precision: str = 'fp32') -> int:
+    """Side of the largest square tile whose restoration fits into `memory_budget`, in pixels."""
+    side = math.isqrt(int(memory_budget(device) / batch / restoring_memory(network, device, precision)))
     multiple = getattr(network, 'pad_multiple', 1)
     return max(SMALLEST_TILE, side - side % multiple)
+
+
+def restoring_memory(network: nn.Module, device: torch.device, precision: str) -> float:
+    """Bytes that restoring takes for each pixel of an image, by the implementation that runs.
+
+    Elsewhere than on a CPU memory that runs out is noticed, so that `memory_per_pixel` is always taken there.
+    """
+    if device.type != 'cpu' or not isinstance(network, RestorationNetwork):
+        return memory_per_pixel(network)
+    return network.lean_memory(2 if precision == 'bf16' else 4) or memory_per_pixel(network)
 
 
 def memory_per_pixel(network: nn.Module, side: int = 256) -> float:

@@ -12,12 +12,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dsgformer_arch import cuda_graphs, zoo
+from dsgformer_arch import cuda_graphs, ops, zoo
 from dsgformer_arch import restore as restoring
 from dsgformer_arch.archs.layers.network import RestorationNetwork
 from dsgformer_arch.cuda_graphs import CudaGraphs
+from dsgformer_arch.ops import eager
 from dsgformer_arch.restore import (
     Halving,
+    Tiling,
     automatic_tile,
     final_output,
     memory_per_pixel,
@@ -117,6 +119,60 @@ def test_tiles_cover_everything_and_overlap(size: int, tile: int, overlap: int, 
     for (a, b), (c, d) in itertools.pairwise(tiles):
         assert a < c <= b - overlap
         assert b < d
+
+
+@pytest.mark.parametrize(('size', 'tile'), [(1280, 960), (4000, 1000), (5000, 2000), (300, 260), (700, 100)])
+def test_tiles_start_where_the_network_says(size: int, tile: int) -> None:
+    tiles = spans(size, tile, tile // 2, 16, 128)
+    assert (tiles[0][0], tiles[-1][1]) == (0, size)
+    assert all(end - start <= tile for start, end in tiles)
+    if tile >= 256:
+        assert all(start % 128 == 0 for start, _ in tiles)
+    assert all(end - following >= tile // 2 - 16 for (_, end), (following, _) in itertools.pairwise(tiles))
+
+
+def test_tiles_overlap_by_more_where_it_takes_no_more_tiles() -> None:
+    for wanted in (100, 300, 800):
+        tiles = spans(1280, 960, 100, 16, 0, wanted)
+        assert len(tiles) == 2
+        assert tiles[0][1] - tiles[1][0] >= min(wanted, 2 * 960 - 1280)
+
+
+def test_tiles_are_no_larger_than_the_wanted_overlap_needs() -> None:
+    assert spans(6000, 3296, 512, 16, 128, 512) == [(0, 2432), (1920, 4352), (3840, 6000)]
+
+
+def test_a_tile_that_shares_windows_counts_closer_to_its_start() -> None:
+    """Of an overlap of 32, the first quarter is the earlier tile's alone and the second half the later's."""
+    x = torch.zeros(1, 3, 8, 96)
+    numbers = iter(range(10))
+    bands = restore_rows(
+        lambda part: torch.full_like(part, next(numbers)),
+        lambda top, bottom: x[..., top:bottom, :],
+        (8, 96),
+        64,
+        32,
+        tiling=Tiling(1, blend=restoring.AFTER_SHARING),
+    )
+    row = torch.cat(list(bands), -2)[0, 0, 0]
+    assert row[:40].abs().max() < 1e-5
+    assert (row[48:] - 1).abs().max() < 1e-5
+    assert (row[40:48].diff() > 0).all()
+
+
+@pytest.mark.parametrize('pooled', [False, True])
+@pytest.mark.parametrize('name', ['dsgformer_t', 'dsgformer_h'])
+def test_lean_memory_is_an_upper_bound(name: str, pooled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted as above, but in strips, as images that are larger than a strip are restored."""
+    monkeypatch.setitem(eager.STRIP_BYTES, 'cpu', 1)
+    network = zoo.create(name, tlc=64 if pooled else None).eval()
+    x = torch.rand(1, 3, 512, 512)
+    with torch.inference_mode(), ops.use('eager'), restoring._Alive() as alive:
+        network(x)
+    lean = network.lean_memory(4)
+    assert 0.4 * lean < (alive.most + x.nbytes) / 512**2 < lean
+    with ops.use('plain'):
+        assert network.lean_memory(4) == 0
 
 
 @pytest.mark.parametrize('multiple', [1, 16, 256])

@@ -218,6 +218,10 @@ class DSGA(nn.Module):
     def forward(self, X: Tensor) -> Tensor:
         return ops.block.forward(self, X)
 
+    def in_windows(self, X: Tensor) -> Tensor:
+        """The block with local pooling: its attention is a `Windowed`."""
+        return ops.block.forward_in_windows(self, X, cast(Windowed, self.attention.forward).grid)
+
     def reference(self, X: Tensor) -> Tensor:
         """The block as the paper writes it; every other implementation must equal this one."""
         Q, K, V, U = self.depthwise(self.project_in(self.norm(X))).chunk(4, dim=1)
@@ -266,6 +270,7 @@ class DSGformer(RestorationNetwork):
     min_size = BLOCK
     channels_last = True
     sees_whole_image = True
+    shares_windows = True
     width_settings = ('width',)
     depth_settings = ('num_blocks',)
 
@@ -303,6 +308,8 @@ class DSGformer(RestorationNetwork):
         self.patch = patch
         self.pad_multiple = self.min_size = BLOCK * patch
         self.bytes_per_pixel = 130 * width / patch**2  # as counted, for these blocks in their reference form
+        self.tile_multiple = 8 * BLOCK * patch  # DFGB cuts the maps of the last level into blocks, too
+        self.tile_context = 2 * self.tile_multiple  # two such blocks, as measured (docs/restoring.md)
         C, n = width, num_blocks
         block_settings = (attention, score, gate, recompute, k, alpha_init, weights_init, output_init)
 
@@ -354,12 +361,17 @@ class DSGformer(RestorationNetwork):
                 x = block(x)
         return x
 
+    def lean_memory(self, itemsize: int) -> float:
+        # Three maps of the decoder's 2C channels, the skip connections; and six images in float32.
+        maps = 7 * self.settings['width'] * itemsize / self.patch**2
+        return 0.0 if ops.path() == 'plain' else maps + 6 * 3 * 4
+
     def windowed_attentions(self) -> Iterator[tuple[str, Windowed]]:
         for name, block in self.named_modules():
             if isinstance(block, DSGA):
-                # The fast implementations sum over the whole map; the reference calls its attention.
-                block.forward = block.reference  # type: ignore[method-assign]
-                yield name, window_method(block.attention, 'forward')
+                local = window_method(block.attention, 'forward')
+                block.forward = block.in_windows  # type: ignore[method-assign]
+                yield name, local
 
     @classmethod
     def recognises(cls, state: Mapping[str, Any]) -> bool:

@@ -17,10 +17,11 @@ A window is `base_size / train_size` times the size that the feature map has in 
 at half the resolution has windows of half the size.
 
 There is no official TLC for DRSformer and DSGformer; theirs follows the two rules above.  DRSformer's
-experts are then weighted for each pixel, and DSGformer's blocks run in their reference implementation.
+experts are then weighted for each pixel.
 
 An image that is restored in tiles has its windows of attention at the same places as the whole image
-(`placed`); those that a tile cuts are computed from the part that it holds.
+(`placed`); those that a tile cuts are computed from the part that it holds, or taken from a tile before it
+that knows them better (`SharedMaps`; DSGformer only).
 
 A network declares its attentions over all pixels in `RestorationNetwork.windowed_attentions`.
 """
@@ -29,6 +30,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from types import MethodType
@@ -39,13 +41,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsgformer_arch.archs.layers.network import RestorationNetwork, meta_copy
+from dsgformer_arch.ops.eager import Grid, Span
 from dsgformer_arch.utils.errors import UserError
 
 Window = tuple[int, int]
 """Height and width in pixels of a feature map."""
-
-Span = tuple[int, int]
-"""Start and end along one axis."""
 
 
 class Place(NamedTuple):
@@ -64,11 +64,54 @@ class Place(NamedTuple):
     multiple: int
 
 
-_places: ContextVar[tuple[Place, Place] | None] = ContextVar('_places', default=None)
+class SharedMaps:
+    """What tiles of one image, restored one after the other, tell each other about the windows they share.
+
+    A tile knows the map of an attention well in windows far from the edges where it cuts the image.  Each
+    window takes the map from the tile that knows it best so far.
+    """
+
+    def __init__(self) -> None:
+        self._maps: dict[tuple[int, ...], tuple[float, int, Tensor]] = {}
+
+    def best(self, key: tuple[int, ...], margin: float, bottom: int, own: Tensor) -> Tensor:
+        """`own`, or the map of a tile that knew it better; what is best is kept if it is finite.
+
+        Args:
+            key: of the attention and the window.
+            margin: from the window to the nearest edge at which the tile cuts the image, in pixels.
+            bottom: where the window ends in the image, in pixels.
+            own: the map as this tile knows it.
+        """
+        known = self._maps.get(key)
+        if known is not None and known[0] > margin:
+            return known[2]
+        if bool(own.isfinite().all()):
+            self._maps[key] = margin, bottom, own.clone()
+        return own
+
+    def forget(self, top: int) -> None:
+        """Drop the windows above a row of pixels: no later tile has them."""
+        self._maps = {key: value for key, value in self._maps.items() if value[1] > top}
+
+
+class _Tile(NamedTuple):
+    vertical: Place
+    horizontal: Place
+    shared: SharedMaps | None
+
+
+_tile: ContextVar[_Tile | None] = ContextVar('_tile', default=None)
 
 
 @contextlib.contextmanager
-def placed(vertical: Span, horizontal: Span, size: tuple[int, int], multiple: int = 1) -> Iterator[None]:
+def placed(
+    vertical: Span,
+    horizontal: Span,
+    size: tuple[int, int],
+    multiple: int = 1,
+    shared: SharedMaps | None = None,
+) -> Iterator[None]:
     """Say which part of an image the networks that are called inside this `with` statement are given.
 
     Windows of attention then lie where they lie in the whole image.  Within another `placed`, the image is
@@ -78,17 +121,22 @@ def placed(vertical: Span, horizontal: Span, size: tuple[int, int], multiple: in
         vertical, horizontal: the tile, in pixels of the image.
         size: height and width of the image.
         multiple: the network's `pad_multiple`.
+        shared: one for all tiles of the image; that of the outer `placed` comes first.
     """
-    outer = _places.get()
+    outer = _tile.get()
     places = []
     for i, (start, end) in enumerate((vertical, horizontal)):
-        around = Place(0, size[i], size[i], multiple) if outer is None else outer[i]
+        around = (
+            Place(0, size[i], size[i], multiple) if outer is None else (outer.vertical, outer.horizontal)[i]
+        )
         places.append(Place(around.start + start, end - start, around.whole, multiple))
-    token = _places.set((places[0], places[1]))
+    if outer is not None and outer.shared is not None:
+        shared = outer.shared
+    token = _tile.set(_Tile(places[0], places[1], shared))
     try:
         yield
     finally:
-        _places.reset(token)
+        _tile.reset(token)
 
 
 def use_local_pooling(
@@ -126,6 +174,7 @@ def use_local_pooling(
     for name, local in statistics:
         height, width = sizes[name]
         local.window = (max(1, height * base[0] // train[0]), max(1, width * base[1] // train[1]))
+    network.pooling_window = max(base)  # type: ignore[assignment]
     return network
 
 
@@ -183,11 +232,7 @@ def windowed(core: Callable[..., Tensor], maps: Sequence[Tensor], window: Window
         (N, C, H, W); exactly `core(*maps)` if one window covers the map.
     """
     height, width = maps[0].shape[-2:]
-    places = None if torch.compiler.is_compiling() else _places.get()
-    rows, columns = (
-        _windows(size, length, places and places[axis])
-        for axis, (size, length) in enumerate(((height, window[0]), (width, window[1])))
-    )
+    rows, columns = ([one.span for one in axis] for axis in _grid(height, width, window))
     if rows == [(0, height)] and columns == [(0, width)]:
         return core(*maps)
     total: Tensor | None = None
@@ -201,21 +246,52 @@ def windowed(core: Callable[..., Tensor], maps: Sequence[Tensor], window: Window
     return total / (_covers(rows, total, -2)[:, None] * _covers(columns, total, -1))
 
 
-def _windows(size: int, window: int, place: Place | None) -> list[Span]:
+class _PlacedWindow(NamedTuple):
+    """A window along one axis.
+
+    Attributes:
+        span: the part of it that is in the tile, in pixels of the tile's map.
+        number: counted from the start of the image.
+        margin: from it to the edges at which the tile cuts the image, in pixels of the image; negative where
+            the tile cuts the window.
+        end: in pixels of the image.
+    """
+
+    span: Span
+    number: int
+    margin: float
+    end: int
+
+
+def _grid(height: int, width: int, window: Window) -> tuple[list[_PlacedWindow], list[_PlacedWindow]]:
+    """The windows along both axes of a map."""
+    tile = None if torch.compiler.is_compiling() else _tile.get()
+    return (
+        _windows(height, window[0], tile and tile.vertical),
+        _windows(width, window[1], tile and tile.horizontal),
+    )
+
+
+def _windows(size: int, window: int, place: Place | None) -> list[_PlacedWindow]:
     """The windows along one axis of a map of `size`, which is that of a tile at `place`."""
-    whole, offset = size, 0
+    whole, offset, scale = size, 0, 1
     if place is not None:
-        scale, rest = divmod(_padded(place.length, place.multiple), size)
-        if not rest and place.start % scale == 0:
+        shrunk, rest = divmod(_padded(place.length, place.multiple), size)
+        if not rest and place.start % shrunk == 0:
+            scale = shrunk
             whole, offset = _padded(place.whole, place.multiple) // scale, place.start // scale
     window = min(window, whole)
-    spans = []
-    for start in _starts(whole, window):
+    found: dict[Span, _PlacedWindow] = {}
+    for number, start in enumerate(_starts(whole, window)):
         start, end = start - offset, start - offset + window
         if start < size and end > 0:
+            before = start if offset else math.inf
+            after = size - end if offset + size < whole else math.inf
             # The statistics of a sliver say little: at least half a window counts.
-            spans.append((max(0, min(start, size - window // 2)), min(size, max(end, window // 2))))
-    return list(dict.fromkeys(spans))
+            span = max(0, min(start, size - window // 2)), min(size, max(end, window // 2))
+            margin = scale * min(before, after)
+            found.setdefault(span, _PlacedWindow(span, number, margin, scale * (offset + end)))
+    return list(found.values())
 
 
 def _padded(length: int, multiple: int) -> int:
@@ -250,6 +326,21 @@ class Windowed:
 
     def __call__(self, *maps: Tensor) -> Tensor:
         return self.core(*maps) if self.window is None else windowed(self.core, maps, self.window)
+
+    def grid(self, height: int, width: int) -> Grid:
+        """The windows of a map of this size."""
+        rows, columns = _grid(height, width, self.window or (height, width))
+        tile = _tile.get()
+        shared = tile and tile.shared
+
+        def exchange(image: int, maps: Tensor) -> Tensor:
+            if shared is not None:
+                for (i, row), (j, column) in itertools.product(enumerate(rows), enumerate(columns)):
+                    key = id(self), image, row.number, column.number
+                    maps[i, j] = shared.best(key, min(row.margin, column.margin), row.end, maps[i, j])
+            return maps
+
+        return Grid([row.span for row in rows], [column.span for column in columns], exchange)
 
 
 def window_method(module: Any, name: str) -> Windowed:

@@ -28,9 +28,11 @@ from dsgformer_arch.restore import (
     SMALLEST_TILE,
     TILE_OVERLAP,
     Halving,
+    Tiling,
     automatic_tile,
     evaluating,
     is_out_of_memory,
+    memory_budget,
     restore_rows,
     tile_shape,
     whole_image,
@@ -41,7 +43,13 @@ Pixels = NDArray[Any]
 """An image or a batch: (H, W), (H, W, C) or (N, H, W, C) with C of 1 to 4; the second or fourth is alpha."""
 
 BAND_BYTES = 300_000_000
-"""What a row of tiles may take beside the tile that is being restored."""
+"""What a row of tiles may take beside the tile that is being restored, without making that smaller."""
+
+BAND_SHARE = 0.5
+"""Share of the tile's memory that a row of tiles may take besides."""
+
+MOST_BAND_SHARE = 0.6
+"""The same where tiles would not be twice as high as they overlap."""
 
 BYTES_OF_A_BAND = 40
 """Bytes for each of its pixels: three float32 copies of three channels, and the pixels themselves."""
@@ -116,7 +124,6 @@ class Deblurrer:
         self.precision, self.tile, self.strength = precision, tile, strength
         self.report = Report()
         self._plain: Callable[[], nn.Module] | None = None
-        self._window = 0  # side of the windows of local pooling, in pixels
         if isinstance(model, nn.Module):
             if weights is not None or tlc:
                 raise UserError(
@@ -127,10 +134,9 @@ class Deblurrer:
         else:
             self.network, self.name = _load(model, weights, tlc)
             if tlc:
-                self._window = _trained_on(tlc) * 3 // 2
                 self._plain = lambda: _load(model, weights, False)[0]
         self.network = self.network.to(self.device)
-        self._automatic: int | None = None
+        self._automatic: dict[str, int] = {}  # sides of automatic tiles, by precision
         self._graphs: dict[str, CudaGraphs] = {}
         self._replay = False  # True while frames of one size are replayed as CUDA graphs
         self._unrecordable = False  # True once recording the network has failed
@@ -211,19 +217,9 @@ class Deblurrer:
         first = rows(0, 1)
         _check_pixels(first)
         precision = self._precision(first.dtype)
-        tile = self._side(size)
-        shape = (tile, tile)
-        multiple = getattr(self.network, 'pad_multiple', 1)
-        cut = self.tile == 'auto' and size[0] * size[1] > tile**2
-        if cut:
-            # Rows of tiles are kept whole: the wider the image, the lower the tiles.
-            high = min(tile, max(4 * TILE_OVERLAP, BAND_BYTES // (BYTES_OF_A_BAND * size[1])))
-            shape = (high, tile**2 // high)
-        overlap = min(TILE_OVERLAP, min(shape) // 4)
-        if self._window:  # a window that ends at the end of a tile lacks at most half of its pixels
-            overlap = max(overlap, min(2 * self._window // 3, min(shape) // 3))
-        if cut:
-            shape = tile_shape(size, tile**2, shape[0], overlap, multiple)
+        shape = self._shape(size, precision)
+        tiling = Tiling.of(self.network)
+        overlap = tiling.overlap(min(shape))
         pixels, order = first, self._order
 
         def read(top: int, bottom: int) -> Tensor:
@@ -234,7 +230,7 @@ class Deblurrer:
         def call(part: Tensor) -> Tensor:
             return self._tile(to_tensor(part[0].permute(1, 2, 0).numpy(), order), precision)
 
-        restored = restore_rows(call, read, size, shape, overlap, multiple, tick)
+        restored = restore_rows(call, read, size, shape, overlap, tiling.multiple, tick, tiling)
         # A band starts where the rows start that were read for it.
         for band in _evaluating(self.network, restored):
             yield self._finished(band, pixels[: band.shape[-2]])
@@ -254,13 +250,14 @@ class Deblurrer:
     def _batch(self, frames: Pixels) -> Pixels:
         """(N, H, W, C) to the same: whole frames, several at once on a GPU where they fit."""
         size = (frames.shape[1], frames.shape[2])
-        if not self._batches or max(size) > self._side(size):
+        precision = self._precision(frames.dtype)
+        high, wide = self._shape(size, precision)
+        if not self._batches or size[0] > high or size[1] > wide:
             return np.stack([self._array(frame) for frame in frames])
         # What fits into one tile fits as several smaller frames.
-        tile = self._automatic if self.tile == 'auto' else self.tile
+        tile = self._automatic_side(precision) if self.tile == 'auto' else self.tile
         fitting = FRAMES_AT_ONCE if tile is None else int(tile) ** 2 // (size[0] * size[1])
         together = max(1, min(FRAMES_AT_ONCE, fitting))
-        precision = self._precision(frames.dtype)
         result = np.empty_like(frames)
         for start in range(0, len(frames), together):
             part = frames[start : start + together]
@@ -330,16 +327,29 @@ class Deblurrer:
             torch.channels_last if getattr(self.network, 'channels_last', False) else torch.contiguous_format
         )
 
-    def _side(self, size: tuple[int, int]) -> int:
-        """The largest side of tiles for images of this size."""
-        if self.tile is None:
-            return max(size)
+    def _automatic_side(self, precision: str) -> int:
+        if precision not in self._automatic:
+            self._automatic[precision] = automatic_tile(self.network, self.device, 1, precision)
+        return self._automatic[precision]
+
+    def _shape(self, size: tuple[int, int], precision: str) -> tuple[int, int]:
+        """The largest height and width of tiles for images of this size."""
         if isinstance(self.tile, int):
-            return self.tile
-        if self._automatic is None:
-            self._automatic = automatic_tile(self.network, self.device)
+            return self.tile, self.tile
         # A wide or high image of as many pixels as a tile needs no cut.
-        return max(size) if size[0] * size[1] <= self._automatic**2 else self._automatic
+        if self.tile is None or size[0] * size[1] <= self._automatic_side(precision) ** 2:
+            return size
+        # Rows of tiles are kept whole: the wider the image, the lower the tiles.
+        side = self._automatic_side(precision)
+        memory = memory_budget(self.device)
+        row = BYTES_OF_A_BAND * size[1]
+        tiling = Tiling.of(self.network)
+        high, most = (int((BAND_BYTES + share * memory) / row) for share in (BAND_SHARE, MOST_BAND_SHARE))
+        high = min(side, size[0], max(4 * TILE_OVERLAP, high, min(2 * tiling.wanted, most)))
+        pixels = int(side**2 * (1 - max(0, high * row - BAND_BYTES) / memory))
+        pixels = max(pixels, high * min(high, 4 * TILE_OVERLAP))
+        overlap = tiling.overlap(min(high, pixels // high))
+        return tile_shape(size, pixels, high, overlap, tiling.starts or tiling.multiple)
 
     def _tile(self, image: Tensor, precision: str) -> Tensor:
         """Restore a tile; again, without local pooling or in float32, where the result fails `guard.fault`.
@@ -365,8 +375,8 @@ class Deblurrer:
 
     def _call(self, image: Tensor, precision: str) -> Tensor:
         if precision not in self._halving:
-            multiple = getattr(self.network, 'pad_multiple', 1)
-            self._halving[precision] = Halving(lambda part: self._whole(part, precision), multiple)
+            tiling = Tiling.of(self.network)
+            self._halving[precision] = Halving(lambda part: self._whole(part, precision), tiling=tiling)
         return self._halving[precision](image)
 
     def _whole(self, image: Tensor, precision: str) -> Tensor:

@@ -5,13 +5,14 @@
 | reference: the modules, called one by one | `'plain'`; a child with hooks, an adapter or another class than the network gave it; function transforms; tensors that are not plain ones of one device |
 | operator `dsgformer::block` | the paper's switches; a CPU without gradients, or a GPU in bfloat16 or float16 |
 | kernels with gradients | training on a CPU in float32 or bfloat16 |
+| eager: strips of rows with a map for each window | local pooling (`archs.tlc`) without gradients |
 | eager: whole tensors, or strips of rows | everything else: export, float64, variants of the ablation |
 """  # noqa: E501
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -141,6 +142,29 @@ def forward(block: DSGA, X: Tensor) -> Tensor:
         return y.permute(0, 3, 1, 2)
 
 
+def forward_in_windows(block: DSGA, X: Tensor, grid: Callable[[int, int], eager.Grid]) -> Tensor:
+    """Y of a block whose attention runs in windows (local pooling).
+
+    Args:
+        block: the block; its attention is an `archs.tlc.Windowed`, which the reference calls.
+        X: (N, C, H, W).
+        grid: takes H and W, returns the windows.
+
+    Returns:
+        (N, C, H, W), channels-last unless the reference ran.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or _is_traced() or not fast(X):
+        return block.reference(X)
+    if not _as_built(block, X, replaced=('attention',)):
+        return block.reference(X)
+    dtype = computing_dtype(X)
+    residual = X.permute(0, 2, 3, 1).contiguous()
+    with torch.autocast(X.device.type, enabled=False):
+        weights = eager.Weights.of(block, dtype)
+        y = eager.in_windows(residual.to(dtype), residual, weights, grid(X.shape[-2], X.shape[-1]))
+    return y.permute(0, 3, 1, 2)
+
+
 def _operator_takes(block: DSGA, X: Tensor, dtype: torch.dtype) -> bool:
     """Whether `dsgformer::block` computes the block: a kernel takes it, and its result can be used."""
     attention = block.attention
@@ -205,10 +229,15 @@ def computing_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
+def is_untouched(module: nn.Module, kind: type[nn.Module], replaced: bool = False) -> bool:
     """Whether `module` is exactly a `kind`, and calling it would do nothing but its `forward`.
 
     Adapters, parametrizations, pruning, weight normalization, sharding and quantization show here.
+
+    Args:
+        module: the module.
+        kind: the class.
+        replaced: whether its `forward` is known to be replaced.
     """
     return (
         type(module) is kind
@@ -216,7 +245,7 @@ def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
         and not module._forward_pre_hooks
         and not module._backward_hooks
         and not module._backward_pre_hooks
-        and 'forward' not in vars(module)
+        and (replaced or 'forward' not in vars(module))
     )
 
 
@@ -234,12 +263,18 @@ def _is_convolution(conv: nn.Module, channels_in: int, channels_out: int, side: 
     )
 
 
-def _as_built(block: DSGA, X: Tensor) -> bool:
-    """Whether the children and the parameters of `block` are those that it was built with, and fit X."""
+def _as_built(block: DSGA, X: Tensor, replaced: Sequence[str] = ()) -> bool:
+    """Whether the children and the parameters of `block` are those that it was built with, and fit X.
+
+    Args:
+        block: the block.
+        X: its input, (N, C, H, W).
+        replaced: children whose `forward` is known to be replaced.
+    """
     C, heads = X.shape[1], block.attention.heads
     kinds = block.kinds
     gate = block.gate
-    if not all(is_untouched(getattr(block, name), kind) for name, kind in kinds.items()):
+    if not all(is_untouched(getattr(block, name), kind, name in replaced) for name, kind in kinds.items()):
         return False
     if not (is_untouched(gate, block.gate_kind) and getattr(gate, 'approximate', 'none') == 'none'):
         return False

@@ -1,7 +1,7 @@
 """The block DSGA in PyTorch operations, channels last, ordered for little memory traffic.
 
 Reference implementation: `dsgformer_arch.archs.dsgformer_arch.DSGA.reference`.
-Two implementations of the same arithmetic:
+Three implementations of the same arithmetic:
 
 * `whole` takes whole tensors and is differentiable: for training, for
   `torch.compile`, for export and for small images.
@@ -9,13 +9,15 @@ Two implementations of the same arithmetic:
   no tensor with more channels than X has its full height.  The first pass needs only Q and K,
   and of them only Q Kᵀ and the rows' norms; the second needs only V and U, and
   of them only the gated product.
+* `in_windows` is `in_strips` with one c×c map for each window (local pooling, `archs.tlc`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -221,8 +223,15 @@ def gated_product(VU: Tensor, attention: Tensor, weights: Weights) -> Tensor:
     n, h, w, _ = VU.shape
     V, U = VU.chunk(2, dim=-1)
     heads = (n, h * w, weights.heads, -1)
-    product = V.reshape(heads).transpose(1, 2) @ attention.transpose(2, 3)
-    return (gate(U, weights).reshape(heads) * product.transpose(1, 2)).reshape(n, h, w, -1)
+    product = _attended(V, attention)
+    return (gate(U, weights).reshape(heads) * product).reshape(n, h, w, -1)
+
+
+def _attended(V: Tensor, attention: Tensor) -> Tensor:
+    """DTSAS(Q, K) V from V, (N, H, W, C), and the maps, (N, heads, c, c), to (N, H·W, heads, c)."""
+    heads = attention.shape[1]
+    product = V.reshape(V.shape[0], -1, heads, V.shape[-1] // heads).transpose(1, 2)
+    return (product @ attention.transpose(2, 3)).transpose(1, 2)
 
 
 def gate(U: Tensor, weights: Weights) -> Tensor:
@@ -273,6 +282,120 @@ def in_strips(x: Tensor, residual: Tensor, weights: Weights) -> Tensor:
             out = F.linear(gated_product(VU, attention, weights), weights.project_out)
             torch.add(kept[:, part], out, out=restored[:, part])
     return y
+
+
+Span = tuple[int, int]
+"""Start and end along one axis."""
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Parts of one axis between any two neighbouring edges of windows; a window is a sequence of cells.
+
+    Attributes:
+        windows: the windows.
+        spans: the cells, in order.
+    """
+
+    windows: tuple[Span, ...]
+    spans: tuple[Span, ...]
+
+    @classmethod
+    def of(cls, windows: Sequence[Span]) -> Cells:
+        """The cells of windows that cover an axis from 0 on."""
+        edges = sorted({edge for window in windows for edge in window})
+        return cls(tuple(windows), tuple(pairwise(edges)))
+
+    def sums(self, like: Tensor) -> Tensor:
+        """The matrix (windows, cells) from sums over cells to sums over windows."""
+        # Filled where it lies: a copy from the host could not be recorded as a CUDA graph.
+        matrix = like.new_zeros(len(self.windows), len(self.spans))
+        for row, (start, end) in zip(matrix, self.windows, strict=True):
+            covered = [number for number, span in enumerate(self.spans) if start <= span[0] < end]
+            row[covered[0] : covered[-1] + 1] = 1
+        return matrix
+
+    def means(self, like: Tensor) -> Tensor:
+        """The matrix (cells, windows) from windows to the mean of the windows that cover a cell."""
+        covering = self.sums(like).t()
+        return covering / covering.sum(1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The windows of a map.
+
+    Attributes:
+        rows, columns: start and end of the windows along both axes; they cover the map.
+        exchange: takes the number of an image in its batch and the maps of its windows, (rows, columns,
+            heads, c, c); returns those to be used.
+    """
+
+    rows: Sequence[Span]
+    columns: Sequence[Span]
+    exchange: Callable[[int, Tensor], Tensor]
+
+
+def in_windows(x: Tensor, residual: Tensor, weights: Weights, windows: Grid) -> Tensor:
+    """`in_strips` with the map of DTSAS from each of a grid of windows, averaged where windows overlap.
+
+    Each pixel is projected once however many windows cover it: Q Kᵀ of a window is the sum over its cells,
+    and the mean of A V over windows is the mean of A times V.
+
+    Args:
+        x, residual, weights: as for `whole`.
+        windows: the grid of windows.
+
+    Returns:
+        (N, H, W, C).
+    """
+    vertical, horizontal = Cells.of(windows.rows), Cells.of(windows.columns)
+    height = strip_rows(x)
+    channels = x.shape[-1]
+    for_qk, for_vu = weights.project_in.split(2 * channels)
+    dw_qk, dw_vu = weights.depthwise.split(2 * channels)
+    wide = _wide(x.dtype)
+    c = channels // weights.heads
+    y = torch.empty_like(residual)
+    images = zip(x.split(1), residual.split(1), y.split(1), strict=True)
+    for number, (image, kept, restored) in enumerate(images):
+        # Q Kᵀ and both sums of squares of each cell, side by side.
+        sums = x.new_zeros(len(vertical.spans), len(horizontal.spans), weights.heads, c, c + 2, dtype=wide)
+        for part, P in strips(image, weights, for_qk, height):
+            # In float32: in bfloat16 the result would depend on how strips and tiles cut a window.
+            QK = depthwise(P, dw_qk, padding=(0, 1)).to(wide)
+            for i, j, area in _within(part, vertical, horizontal):
+                product, q_squares, k_squares = gram(QK[area], weights.heads)
+                sums[i, j, ..., :c] += product[0]
+                sums[i, j, ..., c] += q_squares[0]
+                sums[i, j, ..., c + 1] += k_squares[0]
+        grid = vertical.sums(sums), horizontal.sums(sums)
+        of_windows = torch.einsum('ai,bj,ijhkl->abhkl', *grid, sums).flatten(0, 1)
+        product, q_squares, k_squares = of_windows.split([c, 1, 1], dim=-1)
+        A = dtsas.scores(product, q_squares[..., 0], k_squares[..., 0], weights.temperature)
+        of_windows = dtsas.sparse_map(A, weights.step, weights.top_k, weights.score)
+        grid = vertical.means(sums), horizontal.means(sums)
+        maps = windows.exchange(number, of_windows.unflatten(0, (len(windows.rows), len(windows.columns))))
+        maps = torch.einsum('ia,jb,abhkl->ijhkl', *grid, maps).to(x.dtype)
+        for part, P in strips(image, weights, for_vu, height):
+            V, U = depthwise(P, dw_vu, padding=(0, 1)).chunk(2, dim=-1)
+            product = torch.empty_like(V)
+            for i, j, area in _within(part, vertical, horizontal):
+                product[area] = _attended(V[area], maps[i, j][None]).reshape(V[area].shape)
+            out = F.linear(gate(U, weights).mul_(product), weights.project_out)
+            torch.add(kept[:, part], out, out=restored[:, part])
+    return y
+
+
+def _within(
+    part: slice, vertical: Cells, horizontal: Cells
+) -> Iterator[tuple[int, int, tuple[slice, slice, slice]]]:
+    """The cells that a strip crosses: their row, their column and what they share with it, within it."""
+    for i, (top, bottom) in enumerate(vertical.spans):
+        first, last = max(top, part.start) - part.start, min(bottom, part.stop) - part.start
+        if first < last:
+            for j, (left, right) in enumerate(horizontal.spans):
+                yield i, j, (slice(None), slice(first, last), slice(left, right))
 
 
 def strips(

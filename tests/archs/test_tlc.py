@@ -20,7 +20,14 @@ from dsgformer_arch.archs.mhnet_arch import MHNet
 from dsgformer_arch.archs.mprnet_arch import MPRNet
 from dsgformer_arch.archs.nafnet_arch import NAFNet
 from dsgformer_arch.archs.restormer_arch import Restormer
-from dsgformer_arch.archs.tlc import LocalAvgPool2d, placed, use_local_pooling, windowed
+from dsgformer_arch.archs.tlc import (
+    LocalAvgPool2d,
+    SharedMaps,
+    Windowed,
+    placed,
+    use_local_pooling,
+    windowed,
+)
 from dsgformer_arch.utils.errors import UserError
 from tests.conformance.check import check
 
@@ -219,6 +226,75 @@ def test_a_sliver_of_a_window_is_widened() -> None:
     with placed((0, 16), (0, 18), (16, 40)):
         windowed(core, (x[..., :18],), (16, 16))  # columns 0, 12, 24
     assert seen == [16, 8]
+
+
+WINDOWED = Windowed(lambda x: x, (16, 16))
+
+
+def exchanged(tile: tuple[int, int], shared: SharedMaps) -> Tensor:
+    """Starts of the tiles from which a tile of an axis of 60 pixels has the maps of its windows of 16."""
+    with placed((0, 16), tile, (16, 60), 4, shared):
+        grid = WINDOWED.grid(16, tile[1] - tile[0])
+        own = torch.full((1, len(grid.columns), 1, 1, 1), float(tile[0]))
+        return grid.exchange(0, own).flatten()
+
+
+def test_a_window_has_the_map_of_the_tile_that_knows_it_best() -> None:
+    """Windows start at 0, 15, 30 and 44; what a tile cuts counts less than what it has whole."""
+    shared = SharedMaps()
+    assert exchanged((0, 48), shared).tolist() == [0, 0, 0, 0]  # the third ends 2 pixels before the cut
+    # The third begins 10 pixels after this tile, and the last is whole; the second it cuts.
+    assert exchanged((20, 60), shared).tolist() == [0, 20, 20]
+    assert exchanged((24, 60), shared).tolist() == [0, 20, 20]  # which begins closer to them
+    assert exchanged((8, 60), shared).tolist() == [0, 0, 8, 8]
+    assert exchanged((0, 60), SharedMaps()).tolist() == [0, 0, 0, 0]
+
+
+def test_maps_that_are_not_finite_are_not_shared() -> None:
+    shared = SharedMaps()
+    own = torch.full((1, 1), float('nan'))
+    assert shared.best((0,), 5.0, 16, own).isnan().all()
+    assert shared.best((0,), -3.0, 16, torch.ones(1, 1)).item() == 1
+
+
+def test_windows_above_are_forgotten() -> None:
+    shared = SharedMaps()
+    for number, bottom in enumerate((16, 32)):
+        shared.best((number,), 5.0, bottom, torch.ones(1, 1))
+    shared.forget(16)
+    assert [shared.best((number,), 1.0, 48, torch.zeros(1, 1)).item() for number in (0, 1)] == [0, 1]
+
+
+def tile_errors(network: nn.Module, x: Tensor, tiles: list[tuple[int, int]], shared: bool) -> list[Tensor]:
+    """Largest difference of each tile of columns to the whole image, by column, relative to the change."""
+    whole = restored(network, x)
+    scale = (whole - x).abs().max()
+    maps = SharedMaps() if shared else None
+    errors = []
+    for tile in tiles:
+        with placed((0, x.shape[-2]), tile, (x.shape[-2], x.shape[-1]), network.pad_multiple, maps):
+            part = restored(network, x[..., tile[0] : tile[1]])
+        errors.append((part - whole[..., tile[0] : tile[1]]).abs().amax((0, 1, 2)) / scale)
+    return errors
+
+
+def test_dsgformers_tiles_start_where_its_blocks_do() -> None:
+    """DFGB cuts the maps of all levels into 8×8 blocks: those of the last have 64×64 pixels."""
+    network = use_local_pooling(build('DSGformer'), TRAIN)
+    assert network.tile_multiple == 64
+    x = image(48, 640)
+    aligned, shifted = (
+        tile_errors(network, x, [(start, 640)], False)[0][-128:].max() for start in (192, 200)
+    )
+    assert aligned < 1e-3 * shifted
+
+
+def test_dsgformers_tile_knows_windows_from_the_tile_before() -> None:
+    network = use_local_pooling(build('DSGformer'), 96)  # windows of 144 pixels
+    x = image(48, 768)
+    apart, together = (tile_errors(network, x, [(0, 512), (256, 768)], shared) for shared in (False, True))
+    assert torch.equal(apart[0], together[0])
+    assert together[1][128:].max() < 0.2 * apart[1][128:].max()
 
 
 def test_windows_pass_gradients() -> None:

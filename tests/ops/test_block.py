@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from dsgformer_arch import ops
-from dsgformer_arch.archs.dsgformer_arch import DSGA, DSGformer
+from dsgformer_arch.archs.dsgformer_arch import DSGA, DTSAS, DSGformer
+from dsgformer_arch.archs.tlc import window_method
 from dsgformer_arch.ops import eager
 from dsgformer_arch.ops.cpu import binding
 from tests.ops import kernel
@@ -85,6 +86,38 @@ def test_strips_equal_the_reference(switches: tuple[str, str, str], size: tuple[
     with torch.inference_mode():
         assert eager.strip_rows(X.permute(0, 2, 3, 1)) == 8
         torch.testing.assert_close(block(X), block.reference(X), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize('window', [(7, 6), (16, 5), (8, 40)])
+@pytest.mark.parametrize('switches', SWITCHES)
+@pytest.mark.parametrize('size', SIZES)
+def test_windows_equal_the_reference(
+    switches: tuple[str, str, str], size: tuple[int, int, int], window: tuple[int, int]
+) -> None:
+    block, X = _block(switches=switches), _image(size[0], 16, *size[1:])
+    with torch.inference_mode():
+        whole = block(X)
+        local = window_method(block.attention, 'forward')
+        local.window = window
+        reference = block.reference(X)
+        for budget in (1, 1 << 20):  # strips of 8 rows, which windows cross, or one strip
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setitem(eager.STRIP_BYTES, 'cpu', budget)
+                patch.setattr(DTSAS, 'attend', None)  # that of the reference, which must not run
+                torch.testing.assert_close(block.in_windows(X), reference, rtol=1e-12, atol=1e-12)
+    if window[0] < size[1] and window[1] < size[2]:
+        assert _error(whole, reference) > 1e-4
+
+
+def test_windows_in_bfloat16_are_no_worse_than_the_reference() -> None:
+    block, X = _block(64, 4), _image(1, 64, 40, 48)
+    window_method(block.attention, 'forward').window = (24, 24)
+    with torch.inference_mode():
+        exact = block.reference(X)
+        block, X = block.float(), X.float()
+        with torch.autocast('cpu', torch.bfloat16):
+            ours, theirs = _error(block.in_windows(X), exact), _error(block.reference(X), exact)
+    assert 1e-5 < ours < 1.1 * theirs
 
 
 @pytest.mark.parametrize('kept', ['everything', 'some', 'X'])

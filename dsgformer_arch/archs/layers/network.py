@@ -59,6 +59,11 @@ class RestorationNetwork(nn.Module):
         bytes_per_pixel: memory for each pixel of an image in float32; 0 if it must be counted by
             `restore.memory_per_pixel`.
         channels_last: whether it computes in this memory format, and takes images in it without a conversion.
+        tile_multiple: tiles of a larger image start at multiples of this; 0 for `pad_multiple`.
+        tile_context: width in pixels of the margin of a tile in which its result differs from that of the
+            whole image by what convolutions see beyond the tile; 0 where it is negligible.
+        shares_windows: whether its attentions with local pooling take part in `archs.tlc.SharedMaps`.
+        pooling_window: side of the windows of local pooling (`archs.tlc`), in pixels; 0 without.
         sees_whole_image: whether a pixel of the result depends on the whole image, so that tiles change it.
         channel_settings: names of the settings for channels of images, the input's first; 3 is the default.
         width_settings: names of the settings for numbers of features, which are scaled together.
@@ -75,6 +80,10 @@ class RestorationNetwork(nn.Module):
     final_output: int = -1
     bytes_per_pixel: float = 0.0
     channels_last: ClassVar[bool] = False
+    tile_multiple: int = 0
+    tile_context: int = 0
+    shares_windows: ClassVar[bool] = False
+    pooling_window: int = 0
     sees_whole_image: ClassVar[bool] = False
     channel_settings: ClassVar[tuple[str, ...]] = ()
     width_settings: ClassVar[tuple[str, ...]] = ()
@@ -190,6 +199,17 @@ class RestorationNetwork(nn.Module):
         lead = next(iter(values.values()))
         factor = width / (lead if isinstance(lead, int) else lead[0])
         return {name: _scaled(value, factor) for name, value in values.items()}
+
+    def lean_memory(self, itemsize: int) -> float:
+        """Bytes for each pixel of an image by an implementation without gradients that needs few of them.
+
+        Args:
+            itemsize: bytes of a number in a feature map.
+
+        Returns:
+            0 where there is no such implementation, or it does not run.
+        """
+        return 0.0
 
     def windowed_attentions(self) -> Iterator[tuple[str, Any]]:
         """Give each attention over all pixels a window, for local pooling at test time (see `archs.tlc`).
