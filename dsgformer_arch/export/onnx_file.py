@@ -18,11 +18,10 @@ from dsgformer_arch.export.verify import Run
 TRACING_OPSET = 17
 """Version of ONNX's operators that the TorchScript exporter writes: the first with LayerNormalization."""
 
-SUMS = ('ReduceL2', 'ReduceSum', 'ReduceSumSquare', 'ReduceMean', 'GlobalAveragePool', 'Pow', 'MatMul')
-SELECTION = ('Div', 'LessOrEqual', 'Where', 'Relu')
-FLOAT32_OPERATORS = (*SUMS, *SELECTION)
-"""Operators that stay in float32 in a float16 graph: sums over an image's pixels leave float16's range, and
-DTSAS selects other scores where it compares rounded ones (dsgformer_h then differs three times as much).
+FLOAT16_OPERATORS = ('Conv', 'ConvTranspose')
+"""Operators in float16 in a float16 graph.  The others stay in float32, as it takes little time: sums over an
+image's pixels leave float16's range, DTSAS selects other scores where it compares rounded ones, and the sums
+of the residual stream would add a rounding for each block.
 """
 
 AXES = {0: 'batch', 2: 'height', 3: 'width'}
@@ -81,11 +80,11 @@ def finish(path: str, interface: Interface, exporter: str) -> None:
 
 
 def in_float16(model: Any) -> Any:
-    """A graph in float16 but for `FLOAT32_OPERATORS`; its input and output stay float32."""
+    """A graph whose `FLOAT16_OPERATORS` are in float16; its input and output stay float32."""
     from onnxruntime.transformers import float16
     from onnxruntime.transformers.onnx_model import OnnxModel
 
-    blocked = [*float16.DEFAULT_OP_BLOCK_LIST, *FLOAT32_OPERATORS]
+    blocked = sorted({node.op_type for node in model.graph.node}.difference(FLOAT16_OPERATORS))
     with _quiet():
         model = float16.convert_float_to_float16(model, keep_io_types=True, op_block_list=blocked)
     # The converter casts a tensor once for each operator in float32 that reads it, under one name, and
@@ -93,8 +92,43 @@ def in_float16(model: Any) -> Any:
     once = list({node.output[0]: node for node in reversed(model.graph.node)}.values())[::-1]
     del model.graph.node[:]
     model.graph.node.extend(once)
+    remove_round_trips(model.graph)
     OnnxModel.graph_topological_sort(model.graph)
     return model
+
+
+def remove_round_trips(graph: Any) -> None:
+    """Give float32 operators the float32 results of others, in place.
+
+    The converter casts what an operator in float32 returns to float16, and back for the next one: of a chain
+    of such operators every result would be rounded.
+    """
+    from onnx import TensorProto
+
+    def cast_to(node: Any, kind: int) -> bool:
+        return node.op_type == 'Cast' and node.attribute[0].i == kind
+
+    inserted = ('_cast_to_fp16_node', *(f'graph_input_cast{i}' for i in range(len(graph.input))))
+    narrowed = {
+        node.output[0]: node.input[0]
+        for node in graph.node
+        if cast_to(node, TensorProto.FLOAT16) and node.name.endswith(inserted)
+    }
+    outputs = {entry.name for entry in graph.output}
+    same: dict[str, str] = {}
+    for node in graph.node:
+        if cast_to(node, TensorProto.FLOAT) and node.input[0] in narrowed:
+            wide = narrowed[node.input[0]]
+            if node.output[0] in outputs:
+                node.input[0] = wide
+            else:
+                same[node.output[0]] = wide
+    for node in graph.node:
+        node.input[:] = [same.get(name, name) for name in node.input]
+    used = outputs.union(*(node.input for node in graph.node))
+    kept = [node for node in graph.node if used.intersection(node.output)]
+    del graph.node[:]
+    graph.node.extend(kept)
 
 
 def runtime(path: str | bytes) -> Run:
