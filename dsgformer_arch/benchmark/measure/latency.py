@@ -27,6 +27,7 @@ from dsgformer_arch.benchmark.measure import machine, speed
 from dsgformer_arch.export import export
 from dsgformer_arch.export.image_to_image import INPUT, OUTPUT
 from dsgformer_arch.restore import restore, set_memory_format
+from dsgformer_arch.utils.allocator import keeps_freed_memory
 from dsgformer_arch.utils.errors import UserError
 from dsgformer_arch.utils.progress import track
 
@@ -34,8 +35,9 @@ PROTOCOL = """\
 Latency: median over {rounds} turns, each of which measures every backend of a system once, after {untimed} \
 untimed calls; spread is (largest - smallest) / median. All backends run in one process with {threads} \
 threads on the same image of random numbers, float32 from and to memory, padded to the multiple that the \
-network takes; weights are initial ones. PyTorch restores with the fused kernels of this package where there \
-are any, bf16 by autocast. Exported files were verified against PyTorch before."""
+network takes; weights are initial ones. PyTorch restores as `dsgformer deblur` does: freed memory is \
+{freed}, blocks run in the fused kernels of this package or in strips of rows where there are any, bf16 by \
+autocast. Exported files were verified against PyTorch before."""
 
 UNTIMED = 2
 """Calls before the first turn: runtimes allocate memory and choose kernels during the first."""
@@ -163,7 +165,8 @@ def run(
         'threads': threads,
     }  # fmt: skip
     path = records.beside(out, '.json')
-    protocol = PROTOCOL.format(rounds=rounds, threads=threads, untimed=UNTIMED)
+    freed = 'kept for the next tensors' if keeps_freed_memory() else 'left to the C library'
+    protocol = PROTOCOL.format(rounds=rounds, threads=threads, untimed=UNTIMED, freed=freed)
     record = records.start('latency', settings, protocol, path, resume)
     for model in models:
         todo = [pair for pair in sizes if record.find(model=model, size=f'{pair[0]}x{pair[1]}') is None]
