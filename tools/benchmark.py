@@ -117,6 +117,10 @@ def cost(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         '--no-latency', action='store_true', help='count only: run no system for latency and peak memory'
     )
+    command.add_argument(
+        '--limit', type=positive, default=argparse.SUPPRESS, metavar='SECONDS',
+        help='do not run systems of which one call is expected to take longer (default: 120)',
+    )  # fmt: skip
     common(command, 'cost')
 
 
@@ -257,7 +261,7 @@ def run(arguments: argparse.Namespace) -> int:
     threads = settings.pop('threads', None)
     if threads:
         torch.set_num_threads(threads)
-    if command == 'quality':
+    if command in ('quality', 'latency'):  # as `dsgformer deblur` does
         keep_freed_memory()
     # Imported here: matplotlib and every measuring module take a second that --help need not wait for.
     from dsgformer_arch.benchmark import commands

@@ -14,6 +14,7 @@ result are no finer than 8 bits.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -75,6 +76,9 @@ class IPT(RestorationNetwork, SpandrelIPT):
         # It calls this network again, on patches; and it takes no batches.
         chopped = Chopper(self, self.crop_batch_size)
         return torch.cat([chopped.forward_chop(image) for image in x.split(1)])
+
+    def join_batches(self) -> None:
+        self.crop_batch_size = sys.maxsize
 
     @classmethod
     def settings_from_state(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:

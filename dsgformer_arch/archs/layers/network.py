@@ -134,6 +134,12 @@ class RestorationNetwork(nn.Module):
         """
         return super().forward(x)
 
+    def join_batches(self) -> None:
+        """Compute in one batch what `forward_padded` computes in several to save memory.
+
+        For counting operators on tensors without data, where every call costs time and memory costs nothing.
+        """
+
     @classmethod
     def from_pretrained(cls: type[Network], source: str | os.PathLike[str], **options: Any) -> Network:
         """The network in a folder or a repository of Hugging Face; see `zoo.from_pretrained`."""

@@ -77,6 +77,7 @@ def count(name: str, height: int = 256, width: int | None = None, /, **overrides
         # IPT copies its layers, and copying a tensor without data accesses its data pointer.
         warnings.filterwarnings('ignore', 'Accessing the data pointer')
         network = zoo.create(name, **overrides).eval()
+        network.join_batches()
         image = torch.empty(1, 3, height, width or height)
         counter = FlopCounterMode(display=False, custom_mapping={**FOURIER, **ATTENTION})
         with torch.no_grad(), ops.use('plain'), counter:

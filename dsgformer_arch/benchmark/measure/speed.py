@@ -182,11 +182,12 @@ def measure(
     keep_memory: bool = False,
 ) -> list[dict[str, Any]]:
     """One row per variant; those that fail have an `error` and no times."""
-    rows: list[dict[str, Any]] = [{**variant.key(), **facts(variant)} for variant in variants]
+    rows: list[dict[str, Any]] = [variant.key() for variant in variants]
     networks: dict[tuple[str, bool], nn.Module] = {}
     calls: dict[int, Callable[[], None]] = {}
     for i, variant in enumerate(track(variants, 'preparing')):
         with attempt(rows[i], device):
+            rows[i] |= facts(variant)
             alone = train or variant.compiled or variant.cuda_graph
             key = variant.model, variant.channels_last
             network = None if alone else networks.get(key)
@@ -240,7 +241,7 @@ def attempt(row: dict[str, Any], device: torch.device) -> Iterator[None]:
     try:
         with machine.bounded(device):
             yield
-    except (RuntimeError, MemoryError, ValueError) as error:
+    except Exception as error:  # networks of any kind, on any device
         row['error'] = machine.reason(error)
 
 
@@ -393,10 +394,15 @@ def resident_peak_mib() -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
+def memory_protocol(on_gpu: bool) -> str:
+    """How `peak_memory` measures, in words."""
+    return "the allocator's peak" if on_gpu else 'resident peak of a process that makes one call'
+
+
 def describe(device: str, rounds: int, first: str, keep_memory: bool = False) -> str:
     on_gpu = device.startswith('cuda')
     clock_text = '(CUDA events)' if on_gpu else "(the processor's clock)"
-    memory = "the allocator's peak" if on_gpu else 'resident peak of a process that makes one call'
+    memory = memory_protocol(on_gpu)
     freed = 'kept for the next tensors' if keep_memory or on_gpu else 'left to the C library'
     return PROTOCOL.format(rounds=rounds, first=first, clock=clock_text, memory=memory, freed=freed)
 

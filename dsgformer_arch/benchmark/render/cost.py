@@ -31,7 +31,11 @@ def cells(record: records.Record) -> list[dict[str, str | None]]:
         cell: dict[str, str | None] = {
             'model': row['model'],
             'limits': limits(row),
-            'latency': f'{row["latency_ms"] / 1e3:.2f} s' if row.get('latency_ms') else row.get('error'),
+            'latency': (
+                f'{row["latency_ms"] / 1e3:.2f} s'
+                if row.get('latency_ms')
+                else row.get('error') or row.get('not_run')
+            ),
             'memory': f'{memory:.0f} MiB' if memory else row.get('memory_note'),
         }
         if 'multiply_adds' in row:

@@ -129,6 +129,78 @@ def test_a_system_that_fails_stops_no_other_and_is_tried_again(
     assert [row['model'] for row in rows_of(out)] == ['broken', 'tiny']
 
 
+def test_counting_any_error_is_a_row_also_where_latency_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speed, 'peak_memory', lambda *_: {'peak_memory_mib': 1.0})
+    facts = speed.facts
+
+    def failing(variant: speed.Variant) -> dict[str, Any]:
+        if variant.model == 'tiny':
+            raise TypeError('a network of another kind')
+        return facts(variant)
+
+    monkeypatch.setattr(speed, 'facts', failing)
+    record = cost.run(['tiny', 'tiny_nafnet'], size=(32, 32), rounds=1, out=tmp_path / 'cost')
+    assert [row.get('error') for row in record.rows] == ['a network of another kind', None]
+    assert record.rows[1]['latency_ms'] > 0
+
+
+def test_a_system_that_would_take_too_long_is_counted_and_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sides = []
+
+    def timed(network: Any, variant: speed.Variant, device: Any, rounds: int) -> list[float]:
+        sides.append(variant.height)
+        return [0.5] * rounds
+
+    monkeypatch.setattr(cost, 'timed', timed)
+    monkeypatch.setattr(speed, 'peak_memory', lambda *_: {'peak_memory_mib': 1.0})
+    out = tmp_path / 'cost'
+    # 16 times the pixels of the small image, so about 8 s.
+    assert commands.run('cost', ['tiny'], size=(256, 256), limit=7, out=out) == 0
+    (row,) = rows_of(out)
+    assert sides == [64]
+    assert row['not_run'] == 'not run: a call takes about 0:00:08 (--limit 7)'
+    assert row['multiply_adds']
+    assert not {'latency_ms', 'peak_memory_mib', 'error'} & row.keys()
+    assert row['not_run'] in out.with_suffix('.md').read_text()
+    assert commands.run('cost', ['tiny'], size=(256, 256), limit=9, out=tmp_path / 'longer') == 0
+    assert rows_of(tmp_path / 'longer')[0]['latency_ms'] == 500
+    assert sides == [64, 64, 256]
+
+
+def test_every_row_is_saved_before_the_next_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / 'cost'
+    facts = speed.facts
+
+    def stopping(variant: speed.Variant) -> dict[str, Any]:
+        if variant.model == 'tiny_nafnet':
+            raise KeyboardInterrupt
+        return facts(variant)
+
+    monkeypatch.setattr(speed, 'facts', stopping)
+    settings: dict[str, Any] = {'size': (32, 32), 'no_latency': True, 'out': out}
+    with pytest.raises(KeyboardInterrupt):
+        cost.run(['tiny', 'tiny_nafnet'], **settings)
+    assert [row['model'] for row in rows_of(out)] == ['tiny']
+    monkeypatch.setattr(speed, 'facts', facts)
+    resumed = cost.run(['tiny', 'tiny_nafnet'], **settings, resume=True)
+    assert [row['model'] for row in resumed.rows] == ['tiny', 'tiny_nafnet']
+
+
+def test_ipt_counts_the_same_in_one_batch_of_patches() -> None:
+    small: dict[str, Any] = {'n_feats': 8, 'num_layers': 1, 'num_heads': 4, 'num_queries': 1}
+    network: Any = zoo.create_on_meta('ipt', **small)
+    network.join_batches()
+    assert network.crop_batch_size > 64_000
+    joined = complexity.multiply_adds('ipt', 96, 100, **small)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(network), 'join_batches', lambda self: None)
+        assert complexity.multiply_adds('ipt', 96, 100, **small, crop_batch_size=3) == joined
+
+
 def test_reported_results_keep_the_limits_and_their_order() -> None:
     for entry in challenge.LEADERBOARD:
         assert entry.parameters is None or entry.parameters * 1e6 <= challenge.MOST_PARAMETERS
