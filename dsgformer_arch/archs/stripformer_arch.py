@@ -111,7 +111,8 @@ class IntraStripBlock(StripBlock):
 
     def attention(self, horizontal: Tensor, vertical: Tensor) -> tuple[Tensor, Tensor]:
         # A column is a row of the transposed image.
-        return self.rows(horizontal, self.qkv_local_h), self.rows(vertical.mT, self.qkv_local_v).mT
+        columns = self.rows(vertical.transpose(-2, -1), self.qkv_local_v)
+        return self.rows(horizontal, self.qkv_local_h), columns.transpose(-2, -1)
 
     def rows(self, x: Tensor, project: nn.Linear) -> Tensor:
         n, _, h, _ = x.shape
@@ -129,7 +130,8 @@ class InterStripBlock(StripBlock):
         self.conv_v = nn.Conv2d(half, 3 * half, 1)
 
     def attention(self, horizontal: Tensor, vertical: Tensor) -> tuple[Tensor, Tensor]:
-        return self.rows(horizontal, self.conv_h), self.rows(vertical.mT, self.conv_v).mT
+        columns = self.rows(vertical.transpose(-2, -1), self.conv_v)
+        return self.rows(horizontal, self.conv_h), columns.transpose(-2, -1)
 
     def rows(self, x: Tensor, project: nn.Conv2d) -> Tensor:
         _, c, _, w = x.shape

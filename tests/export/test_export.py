@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import zipfile
@@ -216,8 +217,15 @@ def test_the_second_exporter_is_tried_and_a_file_that_fails_leaves_nothing(
 @pytest.mark.long
 @needs_runtime
 @pytest.mark.usefixtures('tracing_only')
-@pytest.mark.parametrize('precision', ['fp32', 'fp16'])
-@pytest.mark.parametrize('name', ['dsgformer', 'dsgformer_h', 'nafnet32', 'restormer', 'mprnet', 'fftformer'])
+@pytest.mark.parametrize(
+    ('name', 'precision'),
+    [
+        *itertools.product(
+            ['dsgformer', 'dsgformer_h', 'nafnet32', 'restormer', 'mprnet', 'fftformer'], ['fp32', 'fp16']
+        ),
+        *itertools.product(['mhnet', 'stripformer', 'drsformer'], ['fp32']),
+    ],
+)
 def test_small_networks_of_every_supported_system(name: str, precision: Any, tmp_path: Path) -> None:
     found = network(name)
     if precision == 'fp16':
