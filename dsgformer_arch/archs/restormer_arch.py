@@ -28,6 +28,7 @@ from dsgformer_arch.archs.layers.network import Outputs, RestorationNetwork
 from dsgformer_arch.archs.layers.settings import expansion_factor_from_state
 from dsgformer_arch.archs.layers.strips import pointwise
 from dsgformer_arch.archs.tlc import Windowed, window_method
+from dsgformer_arch.ops.block import is_untouched
 
 NORM_EPSILON = 1e-5
 LEAST_NORM = 1e-12
@@ -42,7 +43,7 @@ class LayerNorm(spandrel_parts.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         body = self.body
         one = not torch.is_grad_enabled() and x.device.type == 'cpu' and x.dtype != torch.float64
-        if not one or not isinstance(body, spandrel_parts.WithBias_LayerNorm):
+        if not one or not is_untouched(body, spandrel_parts.WithBias_LayerNorm):
             return cast(Tensor, super().forward(x))
         return strips.norm_of_channels(x, body.normalized_shape[0], body.weight, body.bias, NORM_EPSILON)
 
@@ -81,10 +82,15 @@ class TransformerBlock(spandrel_parts.TransformerBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to the same."""
-        if not strips.suit(x) or self.attn.is_windowed:
+        if not strips.suit(x) or not self._as_built():
             return cast(Tensor, super().forward(x))
         images = [self._restored(image) for image in x.split(1)]
         return images[0] if len(images) == 1 else torch.cat(images)
+
+    def _as_built(self) -> bool:
+        """Whether nothing would be passed over by calling the parts of the attention and of the GDFN."""
+        untouched = is_untouched(self.attn, MDTA) and is_untouched(self.ffn, spandrel_parts.FeedForward)
+        return untouched and not self.attn.is_windowed
 
     def _restored(self, x: Tensor) -> Tensor:
         """The block of one image."""
