@@ -26,8 +26,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from dsgformer_arch.utils.errors import UserError
-
 CONNECTING = timedelta(minutes=3)
 """How long the processes that torchrun started may take to connect over gloo."""
 
@@ -140,6 +138,9 @@ def init_gloo(**kwargs: Any) -> None:
     try:
         torch.distributed.init_process_group(backend='gloo', timeout=CONNECTING, **kwargs)
     except RuntimeError as error:
+        # Importing the package applies all fixes, and this module is loaded without it to test each alone.
+        from dsgformer_arch.utils.errors import UserError
+
         raise UserError(
             f'process {os.environ.get("RANK", "?")} could not connect to the others of this run within '
             f'{CONNECTING} over gloo; start it again ({error})'

@@ -152,7 +152,8 @@ def test_gradients_equal_those_of_the_reference(frozen: bool) -> None:
     ours = torch.autograd.grad(_operator(block, x), given, seed.permute(0, 2, 3, 1).float())
     for mine, exact in zip(ours, theirs, strict=True):
         mine = mine.permute(0, 3, 1, 2) if mine.shape != exact.shape else mine
-        assert _error(mine, exact) < 1e-5
+        # Some gradients are a float32 sum over the image; NumPy's order of it varies with its threads.
+        assert _error(mine, exact) < 2e-5
 
 
 @pytest.mark.usefixtures('on_gpu')

@@ -48,4 +48,4 @@ def test_the_scaled_layer_makes_the_result(name: str) -> None:
 def test_bad_sizes(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         measure_deblur.main(arguments)
-    assert re.search('no size such as 4000x3000', capsys.readouterr().err)
+    assert re.search('is not a size such as 4000x3000', capsys.readouterr().err)
