@@ -187,7 +187,7 @@ def restore(
                 (image.shape[-2], image.shape[-1]),
                 tile,
                 tile_overlap,
-                tiling=tiling,
+                tiling,
             )
             restored = torch.cat(list(bands), dim=-2)
     # An inference tensor could not be changed in place.
@@ -211,9 +211,8 @@ def restore_rows(
     size: tuple[int, int],
     tile: int | tuple[int, int],
     overlap: int,
-    multiple: int = 1,
+    tiling: Tiling,
     tick: Callable[[float], None] = lambda fraction: None,
-    tiling: Tiling | None = None,
 ) -> Iterator[Tensor]:
     """Restore an image in overlapping tiles, row by row of tiles, and blend them where they overlap.
 
@@ -224,16 +223,14 @@ def restore_rows(
         size: height and width of the image.
         tile: largest side of a tile, or its largest height and width.
         overlap: least overlap of neighbouring tiles; see `spans`.
-        multiple: the network's `pad_multiple`.
+        tiling: how the network's images are cut.
         tick: called with the fraction that is done after each tile.
-        tiling: how the network's images are cut, instead of `multiple`.
 
     Yields:
         Restored rows (N, C, n, W) in order, of H rows altogether.
     """
     height, width = size
     high, wide = (tile, tile) if isinstance(tile, int) else tile
-    tiling = tiling or Tiling(multiple)
     vertical, horizontal = (
         spans(whole, side, overlap, tiling.multiple, tiling.starts, tiling.wanted)
         for whole, side in ((height, high), (width, wide))
@@ -395,17 +392,14 @@ class Halving:
 
     Args:
         call: restores a tile, (N, C, h, w) to the same.
-        multiple: the network's `pad_multiple`.
-        tiling: how the network's images are cut, instead of `multiple`.
+        tiling: how the network's images are cut.
 
     Attributes:
         side: largest side of the tiles that `call` is given; None before memory ran out.
     """
 
-    def __init__(
-        self, call: Callable[[Tensor], Tensor], multiple: int = 1, tiling: Tiling | None = None
-    ) -> None:
-        self.call, self.tiling = call, tiling or Tiling(multiple)
+    def __init__(self, call: Callable[[Tensor], Tensor], tiling: Tiling) -> None:
+        self.call, self.tiling = call, tiling
         self.side: int | None = None
 
     def __call__(self, image: Tensor) -> Tensor:
@@ -429,8 +423,10 @@ class Halving:
             bands = restore_rows(
                 self,
                 lambda top, bottom: image[..., top:bottom, :],
-                *(size, self.side, self.tiling.overlap(self.side)),
-                tiling=self.tiling,
+                size,
+                self.side,
+                self.tiling.overlap(self.side),
+                self.tiling,
             )
             # A tile of this call may be halved again; then start over.
             side = self.side

@@ -152,7 +152,7 @@ def test_a_tile_that_shares_windows_counts_closer_to_its_start() -> None:
         (8, 96),
         64,
         32,
-        tiling=Tiling(1, blend=restoring.AFTER_SHARING),
+        Tiling(1, blend=restoring.AFTER_SHARING),
     )
     row = torch.cat(list(bands), -2)[0, 0, 0]
     assert row[:40].abs().max() < 1e-5
@@ -209,7 +209,7 @@ def test_rows_are_read_in_order_and_come_out_once() -> None:
         return x[..., top:bottom, :]
 
     ticks: list[float] = []
-    bands = list(restore_rows(lambda part: 2 * part, rows, (150, 90), 48, 16, 8, ticks.append))
+    bands = list(restore_rows(lambda part: 2 * part, rows, (150, 90), 48, 16, Tiling(8), ticks.append))
     torch.testing.assert_close(torch.cat(bands, -2), 2 * x)
     assert len(bands) == len(asked) > 2
     assert asked == sorted(asked)
@@ -226,7 +226,7 @@ def test_tiles_are_halved_when_memory_runs_out() -> None:
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried …")
         return 2 * part
 
-    call = Halving(scarce, multiple=8)
+    call = Halving(scarce, Tiling(8))
     x = torch.rand(1, 3, 300, 200)
     torch.testing.assert_close(call(x), 2 * x)
     assert max(sides) == 300
@@ -242,7 +242,7 @@ def test_memory_that_never_suffices_and_other_errors_are_raised() -> None:
         def call(part: Tensor) -> Tensor:
             raise RuntimeError(message)
 
-        return Halving(call)
+        return Halving(call, Tiling())
 
     with pytest.raises(RuntimeError, match='out of memory'):
         fails('CUDA out of memory')(torch.rand(1, 3, 200, 200))

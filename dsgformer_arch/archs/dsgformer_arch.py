@@ -40,6 +40,7 @@ from torch import Tensor, nn
 
 from dsgformer_arch import ops
 from dsgformer_arch.archs.layers.network import RestorationNetwork
+from dsgformer_arch.archs.layers.norms import norm_of_channels
 from dsgformer_arch.archs.layers.top_k import TOP_K_RATIOS
 from dsgformer_arch.archs.tlc import Windowed, window_method
 
@@ -65,9 +66,7 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        # A channels-last tensor is contiguous once permuted, so PyTorch's own LayerNorm kernel runs.
-        x = x.permute(0, 2, 3, 1)
-        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias).permute(0, 3, 1, 2)
+        return norm_of_channels(x, x.shape[1], self.weight, self.bias)
 
 
 class DTSAS(nn.Module):

@@ -35,13 +35,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from basicsr.utils.registry import ARCH_REGISTRY
 from spandrel.util import get_seq_len
 from torch import Tensor, nn
 
 from dsgformer_arch.archs.drsformer_arch import TopKSparseAttention, keep_layout, named
 from dsgformer_arch.archs.layers.network import RestorationNetwork
+from dsgformer_arch.archs.layers.norms import norm_of_channels
 from dsgformer_arch.utils.errors import UserError
 
 LEVELS = 4
@@ -59,8 +59,8 @@ class LayerNorm2d(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.layer_norm(x.permute(0, 2, 3, 1), self.weight.shape, self.weight, self.bias, eps=1e-6)
-        return keep_layout(y.permute(0, 3, 1, 2), like=x)
+        y = norm_of_channels(x, self.weight.shape[0], self.weight, self.bias, 1e-6)
+        return keep_layout(y, like=x)
 
 
 class SimpleGate(nn.Module):

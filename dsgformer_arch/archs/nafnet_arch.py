@@ -27,6 +27,7 @@ from torch import Tensor
 
 from dsgformer_arch.archs.layers import strips
 from dsgformer_arch.archs.layers.network import Outputs, RestorationNetwork
+from dsgformer_arch.archs.layers.norms import norm_of_channels
 from dsgformer_arch.archs.layers.strips import pointwise
 
 
@@ -45,7 +46,7 @@ class LayerNorm2d(SpandrelLayerNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             return cast(Tensor, super().forward(x))
-        return strips.norm_of_channels(x, self.channels, self.weight, self.bias, self.eps)
+        return norm_of_channels(x, self.channels, self.weight, self.bias, self.eps)
 
 
 class NAFBlock(SpandrelNAFBlock):

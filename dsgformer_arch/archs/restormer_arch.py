@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from dsgformer_arch.archs.layers import strips
 from dsgformer_arch.archs.layers.network import Outputs, RestorationNetwork
+from dsgformer_arch.archs.layers.norms import norm_of_channels
 from dsgformer_arch.archs.layers.settings import expansion_factor_from_state
 from dsgformer_arch.archs.layers.strips import pointwise
 from dsgformer_arch.archs.tlc import Windowed, window_method
@@ -45,7 +46,7 @@ class LayerNorm(spandrel_parts.LayerNorm):
         one = not torch.is_grad_enabled() and x.device.type == 'cpu' and x.dtype != torch.float64
         if not one or not is_untouched(body, spandrel_parts.WithBias_LayerNorm):
             return cast(Tensor, super().forward(x))
-        return strips.norm_of_channels(x, body.normalized_shape[0], body.weight, body.bias, NORM_EPSILON)
+        return norm_of_channels(x, body.normalized_shape[0], body.weight, body.bias, NORM_EPSILON)
 
 
 class MDTA(spandrel_parts.Attention):

@@ -17,6 +17,7 @@ from spandrel.architectures.FFTformer.__arch.fftformer_arch import DFFN, FSAS
 from torch import Tensor, nn
 
 from dsgformer_arch.archs.dsgformer_arch import BLOCK, DFGB, LayerNorm
+from dsgformer_arch.archs.layers.norms import norm_of_channels
 from dsgformer_arch.archs.mprnet_arch import SpandrelMPRNet
 from dsgformer_arch.ops import dfgb
 
@@ -31,8 +32,7 @@ class ExportLayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to the same."""
-        x = x.permute(0, 2, 3, 1)
-        return F.layer_norm(x, (self.channels,), self.weight, self.bias).permute(0, 3, 1, 2)
+        return norm_of_channels(x, self.channels, self.weight, self.bias)
 
 
 class BlockFilter(nn.Module):

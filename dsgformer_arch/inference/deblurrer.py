@@ -230,7 +230,7 @@ class Deblurrer:
         def call(part: Tensor) -> Tensor:
             return self._tile(to_tensor(part[0].permute(1, 2, 0).numpy(), order), precision)
 
-        restored = restore_rows(call, read, size, shape, overlap, tiling.multiple, tick, tiling)
+        restored = restore_rows(call, read, size, shape, overlap, tiling, tick)
         # A band starts where the rows start that were read for it.
         for band in _evaluating(self.network, restored):
             yield self._finished(band, pixels[: band.shape[-2]])
@@ -337,10 +337,9 @@ class Deblurrer:
         if isinstance(self.tile, int):
             return self.tile, self.tile
         # A wide or high image of as many pixels as a tile needs no cut.
-        if self.tile is None or size[0] * size[1] <= self._automatic_side(precision) ** 2:
+        if self.tile is None or size[0] * size[1] <= (side := self._automatic_side(precision)) ** 2:
             return size
         # Rows of tiles are kept whole: the wider the image, the lower the tiles.
-        side = self._automatic_side(precision)
         memory = memory_budget(self.device)
         row = BYTES_OF_A_BAND * size[1]
         tiling = Tiling.of(self.network)
@@ -376,7 +375,7 @@ class Deblurrer:
     def _call(self, image: Tensor, precision: str) -> Tensor:
         if precision not in self._halving:
             tiling = Tiling.of(self.network)
-            self._halving[precision] = Halving(lambda part: self._whole(part, precision), tiling=tiling)
+            self._halving[precision] = Halving(lambda part: self._whole(part, precision), tiling)
         return self._halving[precision](image)
 
     def _whole(self, image: Tensor, precision: str) -> Tensor:

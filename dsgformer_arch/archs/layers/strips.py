@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
@@ -77,17 +76,6 @@ def suit(x: Tensor) -> bool:
 def channels_last(x: Tensor) -> Tensor:
     """x in the memory format in which strips are contiguous, if strips suit it; otherwise x."""
     return x.contiguous(memory_format=torch.channels_last) if suit(x) else x
-
-
-def norm_of_channels(x: Tensor, channels: int, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
-    """LN over the channels, (N, C, H, W) to the same, channels-last, by one operator.
-
-    Args:
-        channels: C, a number that exporters keep as a constant.
-        weight, bias: (C,).
-        epsilon: added to the variance.
-    """
-    return F.layer_norm(x.permute(0, 2, 3, 1), (channels,), weight, bias, epsilon).permute(0, 3, 1, 2)
 
 
 def strips(maps: Sequence[Tensor], widest: int, halo: int = 0) -> Iterator[Strip]:

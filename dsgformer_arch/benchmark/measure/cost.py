@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
@@ -121,12 +120,7 @@ def measured(
     times = timed(network, variant, device, rounds)
     del network
     machine.release(device)
-    median = statistics.median(times)
-    return {
-        'latency_ms': 1e3 * median,
-        'spread': (max(times) - min(times)) / median,
-        **speed.peak_memory(variant, device, 1, False),
-    }
+    return {**speed.summary(times), **speed.peak_memory(variant, device, 1, False)}
 
 
 def timed(network: Any, variant: speed.Variant, device: torch.device, rounds: int) -> list[float]:

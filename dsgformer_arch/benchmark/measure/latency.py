@@ -7,7 +7,6 @@ exported file has been verified against PyTorch (see `export`) before it is time
 from __future__ import annotations
 
 import copy
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -241,9 +240,4 @@ def timed(rows: Sequence[dict[str, Any]], calls: Mapping[str, Call], image: Imag
     for row in ready:
         values = times[row['backend']]
         if len(values) == rounds:
-            median = statistics.median(values)
-            row |= {
-                'latency_ms': 1e3 * median,
-                'least_ms': 1e3 * min(values),
-                'spread': (max(values) - min(values)) / median,
-            }
+            row |= {**speed.summary(values), 'least_ms': 1e3 * min(values)}

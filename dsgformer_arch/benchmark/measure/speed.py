@@ -210,13 +210,8 @@ def measure(
     for i, values in times.items():
         if len(values) < rounds:
             continue
-        median = statistics.median(values)
         pixels = batch * variants[i].height * variants[i].width
-        rows[i] |= {
-            'latency_ms': 1e3 * median,
-            'spread': (max(values) - min(values)) / median,
-            'megapixels_per_second': pixels / median / 1e6,
-        }
+        rows[i] |= {**summary(values), 'megapixels_per_second': pixels / statistics.median(values) / 1e6}
     calls.clear()
     networks.clear()
     machine.release(device)
@@ -225,6 +220,12 @@ def measure(
             if not row.get('error'):
                 row |= peak_memory(variant, device, batch, train, keep_memory)
     return rows
+
+
+def summary(seconds: Sequence[float]) -> dict[str, float]:
+    """Median and spread of the times of equal calls, as rows hold them."""
+    median = statistics.median(seconds)
+    return {'latency_ms': 1e3 * median, 'spread': (max(seconds) - min(seconds)) / median}
 
 
 def facts(variant: Variant) -> dict[str, Any]:
