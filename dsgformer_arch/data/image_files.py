@@ -33,6 +33,7 @@ MAX_FILE_BYTES = 2**31
 """Of any file or stored value; 268 megapixels of 16-bit RGB are 1.6 GB without compression."""
 
 ORIENTATION_TAG = 0x0112
+TIFF_MARK = 42
 TURNED = range(2, 9)
 
 # PNG colour types and the channels that OpenCV's IMREAD_UNCHANGED makes of them.
@@ -271,22 +272,24 @@ def _jpeg_shape(frame_header: bytes) -> Shape:
 
 
 def _require_upright(exif: bytes) -> None:
-    """Refuse EXIF data that turn or mirror the image; readers ignore data that they cannot parse."""
-    order = {b'II*\0': '<', b'MM\0*': '>'}.get(exif[:4])
-    if order is None:
-        return
+    """Refuse EXIF data by which OpenCV rotates or mirrors the image.
+
+    It asks neither for the type and count of the orientation, nor for a sound name of the byte order.
+    """
+    order = '<' if exif[:2] == b'II' else '>'
     try:
-        start = struct.unpack_from(f'{order}I', exif, 4)[0]
+        mark, start = struct.unpack_from(f'{order}HI', exif, 2)
+        if mark != TIFF_MARK:
+            return
         for number in range(struct.unpack_from(f'{order}H', exif, start)[0]):
-            tag, kind, count, value = struct.unpack_from(f'{order}HHIH', exif, start + 2 + 12 * number)
-            if (tag, kind, count) == (ORIENTATION_TAG, SHORT, 1) and value in TURNED:
+            tag, value = struct.unpack_from(f'{order}H6xH', exif, start + 2 + 12 * number)
+            if tag == ORIENTATION_TAG and value in TURNED:
                 raise BadImageError(f'has EXIF orientation {value}; store its pixels upright')
     except struct.error:
         return
 
 
 EXIF_START = b'Exif\0\0'
-SHORT = 3
 
 RAW_START = b'P6\n'
 RAW_HEADER = re.compile(rb'P6\n([0-9]{1,6}) ([0-9]{1,6})\n255\n')

@@ -156,6 +156,27 @@ def test_rotated_images_are_refused(tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.mark.parametrize(
+    'sloppy',
+    [
+        b'MM\0*\0\0\0\x08\0\1\x01\x12\0\3\0\0\0\x40\0\6\0\0\0\0\0\0',
+        b'MM\0*\0\0\0\x08\0\1\x01\x12\0\x09\0\0\0\1\0\6\0\0\0\0\0\0',
+        b'M\3\0*\0\0\0\x08\0\1\x01\x12\0\3\0\0\0\1\0\6\0\0\0\0\0\0',
+    ],
+    ids=['64 values', 'another type', 'no byte order'],
+)
+def test_whatever_opencv_rotates_is_refused(sloppy: bytes) -> None:
+    """Found by fuzzing: a count of 64 values, at which OpenCV does not look."""
+    jpeg = encoded('.jpg', noise(8, 12))
+    body = b'Exif\0\0' + sloppy
+    jpeg = jpeg[:2] + b'\xff\xe1' + struct.pack('>H', len(body) + 2) + body + jpeg[2:]
+    decoded = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR)
+    assert decoded is not None
+    assert decoded.shape[:2] == (12, 8)
+    with pytest.raises(BadImageError, match='orientation 6'):
+        check_image(jpeg)
+
+
+@pytest.mark.parametrize(
     'data',
     [png_of_size(30_000), png_of_size(2**31 - 1), jpeg_of_size(65_500), b'P6\n99999 99999\n255\n' + bytes(9)],
     ids=['png', 'largest png', 'jpeg', 'raw'],
