@@ -66,19 +66,24 @@ def width_text(value: int | Sequence[int]) -> str:
     return str(value) if isinstance(value, int) else '-'.join(map(str, value))
 
 
+def budget(record: records.Record) -> str:
+    """What each system was given."""
+    iterations = record.settings['iterations']
+    return f'{iterations} iterations' if iterations else f'{record.settings["seconds"]} seconds'
+
+
 def note(record: records.Record) -> str:
     """The notes on the table."""
-    budget = record.settings['iterations']
-    text = f'{budget} iterations' if budget else f'{record.settings["seconds"]} seconds'
     seeds = record.settings['seeds']
     return (
-        f'{text} for each system, {seeds} seed{"s" if seeds > 1 else ""}; in brackets, smallest to largest.'
+        f'{budget(record)} for each system, {seeds} seed{"s" if seeds > 1 else ""}; '
+        'in brackets, smallest to largest.'
     )
 
 
 def title(record: records.Record) -> str:
     """The heading of a run."""
-    return f'Training at equal cost: {record.settings["data"]}'
+    return f'Training at equal cost: {record.settings["data"]}, {budget(record)}'
 
 
 AXES = {'iteration': 'iterations', 'seconds': 'seconds of training'}
