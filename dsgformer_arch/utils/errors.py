@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from dsgformer_arch.utils.text import printable
+
 
 class UserError(Exception):
     """Wrong input.  The message is one sentence: what is wrong, where, and how to fix it."""
@@ -24,8 +26,9 @@ class UserError(Exception):
 
 
 def fail(message: str) -> NoReturn:
-    """Print `message` on standard error and exit with status 2."""
-    print(f'error: {message}', file=sys.stderr, flush=True)
+    """Print `message` on standard error, control characters as escapes, and exit with status 2."""
+    lines = (printable(line) for line in message.split('\n'))
+    print('error:', '\n'.join(lines), file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 

@@ -16,6 +16,8 @@ from typing import Any, ClassVar
 
 import yaml
 
+from dsgformer_arch.utils.text import printable
+
 MAX_CHARACTERS = 64 * 1024
 """Ten times the longest option file; PyYAML reads this much in about a second."""
 MAX_DEPTH = 24
@@ -62,7 +64,7 @@ def describe(error: yaml.YAMLError) -> tuple[int | None, str]:
     line = None if mark is None else mark.line + 1
     if isinstance(error, yaml.reader.ReaderError):
         return None, f'character {error.position} is none that YAML allows'
-    return line, str(getattr(error, 'problem', None) or error)
+    return line, printable(str(getattr(error, 'problem', None) or error))
 
 
 class _Loader(yaml.SafeLoader):
@@ -88,11 +90,7 @@ class _Loader(yaml.SafeLoader):
                 continue
             if key.tag != 'tag:yaml.org,2002:str':
                 kind = key.tag.split(':')[-1]
-                shown = (
-                    f'{key.value[:40]!r} is a {kind}'
-                    if isinstance(key, yaml.ScalarNode)
-                    else f'it is a {kind}'
-                )
+                shown = repr(key.value[:40]) if isinstance(key, yaml.ScalarNode) else 'it'
                 raise _error(key, f'a key should be text, but {shown} is a {kind}; put it in quotes')
             if key.value in seen:
                 raise _error(key, f'the key {key.value!r} occurs twice in one section')

@@ -27,3 +27,8 @@ def one_line(error: BaseException, most: int = 300) -> str:
 def shortened(text: str, most: int = 120) -> str:
     """`text`, or its beginning and an ellipsis if it is longer than `most` characters."""
     return text if len(text) <= most else f'{text[: most - 1]}…'
+
+
+def printable(text: str) -> str:
+    """`text` with escapes for what a terminal would obey or drop: control characters, surrogates."""
+    return ''.join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)

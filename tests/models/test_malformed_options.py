@@ -313,3 +313,21 @@ def test_an_unknown_key_that_looks_like_a_type_is_named(key: str) -> None:
     """Found by fuzzing: IndexError, for such parts of a place were taken for pydantic's."""
     with pytest.raises(UserError, match=re.escape(f"unknown key '{key}'")):
         options.check({key: 5}, 'a.yml', is_train=True)
+
+
+def test_what_a_terminal_would_obey_is_printed_as_escapes(tmp_path: Path) -> None:
+    """Found by fuzzing: a tag with a null character, and so any escape sequence, stood in the message."""
+    path = tmp_path / 'options.yml'
+    path.write_text('a: !%00%1b[2J 1\n')
+    with pytest.raises(UserError, match=re.escape(r'line 1 is not valid YAML: the tag !\x00\x1b[2J is not')):
+        options.read(str(path))
+
+
+@pytest.mark.parametrize(
+    ('text', 'key'), [('on: 2', "'on' is a bool"), ('1: 2', "'1' is a int"), ('? [a]\n: 2', 'it is a seq')]
+)
+def test_keys_that_are_no_text_are_named(text: str, key: str, tmp_path: Path) -> None:
+    path = tmp_path / 'options.yml'
+    path.write_text(text)
+    with pytest.raises(UserError, match=re.escape(f'a key should be text, but {key}; put it in quotes')):
+        options.read(str(path))

@@ -58,6 +58,15 @@ def test_a_users_mistake_is_one_line_and_status_2(capsys: pytest.CaptureFixture[
     assert capsys.readouterr().err == 'error: a.yml: the key "name" is missing\n'
 
 
+def test_a_message_cannot_control_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> int:
+        raise UserError('there is no image a\x1b[2J\r.png\n  nor b.png')
+
+    with pytest.raises(SystemExit):
+        guarded(main)
+    assert capsys.readouterr().err == 'error: there is no image a\\x1b[2J\\r.png\n  nor b.png\n'
+
+
 def test_an_interrupt_has_status_130() -> None:
     def main() -> int:
         raise KeyboardInterrupt
