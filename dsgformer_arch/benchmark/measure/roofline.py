@@ -1,7 +1,8 @@
 """Measured limits of a device, and the least time that a system could take.
 
-Two ceilings, the rate of a large product of matrices and that of a large copy, each the best of
-several runs on random numbers, in the precision of the system.
+Two ceilings, each the best of several runs on random numbers, in the precision of the system: the rate of
+a large product of matrices, or on a CPU of a large convolution where that is higher, and that of a large
+copy.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -21,7 +23,8 @@ from dsgformer_arch.benchmark.measure import machine
 from dsgformer_arch.restore import PRECISIONS
 
 SIDE = {'cpu': 4096, 'cuda': 8192}
-"""Sides of the square matrices, by device type."""
+"""Sides of the square matrices, by device type; the convolution has an eighth as many channels, kernels of
+3×3 and a map of a 32nd of the side."""
 
 COPIED = {'cpu': 1 << 28, 'cuda': 1 << 32}
 """Bytes of the copied tensor."""
@@ -34,7 +37,7 @@ class Rates:
     """The ceilings of a device.
 
     Attributes:
-        operations: floating-point operations a second in a product of matrices, two to a MAC.
+        operations: floating-point operations a second in a product or a convolution, two to a MAC.
         bytes: read and written, a second, in a copy.
     """
 
@@ -56,7 +59,17 @@ def _operations(device: torch.device, dtype: torch.dtype) -> float:
     side = SIDE.get(device.type, SIDE['cpu'])
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     product = torch.empty_like(a)
-    return 2 * side**3 / _least(lambda: torch.mm(a, b, out=product), device)
+    rate = 2 * side**3 / _least(lambda: torch.mm(a, b, out=product), device)
+    if device.type != 'cpu':
+        return rate
+    # Products are MKL's, which does not use AVX-512 on AMD's processors, and convolutions oneDNN's.
+    kernel = torch.randn(side // 8, side // 8, 3, 3, dtype=dtype)
+    x = torch.randn(1, side // 8, side // 32, side // 32, dtype=dtype).contiguous(
+        memory_format=torch.channels_last
+    )
+    with torch.no_grad():
+        seconds = _least(lambda: F.conv2d(x, kernel, padding=1), device)
+    return max(rate, 2 * kernel.numel() * x[0, 0].numel() / seconds)
 
 
 def _bytes(device: torch.device) -> float:

@@ -17,8 +17,8 @@ from dsgformer_arch.benchmark.render.page import Beside, Drawing, Element, Table
 from dsgformer_arch.benchmark.render.rendering import OWN, Rendering
 
 ROOFLINE = """\
-The roofline is the larger of two times: two operations for each MAC at the rate of the \
-product, and, for DSGformer, two reads of X and one write of Y for each block at the rate of the copy."""
+The roofline is the larger of two times: two operations for each MAC at that rate, \
+and, for DSGformer, two reads of X and one write of Y for each block at the rate of the copy."""
 
 
 def ratios(rows: Sequence[dict[str, Any]], first: str) -> list[float | None]:
@@ -103,7 +103,7 @@ def conditions(record: records.Record) -> str:
 def ceilings(record: records.Record) -> str:
     """What the device can do at best, in sentences."""
     rates = [
-        f'{kind}: {rate["operations"] / 1e12:.3g} TFLOP/s in a product of large matrices, '
+        f'{kind}: {rate["operations"] / 1e12:.3g} TFLOP/s in a large product or convolution, '
         f'{rate["bytes"] / 1e9:.3g} GB/s read and written in a copy.'
         for kind, rate in record.extra['rates'].items()
     ]
