@@ -30,6 +30,7 @@ from dsgformer_arch.benchmark.measure import machine
 from dsgformer_arch.benchmark.measure import roofline as roofs
 from dsgformer_arch.benchmark.measure.complexity import count
 from dsgformer_arch.cuda_graphs import CudaGraphs
+from dsgformer_arch.ops import block
 from dsgformer_arch.restore import PRECISIONS, final_output, predict, restore, set_memory_format
 from dsgformer_arch.utils.allocator import keep_freed_memory
 from dsgformer_arch.utils.errors import UserError
@@ -125,6 +126,7 @@ def run(
         'channels_last': channels_last, 'batch': batch, 'train': train, 'best': best, 'rounds': rounds,
         'keep_memory': keep_memory, 'cuda_graphs': cuda_graphs, 'roofline': roofline,
         'threads': torch.get_num_threads(),
+        **({'implementation': block.path()} if block.path() != 'fast' else {}),
     }  # fmt: skip
     if cuda_graphs and (target.type != 'cuda' or train):
         raise UserError('--cuda-graphs is for restoring with --device cuda; leave it out')

@@ -97,6 +97,9 @@ def conditions(record: records.Record) -> str:
     size = 'by image size' if 'growth' in record.extra else ', '.join(f'{h}×{w}' for h, w in s['sizes'])
     modes = ', best mode' * s['best'] + ', memory kept' * s.get('keep_memory', False)
     modes += ', CUDA graphs' * s.get('cuda_graphs', False)
+    modes += {'plain': ', reference implementations', 'eager': ', no compiled kernels'}.get(
+        s.get('implementation', 'fast'), ''
+    )
     return f'{s["device"]}, {s["precision"]}{modes}, {size}'
 
 

@@ -52,6 +52,24 @@ def test_a_row_has_everything_that_was_asked_for(tmp_path: Path) -> None:
     assert cv2.imread(str(out.with_suffix('.png'))) is not None
 
 
+@pytest.mark.parametrize(
+    ('variable', 'name'),
+    [('DSGFORMER_PLAIN', 'reference implementations'), ('DSGFORMER_EAGER', 'no compiled kernels')],
+)
+def test_a_forced_implementation_is_in_title_and_command(
+    variable: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / 'speed'
+    monkeypatch.setenv(variable, '1')
+    commands.run('speed', ['tiny'], out=out, **QUICK)
+    text = out.with_suffix('.md').read_text()
+    assert text.startswith(f'# Speed of restoring: cpu, fp32, {name}, 32×48\n')
+    assert f'    {variable}=1 python ' in text
+    monkeypatch.delenv(variable)
+    with pytest.raises(UserError, match=r'other settings \(implementation\)'):
+        commands.run('speed', ['tiny'], out=out, resume=True, **QUICK)
+
+
 def test_systems_are_measured_alternately(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     prepare = speed.prepare
