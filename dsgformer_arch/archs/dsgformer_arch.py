@@ -132,7 +132,9 @@ class DTSAS(nn.Module):
     def forward(self, Q: Tensor, K: Tensor, V: Tensor) -> Tensor:
         """Q, K, V of shape (N, C, H, W); returns DTSAS(Q, K) V of the same shape."""
         shape = V.shape
-        Q, K, V = (x.reshape(shape[0], self.heads, -1, shape[2] * shape[3]) for x in (Q, K, V))
+        Q, K, V = (
+            x.reshape(shape[0], self.heads, shape[1] // self.heads, shape[2] * shape[3]) for x in (Q, K, V)
+        )
         Q, K = F.normalize(Q, dim=-1), F.normalize(K, dim=-1)
         A = Q @ K.transpose(-2, -1) / self.temperature
         return (self.attend(A) @ V).reshape(shape)

@@ -40,11 +40,16 @@ class Interface:
     """Type of the weights and of the arithmetic; input and output are float32 in any case"""
     pad_multiple: int
     min_size: int
+    tile_multiple: int = 0
+    """Side in pixels of the largest blocks into which the network cuts its maps; 0 if it cuts none"""
 
     @classmethod
     def of(cls, network: RestorationNetwork, system: str, precision: Precision) -> Interface:
         """The interface of a network."""
-        return cls(system, network.settings, precision, network.pad_multiple, network.min_size)
+        return cls(
+            *(system, network.settings, precision),
+            *(network.pad_multiple, network.min_size, network.tile_multiple),
+        )
 
     def metadata(self) -> dict[str, str]:
         """Keys and values of a file's metadata, as text."""
@@ -63,17 +68,32 @@ class Interface:
             'dsgformer_version': __version__,
         }
 
-    def side(self, steps: int = 0) -> int:
-        """A side in pixels that the file takes, `steps` multiples above the least one of about `SIDE`."""
-        return padded_size(SIDE, self.pad_multiple, self.min_size) + steps * self.pad_multiple
+    def side(self, steps: int = 0, least: int = SIDE) -> int:
+        """A side in pixels that the file takes, `steps` multiples above the smallest one from `least` up."""
+        return padded_size(least, self.pad_multiple, self.min_size) + steps * self.pad_multiple
+
+    @property
+    def several_blocks(self) -> int:
+        """Least side in pixels at which every map is cut into more than one block.
+
+        Compilers take a number of blocks that is one in the example for one in every image.
+        """
+        return max(SIDE, self.tile_multiple + 1)
 
     def export_shape(self) -> tuple[int, int, int, int]:
         """(N, 3, H, W) of the image that the network is traced with."""
-        return 2, RGB, self.side(), self.side(1)
+        return 2, RGB, self.side(0, self.several_blocks), self.side(1, self.several_blocks)
 
     def verification_shapes(self) -> tuple[tuple[int, int, int, int], ...]:
-        """(N, 3, H, W) of the images that a file is verified with; none has a side of `export_shape`'s."""
-        return (1, RGB, self.side(3), self.side(2)), (2, RGB, self.side(2), self.side(4))
+        """(N, 3, H, W) of the images that a file is verified with; none has a side of `export_shape`'s.
+
+        The first is cut into as few blocks as possible, the second into several.
+        """
+        least, small = self.several_blocks, 0 if self.tile_multiple else 2
+        return (
+            (1, RGB, self.side(small + 1), self.side(small)),
+            (2, RGB, self.side(2, least), self.side(4, least)),
+        )
 
 
 class ImageToImage(nn.Module):

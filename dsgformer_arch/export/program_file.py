@@ -10,8 +10,13 @@ import inspect
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -35,24 +40,31 @@ def by_torch_export(module: ImageToImage, interface: Interface, path: str) -> No
 def by_aotinductor(module: ImageToImage, interface: Interface, path: str) -> None:
     """Write `path` as a compiled package; the metadata are those of `AOTICompiledModel.get_metadata`."""
     metadata = {**interface.metadata(), 'exporter': 'aotinductor'}
-    torch._inductor.aoti_compile_and_package(
-        program(module, interface),
-        package_path=path,
-        inductor_configs={'aot_inductor.metadata': metadata},
-    )
+    with oblivious():
+        torch._inductor.aoti_compile_and_package(
+            program(module, interface),
+            package_path=path,
+            inductor_configs={'aot_inductor.metadata': metadata},
+        )
 
 
 def program(module: ImageToImage, interface: Interface) -> torch.export.ExportedProgram:
-    """A network as a graph of PyTorch's operators, for images of any size that it takes.
-
-    `backed_size_oblivious`, which PyTorch's ONNX exporter sets too, keeps sizes that the example happens to
-    have out of the program's conditions: whether a map is contiguous after a crop, whether a side is 1.
-    """
-    oblivious: Any = {'backed_size_oblivious': True} if hasattr(shapes, 'backed_size_oblivious') else {}
-    with torch.no_grad(), shapes.patch(**oblivious):  # type: ignore[attr-defined]
+    """A network as a graph of PyTorch's operators, for images of any size that it takes."""
+    with torch.no_grad(), oblivious():
         return torch.export.export(
             module, (example(interface),), dynamic_shapes={INPUT: dynamic_axes(interface)}
         )
+
+
+def oblivious() -> AbstractContextManager[Any]:
+    """Keep sizes that the example happens to have out of conditions within a `with` statement.
+
+    Otherwise a map that is contiguous after a crop, or a side of 1, would make the image's width a constant.
+    PyTorch's ONNX exporter sets the same flag.
+    """
+    flag = {'backed_size_oblivious': True} if hasattr(shapes, 'backed_size_oblivious') else {}
+    context: AbstractContextManager[Any] = shapes.patch(**flag)  # type: ignore[attr-defined]
+    return context
 
 
 def check_compiler() -> None:
@@ -91,12 +103,29 @@ def runtime(path: str) -> Run:
 
 
 def aot_runtime(path: str) -> Run:
-    """The compiled package in PyTorch."""
-    model: Any = torch._inductor.aoti_load_package(path)
+    """The compiled package in PyTorch, in a process of its own: a fault of compiled code ends the process."""
 
     def run(image: np.ndarray) -> np.ndarray:
-        with torch.no_grad():
-            restored: np.ndarray = model(torch.from_numpy(image)).numpy()
-        return restored
+        with tempfile.TemporaryDirectory() as folder:
+            given, restored = os.path.join(folder, 'image.npy'), os.path.join(folder, 'restored.npy')
+            np.save(given, image)
+            done = subprocess.run(
+                [sys.executable, '-c', CALL, path, given, restored],
+                capture_output=True, text=True, encoding='utf-8', errors='replace', check=False,
+            )  # fmt: skip
+            if done.returncode < 0:
+                raise RuntimeError(f'the compiled code ends with {signal.Signals(-done.returncode).name}')
+            if done.returncode:
+                raise RuntimeError(done.stderr.strip().splitlines()[-1])
+            return cast(np.ndarray, np.load(restored))
 
     return run
+
+
+CALL = """
+import sys, numpy, torch
+model = torch._inductor.aoti_load_package(sys.argv[1])
+with torch.no_grad():
+    numpy.save(sys.argv[3], model(torch.from_numpy(numpy.load(sys.argv[2]))).numpy())
+"""
+"""Run the package of the first argument on the array of the second; the third is written."""

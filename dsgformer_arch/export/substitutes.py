@@ -7,7 +7,7 @@ code that turns sizes into numbers.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -58,9 +58,8 @@ class BlockFilter(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to the same; H and W are multiples of 8."""
         spectra = in_blocks(x, self.analysis)
-        rows, columns = spectra.shape[2:]
-        filtered = spectra.reshape(-1, self.channels, BLOCK * BLOCK, rows, columns) * self.diagonal
-        return from_blocks(filtered.reshape(-1, BLOCK * BLOCK, rows, columns), self.synthesis, self.channels)
+        filtered = spectra.reshape(x.shape[0], self.channels, *spectra.shape[1:]) * self.diagonal
+        return from_blocks(filtered.flatten(0, 1), self.synthesis, x.shape)
 
 
 class ExportDFGB(nn.Module):
@@ -102,7 +101,6 @@ class ExportFSAS(nn.Module):
         super().__init__()
         self.to_hidden, self.to_hidden_dw = original.to_hidden, original.to_hidden_dw
         self.norm, self.project_out = original.norm, original.project_out
-        self.channels = original.project_out.in_channels
         self.analysis: Tensor
         self.synthesis: Tensor
         pixels = torch.eye(BLOCK * BLOCK, dtype=torch.float64).view(-1, BLOCK, BLOCK)
@@ -122,24 +120,27 @@ class ExportFSAS(nn.Module):
         product = torch.cat(
             [q_real * k_real - q_imaginary * k_imaginary, q_real * k_imaginary + q_imaginary * k_real], dim=1
         )
-        attention = self.norm(from_blocks(product, self.synthesis, self.channels))
+        attention = self.norm(from_blocks(product, self.synthesis, q.shape))
         return cast(Tensor, self.project_out(v * attention))
 
 
 def in_blocks(x: Tensor, kernels: Tensor) -> Tensor:
     """Products of each 8×8 block with kernels (K, 1, 8, 8): (N, C, H, W) to (N·C, K, H/8, W/8)."""
-    return F.conv2d(x.reshape(-1, 1, x.shape[2], x.shape[3]), kernels, stride=BLOCK)
+    return F.conv2d(x.flatten(0, 1).unsqueeze(1), kernels, stride=BLOCK)
 
 
-def from_blocks(spectra: Tensor, kernels: Tensor, channels: int) -> Tensor:
+def from_blocks(spectra: Tensor, kernels: Tensor, shape: Sequence[int]) -> Tensor:
     """Blocks from coefficients: (N·C, K, H/8, W/8) and the matrix (64, K) to (N, C, H, W).
 
     A product of matrices and no convolution, as those are in float16 in float16 files: products of spectra
     leave its range.
+
+    Args:
+        shape: that of the result.  A size that PyTorch has to find out (-1) becomes a quotient of sizes,
+            which AOTInductor compiles for the number of blocks that the example has.
     """
-    rows, columns = spectra.shape[2:]
-    x = F.pixel_shuffle((kernels @ spectra.flatten(2)).reshape(-1, BLOCK * BLOCK, rows, columns), BLOCK)
-    return x.reshape(-1, channels, rows * BLOCK, columns * BLOCK)
+    blocks = (kernels @ spectra.flatten(2)).reshape(spectra.shape[0], BLOCK * BLOCK, *spectra.shape[2:])
+    return F.pixel_shuffle(blocks, BLOCK).reshape(shape)
 
 
 def _filled(x: Tensor, dim: int) -> Tensor:

@@ -21,7 +21,7 @@ from dsgformer_arch.archs.dsgformer_arch import DFGB, LayerNorm
 from dsgformer_arch.archs.layers.network import RestorationNetwork
 from dsgformer_arch.cli import dsgformer
 from dsgformer_arch.cli.commands import export as command
-from dsgformer_arch.export import Interface, darktable_file, export, formats, onnx_file
+from dsgformer_arch.export import Interface, darktable_file, export, formats, onnx_file, program_file
 from dsgformer_arch.export.image_to_image import INPUT, OUTPUT, ImageToImage
 from dsgformer_arch.export.substitutes import ExportDFGB, ExportFSAS, ExportLayerNorm
 from dsgformer_arch.export.verify import TOLERANCES, VerificationError, verify
@@ -101,13 +101,23 @@ def test_the_interface_hides_how_a_network_returns_and_takes_images(name: str) -
 
 
 def test_sizes_of_the_verification_differ_from_those_of_the_export_and_suit_the_network() -> None:
-    for multiple, least in ((1, 1), (8, 8), (16, 64), (128, 256)):
-        interface = Interface('system', {}, 'fp32', multiple, least)
+    for multiple, least, block in (
+        (1, 1, 0),
+        (8, 8, 0),
+        (8, 8, 64),
+        (16, 16, 128),
+        (16, 64, 0),
+        (128, 256, 0),
+    ):
+        interface = Interface('system', {}, 'fp32', multiple, least, block)
         exported = interface.export_shape()
         assert len(interface.verification_shapes()) == 2
         for shape in interface.verification_shapes():
             assert not set(shape[2:]) & set(exported[2:])
             assert all(side % multiple == 0 and side >= least for side in shape[2:])
+        assert all(
+            side > block for shape in (exported, interface.verification_shapes()[1]) for side in shape[2:]
+        )
 
 
 def test_verification_finds_a_wrong_size_a_wrong_value_nan_and_a_runtime_that_fails() -> None:
@@ -318,15 +328,41 @@ def test_torch_export_programs(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_aotinductor_packages(tmp_path: Path) -> None:
-    """A network of four blocks: g++ takes minutes for more."""
-    smallest = zoo.create('nafnet32', width=8, enc_blk_nums=(1,), dec_blk_nums=(1,)).eval()
+@pytest.mark.parametrize(
+    ('name', 'settings', 'multiple'),
+    [
+        ('nafnet32', {'width': 8, 'enc_blk_nums': (1,), 'dec_blk_nums': (1,)}, 2),
+        ('dsgformer_h', {'num_blocks': (1, 1, 1, 1)}, 16),
+    ],
+)
+def test_aotinductor_packages(name: str, settings: dict[str, Any], multiple: int, tmp_path: Path) -> None:
+    """Networks of few blocks: g++ takes minutes for more.
+
+    DSGformer's package once computed what one block of DFGB needs, whatever the image.
+    """
+    smallest = zoo.create(name, **settings).eval()
     path = tmp_path / 'network.pt2'
-    done = export(fill_state_dict(smallest, seed=3, gain=0.7), path, 'nafnet32', format='aoti')
+    done = export(fill_state_dict(smallest, seed=3, gain=0.7), path, name, format='aoti')
     assert done.exporter == 'aotinductor'
     assert 0 < done.difference <= 1e-4
     metadata = torch._inductor.aoti_load_package(str(path)).get_metadata()
-    assert (metadata['system'], metadata['pad_multiple']) == ('nafnet32', '2')
+    assert (metadata['system'], metadata['pad_multiple']) == (name, str(multiple))
+
+
+@pytest.mark.parametrize(
+    ('call', 'reason'),
+    [
+        ('import os, signal; os.kill(os.getpid(), signal.SIGSEGV)', 'the compiled code ends with SIGSEGV'),
+        ('raise ValueError("not this size")', 'ValueError: not this size'),
+    ],
+)
+def test_compiled_code_that_crashes_fails_the_verification(
+    call: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(program_file, 'CALL', call)
+    found = network('nafnet32')
+    with pytest.raises(VerificationError, match=f'a file does not run at .* pixels: RuntimeError: {reason}'):
+        verify(program_file.aot_runtime('a.pt2'), found, Interface.of(found, 'nafnet32', 'fp32'), 'a file')
 
 
 def test_aotinductor_needs_a_compiler(
