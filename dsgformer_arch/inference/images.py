@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageCms, ImageOps, JpegImagePlugin, TiffImagePlugin
+from PIL import Image, ImageCms, JpegImagePlugin, TiffImagePlugin
 
 from dsgformer_arch.utils.errors import UserError
 from dsgformer_arch.utils.files import write_atomically
@@ -57,6 +57,9 @@ IN_MEMORY = 32 << 20
 LARGE_TIFF = 3_900_000_000
 """Bytes of decoded pixels above which a TIFF is written as BigTIFF; a BigTIFF stays one."""
 
+JPEG_PIXELS_PER_BYTE = 4096
+"""More than any JPEG has: a block of 8×8 pixels takes at least one bit, which makes 512; arithmetic coding,
+which hardly anybody uses, may take less."""
 MAX_SIDE = 1 << 18
 """Pixels of the longest side that is read: libvips buffers dozens of rows, whatever their length."""
 
@@ -64,6 +67,16 @@ LARGE = 100_000_000
 """Pixels above which an 8-bit PNG is read row by row by libvips too."""
 
 ORIENTATION, EXIF_IFD, GPS_IFD = 0x0112, 0x8769, 0x8825
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes an image of each orientation upright (Exif 2.32, section 4.6)."""
 
 
 class ImageError(UserError):
@@ -423,6 +436,13 @@ def _check_sides(name: str, width: int, height: int) -> None:
         )
 
 
+def _check_jpeg_bytes(source: Any, name: str, width: int, height: int) -> None:
+    """Refuse a JPEG of too few bytes for its pixels: decoders fill what is missing with grey, for seconds."""
+    length = len(source) if isinstance(source, bytes) else os.path.getsize(source)
+    if width * height > JPEG_PIXELS_PER_BYTE * length:
+        raise ImageError(f'{name} is truncated: it has {length} bytes for {width}×{height} pixels')
+
+
 # Pillow
 
 
@@ -441,6 +461,7 @@ def _open_pillow(source: Any, name: str, kind: str) -> ImageFile:
         raise ImageError(f'{name} is an animation of {frames} frames; save its frames as separate files')
     settings: dict[str, Any] = {}
     if kind == 'JPEG':
+        _check_jpeg_bytes(source, name, *image.size)
         settings = {
             'tables': {key: list(table) for key, table in image.quantization.items()},  # type: ignore[attr-defined]
             'subsampling': JpegImagePlugin.get_sampling(image),
@@ -455,12 +476,18 @@ def _open_pillow(source: Any, name: str, kind: str) -> ImageFile:
         image.load()
     except Image.DecompressionBombError as error:
         raise ImageError(f'{name}: {error}') from None
-    pixels = np.asarray(_plain_mode(ImageOps.exif_transpose(image), metadata, notes))
+    pixels = np.asarray(_plain_mode(_turned(image), metadata, notes))
     pixels = pixels[..., None] if pixels.ndim == 2 else pixels
     return ImageFile(
         name, kind, (pixels.shape[0], pixels.shape[1]), pixels.shape[2], pixels.dtype,
         lambda top, bottom: pixels[top:bottom], metadata, settings, notes,
     )  # fmt: skip
+
+
+def _turned(image: Image.Image) -> Image.Image:
+    """The image upright, by its EXIF data, which Pillow's `exif_transpose` would write again and fail at."""
+    method = TURNS.get(image.getexif().get(ORIENTATION, 1))
+    return image if method is None else image.transpose(method)
 
 
 def _plain_mode(image: Image.Image, metadata: Metadata, notes: list[str]) -> Image.Image:
@@ -609,6 +636,8 @@ def _opened_vips(pyvips: Any, source: Any, name: str, kind: str) -> ImageFile:
 
     image = load('sequential')
     _check_sides(name, image.width, image.height)
+    if kind == 'JPEG':
+        _check_jpeg_bytes(source, name, image.width, image.height)
     fields = set(image.get_fields())
     if kind == 'TIFF' and 'n-pages' in fields and image.get('n-pages') > 1:
         raise ImageError(f'{name} has {image.get("n-pages")} pages; save them as separate files')

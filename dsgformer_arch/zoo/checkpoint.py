@@ -21,19 +21,17 @@ import json
 import os
 import pickle
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dsgformer_arch.utils.errors import UserError
-from dsgformer_arch.utils.text import one_line
-from dsgformer_arch.zoo.pickles import check_nesting
+from dsgformer_arch.utils.text import one_line, printable
+from dsgformer_arch.zoo.pickles import check_nesting, numbers_allowed
 
 State = dict[str, Tensor]
 
@@ -208,7 +206,7 @@ def _read_pickle(path: str) -> Any:
         if archive:
             _check_archive(path)
         check_nesting(path)
-        with _plain_numpy_allowed():
+        with numbers_allowed():
             return torch.load(path, map_location='cpu', weights_only=True)
     except CheckpointError:
         raise
@@ -249,18 +247,19 @@ def _check_archive(path: str) -> None:
 def _check_tensors(state: Mapping[str, Tensor], path: str) -> None:
     """Refuse tensors that no network has as weights, or that are larger than the file."""
     total = 0
-    for name, tensor in state.items():
-        kind = _unusual(tensor)
+    for key, tensor in state.items():
+        kind, name = _unusual(tensor), printable(key)
         if kind:
             raise CheckpointError(f'{path}: {name} is {kind}; give dense weights of floating-point numbers')
         total += tensor.numel() * tensor.element_size()
         backed = tensor.untyped_storage().nbytes()
         if tensor.numel() * tensor.element_size() > backed or total > ALIASES * os.path.getsize(path):
             raise CheckpointError(f'{path}: {name} is larger than what the file holds; download it again')
-    for name, tensor in state.items():
+    for key, tensor in state.items():
         if not _finite(tensor):
             raise CheckpointError(
-                f'{path}: {name} holds infinite values or NaN, for training diverged; take an earlier file'
+                f'{path}: {printable(key)} holds infinite values or NaN, for training diverged; '
+                'take an earlier file'
             )
 
 
@@ -282,17 +281,6 @@ def _finite(tensor: Tensor) -> bool:
         return True
     values = tensor.detach()
     return bool((values if values.element_size() > 1 else values.float()).isfinite().all())
-
-
-@contextmanager
-def _plain_numpy_allowed() -> Iterator[None]:
-    # Published files keep a best PSNR or an epoch as NumPy scalars beside the weights; these are data.
-    names = ['float16', 'float32', 'float64', 'int32', 'int64', 'bool']
-    scalar = np.float64(0).__reduce__()[0]
-    allowed: list[Any] = [np.dtype, *(type(np.dtype(name)) for name in names)]
-    allowed += [(scalar, f'numpy.{core}.multiarray.scalar') for core in ('core', '_core')]
-    with torch.serialization.safe_globals(allowed):
-        yield
 
 
 def _tensors(content: Mapping[Any, Any]) -> State:
