@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 
-from dsgformer_arch.ops import block
 from dsgformer_arch.utils.errors import UserError
 from dsgformer_arch.utils.files import write_atomically
 from dsgformer_arch.utils.machine import processor
@@ -144,11 +143,10 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def command_line() -> str:
-    """The command line, with the script's path relative to the checkout and a forced implementation."""
+    """The command line, with the script's path relative to the checkout."""
     script = Path(sys.argv[0])
     shown = f'tools/{script.name}' if script.parent.name == 'tools' else script.name
-    forced = {'plain': 'DSGFORMER_PLAIN=1 ', 'eager': 'DSGFORMER_EAGER=1 ', 'fast': ''}[block.path()]
-    return forced + shlex.join(['python', shown, *sys.argv[1:]])
+    return shlex.join(['python', shown, *sys.argv[1:]])
 
 
 def environment() -> dict[str, Any]:

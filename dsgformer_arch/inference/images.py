@@ -487,7 +487,7 @@ def _open_pillow(source: Any, name: str, kind: str) -> ImageFile:
 def _turned(image: Image.Image) -> Image.Image:
     """The image upright, by its EXIF data, which Pillow's `exif_transpose` would write again and fail at."""
     method = TURNS.get(image.getexif().get(ORIENTATION, 1))
-    return image if method is None else image.transpose(method)
+    return image.copy() if method is None else image.transpose(method)  # a copy has a palette in any case
 
 
 def _plain_mode(image: Image.Image, metadata: Metadata, notes: list[str]) -> Image.Image:

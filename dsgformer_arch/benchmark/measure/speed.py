@@ -121,12 +121,13 @@ def run(
     """
     target = machine.device(device)
     sizes = [(side, side) for side in SWEEP] if scaling else list(size or [(256, 256)])
+    forced = block.path()
     settings = {
         'models': list(models), 'sizes': sizes, 'device': device, 'precision': precision, 'compile': compile,
         'channels_last': channels_last, 'batch': batch, 'train': train, 'best': best, 'rounds': rounds,
         'keep_memory': keep_memory, 'cuda_graphs': cuda_graphs, 'roofline': roofline,
         'threads': torch.get_num_threads(),
-        **({'implementation': block.path()} if block.path() != 'fast' else {}),
+        **({'implementation': forced} if forced != 'fast' else {}),
     }  # fmt: skip
     if cuda_graphs and (target.type != 'cuda' or train):
         raise UserError('--cuda-graphs is for restoring with --device cuda; leave it out')
@@ -135,6 +136,8 @@ def run(
         raise UserError('--keep-memory needs glibc, the C library of most Linux systems; leave it out')
     protocol = describe(device, rounds, models[0], keep_memory)
     record = records.start('speed', settings, protocol, path, resume)
+    if forced != 'fast' and not record.rows:
+        record.command = f'DSGFORMER_{forced.upper()}=1 {record.command}'
     for height, width in sizes:
         variants = expand(models, height, width, precision, channels_last, compile, best, cuda_graphs)
         todo = [variant for variant in variants if record.find(**variant.key()) is None]
